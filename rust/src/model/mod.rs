@@ -1,0 +1,1 @@
+//! A model: architecture as data (`spec`), weights, the one forward pass, the paged KV cache.
