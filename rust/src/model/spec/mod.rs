@@ -269,19 +269,36 @@ impl Spec {
             names: family.names,
             ignore: family.ignore,
         };
-        for weight in spec.model_weights().into_iter().chain(spec.layer_weights()) {
-            let stem = weight.what.strip_suffix("_bias").unwrap_or(weight.what);
-            if spec.names.get(stem).is_none_or(|names| names.0.is_empty()) {
-                let what = format!("names.{stem}: found nothing, expected the name of this weight");
-                return Err(Error::format(format!("family of {architecture}"), what));
+        spec.check_names()?;
+        Ok(spec)
+    }
+
+    /// Every weight has a name and a size that can be addressed, and every name a weight.
+    fn check_names(&self) -> Result<()> {
+        let table = self.layer_table();
+        let known = |stem: &str| {
+            ["embed", "norm", "head"].contains(&stem)
+                || table.iter().any(|(_, what, _)| *what == stem)
+        };
+        let bad_name = |stem: &str, found: &str, expected: &str| {
+            let what = format!("names.{stem}: found {found}, expected {expected}");
+            Error::format(format!("family of {}", self.architecture), what)
+        };
+        if let Some(stem) = self.names.keys().find(|stem| !known(stem)) {
+            return Err(bad_name(stem, "this name", "the name of a weight (models/README.md)"));
+        }
+        for Weight { what, shape } in self.model_weights().into_iter().chain(self.layer_weights()) {
+            let stem = what.strip_suffix("_bias").unwrap_or(what);
+            if self.names.get(stem).is_none_or(|names| names.0.is_empty()) {
+                return Err(bad_name(stem, "nothing", "the name of this weight"));
             }
-            let bytes = weight.shape.iter().try_fold(4usize, |n, d| n.checked_mul(*d));
+            let bytes = shape.iter().try_fold(4usize, |n, d| n.checked_mul(*d));
             if bytes.is_none_or(|n| n > isize::MAX as usize) {
-                let found = format!("a weight {stem} of shape {:?}", weight.shape);
+                let found = format!("a weight {what} of shape {shape:?}");
                 return Err(bad("the dimensions", &found, "weights that can be addressed"));
             }
         }
-        Ok(spec)
+        Ok(())
     }
 
     /// The weights outside the layers.
@@ -298,42 +315,44 @@ impl Spec {
 
     /// The weights of each layer.
     pub fn layer_weights(&self) -> Vec<Weight> {
+        let table = self.layer_table().into_iter().filter(|(exists, ..)| *exists);
+        table.map(|(_, what, shape)| Weight { what, shape }).collect()
+    }
+
+    /// Every weight that a layer can have, and whether it has it.
+    fn layer_table(&self) -> [(bool, &'static str, Vec<usize>); 20] {
         let (hidden, ffn) = (self.hidden, self.ffn);
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         let head_norm = self.qk_norm == QkNorm::Head;
-        let all: [(bool, &'static str, &[usize]); 20] = [
-            (self.norms.attn, "attn_norm", &[hidden]),
-            (true, "q", &[q, hidden]),
-            (true, "k", &[kv, hidden]),
-            (true, "v", &[kv, hidden]),
-            (true, "o", &[hidden, q]),
-            (self.qkv_bias, "q_bias", &[q]),
-            (self.qkv_bias, "k_bias", &[kv]),
-            (self.qkv_bias, "v_bias", &[kv]),
-            (self.o_bias, "o_bias", &[hidden]),
-            (head_norm, "q_norm", &[self.head_dim]),
-            (head_norm, "k_norm", &[self.head_dim]),
-            (self.norms.attn_after, "attn_after_norm", &[hidden]),
-            (self.norms.ffn, "ffn_norm", &[hidden]),
-            (true, "gate", &[ffn, hidden]),
-            (true, "up", &[ffn, hidden]),
-            (true, "down", &[hidden, ffn]),
-            (self.mlp_bias, "gate_bias", &[ffn]),
-            (self.mlp_bias, "up_bias", &[ffn]),
-            (self.mlp_bias, "down_bias", &[hidden]),
-            (self.norms.ffn_after, "ffn_after_norm", &[hidden]),
-        ];
-        all.into_iter()
-            .filter(|(exists, ..)| *exists)
-            .map(|(_, what, shape)| Weight { what, shape: shape.to_vec() })
-            .collect()
+        [
+            (self.norms.attn, "attn_norm", vec![hidden]),
+            (true, "q", vec![q, hidden]),
+            (true, "k", vec![kv, hidden]),
+            (true, "v", vec![kv, hidden]),
+            (true, "o", vec![hidden, q]),
+            (self.qkv_bias, "q_bias", vec![q]),
+            (self.qkv_bias, "k_bias", vec![kv]),
+            (self.qkv_bias, "v_bias", vec![kv]),
+            (self.o_bias, "o_bias", vec![hidden]),
+            (head_norm, "q_norm", vec![self.head_dim]),
+            (head_norm, "k_norm", vec![self.head_dim]),
+            (self.norms.attn_after, "attn_after_norm", vec![hidden]),
+            (self.norms.ffn, "ffn_norm", vec![hidden]),
+            (true, "gate", vec![ffn, hidden]),
+            (true, "up", vec![ffn, hidden]),
+            (true, "down", vec![hidden, ffn]),
+            (self.mlp_bias, "gate_bias", vec![ffn]),
+            (self.mlp_bias, "up_bias", vec![ffn]),
+            (self.mlp_bias, "down_bias", vec![hidden]),
+            (self.norms.ffn_after, "ffn_after_norm", vec![hidden]),
+        ]
     }
 
     /// The names that this family's weights have in one checkpoint; `has` tells whether a tensor is there.
     pub fn names(&self, has: impl Fn(&str) -> bool) -> Names {
         let first = |what: &str, model: &str| {
             let mut names = self.names[what].0.iter().map(|n| n.replace("{model}", model));
-            names.find(|n| has(&format!("{}.weight", n.replace("{l}", "0"))))
+            names.find(|n| has(&format!("{}.weight", n.replace("{l}", "0")))) // layer 0 decides
         };
         let model = self.model.iter().find(|m| first("embed", m).is_some());
         let model = model.or(self.model.first()).cloned().unwrap_or_default();
@@ -352,7 +371,7 @@ impl Spec {
         tensors: impl IntoIterator<Item = &'a str>,
     ) -> Vec<&'a str> {
         let mut known: HashSet<String> = HashSet::new();
-        known.insert(names.model("head")); // may be there although tied
+        known.extend(names.stems.get("head").map(|h| format!("{h}.weight"))); // also where tied
         known.extend(self.model_weights().iter().map(|w| names.model(w.what)));
         for weight in self.layer_weights() {
             known.extend((0..self.layers.len()).map(|l| names.layer(l, weight.what)));
