@@ -165,7 +165,7 @@ proptest! {
         let s = Sampling { repetition_penalty: r, presence_penalty: p, frequency_penalty: f,
             logit_bias: vec![(0, bias)], ..Sampling::default() };
         let mut scratch = Scratch::default();
-        adjust(&s, &mut vec![0.0; 35], &answer, &prompt, &[], &mut scratch);
+        adjust(&s, &mut [0.0; 35], &answer, &prompt, &[], &mut scratch);
         let expected: Vec<f32> = logits.iter().enumerate().map(|(i, &l)| {
             let i = i as u32;
             let mut l = if i == 0 { l + bias } else { l };
