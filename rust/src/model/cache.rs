@@ -11,8 +11,7 @@
 
 use super::weights::Plan;
 use crate::backend::cpu::{Bytes, Mat};
-use crate::file::Checkpoint;
-use memmap2::Mmap;
+use crate::file::{self, Checkpoint};
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -52,7 +51,7 @@ impl Cache {
         if !file.metadata().is_ok_and(|m| m.is_file() && m.len() == self.length) {
             return None;
         }
-        let map = super::map(&file)?;
+        let map = file::map(&file).ok()?;
         if map.get(..HEADER)? != self.header {
             return None;
         }

@@ -69,7 +69,12 @@ impl<B: Backend> Model<B> {
         let Kv { x, a, wide, after, .. } = kv;
         let input = normed(b, w.ffn_norm.as_ref(), s.eps, x, a);
         b.gated(&w.gate_up, w.gate_up_bias.as_ref(), act, s.ffn, input, wide);
-        self.residual(&w.down, w.down_bias.as_ref(), w.ffn_after_norm.as_ref(), [wide, x, a, after]);
+        self.residual(
+            &w.down,
+            w.down_bias.as_ref(),
+            w.ffn_after_norm.as_ref(),
+            [wide, x, a, after],
+        );
     }
 
     /// `x += norm?(w y + bias)`, with two buffers to work in.

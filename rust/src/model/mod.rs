@@ -137,8 +137,7 @@ pub fn load(folder: &Path, mut options: LoadOptions) -> Result<Model<Cpu>> {
         Error::ModelNotFound(format!("{}: no such file, expected a model folder", path.display()))
     })?;
     let spec = Spec::new(&config, options.family.as_deref())?;
-    let threads =
-        options.threads.unwrap_or_else(|| crate::backend::cpu::topology::auto().count);
+    let threads = options.threads.unwrap_or_else(|| crate::backend::cpu::topology::auto().count);
     let backend = Cpu::new(threads, options.isa.as_deref())?;
     let weights = weights::load(folder, &spec, &backend, &mut options)?;
     let mut windows: Vec<Option<usize>> = Vec::new();

@@ -10,7 +10,7 @@ use crate::{Error, Result};
 use std::path::Path;
 
 /// The weights of one layer. Bias and norm exist where the family has them.
-pub struct Layer<B: Backend> {
+pub(super) struct Layer<B: Backend> {
     pub(super) attn_norm: Option<B::Row>,
     pub(super) qkv: B::Mat,
     pub(super) qkv_bias: Option<B::Row>,
@@ -27,7 +27,7 @@ pub struct Layer<B: Backend> {
 }
 
 /// All weights of a model.
-pub struct Weights<B: Backend> {
+pub(super) struct Weights<B: Backend> {
     pub(super) embed: B::Mat,
     pub(super) layers: Vec<Layer<B>>,
     pub(super) norm: B::Row,
@@ -77,7 +77,8 @@ impl<'a> Reader<'a> {
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<(TensorView<'a>, Form)> {
         let tensor = self.checkpoint.tensor(name)?;
         if tensor.shape != shape {
-            let what = format!("tensor `{name}`: found shape {:?}, expected {shape:?}", tensor.shape);
+            let what =
+                format!("tensor `{name}`: found shape {:?}, expected {shape:?}", tensor.shape);
             return Err(Error::format(self.folder, what));
         }
         let stored = match tensor.dtype {
@@ -98,7 +99,9 @@ impl<'a> Reader<'a> {
     fn vector(&self, name: &str, n: usize) -> Result<Vec<f32>> {
         let (tensor, stored) = self.tensor(name, &[n])?;
         let values: Vec<f32> = match stored {
-            Form::F32 => tensor.bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
+            Form::F32 => {
+                tensor.bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
+            }
             Form::F16 => {
                 let halves = tensor.bytes.as_chunks().0.iter();
                 halves.map(|&b| half::f16::from_le_bytes(b).to_f32()).collect()
@@ -128,7 +131,13 @@ impl<'a> Reader<'a> {
     }
 
     /// What a matrix is made of; all parts have `k` inputs.
-    fn plan(&self, quantization: Quantization, parts: &[(String, usize)], k: usize, interleaved: bool) -> Result<Plan> {
+    fn plan(
+        &self,
+        quantization: Quantization,
+        parts: &[(String, usize)],
+        k: usize,
+        interleaved: bool,
+    ) -> Result<Plan> {
         let mut form = None;
         for (name, n) in parts {
             let (tensor, stored) = self.tensor(name, &[*n, k])?;
@@ -301,4 +310,3 @@ pub(super) fn load(
     }
     reader.weights(cpu, mats)
 }
-
