@@ -8,7 +8,7 @@ use fake::{Fake, PAGE_BYTES, VOCAB};
 use ferrule::engine::{
     Engine, EngineConfig, Event, FinishReason, LogitsProcessor, Request, RequestId, TokenLogprobs,
 };
-use ferrule::sample::Sampling;
+use ferrule::sample::{self, Sampling};
 use ferrule::tokenizer::Tokenizer;
 use ferrule::{Error, Result};
 use std::collections::BTreeMap;
@@ -255,6 +255,45 @@ fn logprobs_are_of_the_raw_logits() {
     assert!(run(greedy(ids(1, 20), 5)).logprobs.is_empty());
 }
 
+/// All ids alike.
+struct Flat;
+
+impl LogitsProcessor for Flat {
+    fn process(&mut self, _: &[u32], logits: &mut [f32]) -> Result<()> {
+        logits.fill(0.0);
+        Ok(())
+    }
+}
+
+#[test]
+fn the_coin_depends_on_the_seed_and_the_place_in_the_answer() {
+    for (seed, prompt) in [(7, 1), (7, 30), (8, 30)] {
+        let mut request = greedy(ids(1, prompt), 20);
+        (request.sampling.temperature, request.sampling.seed) = (1.0, seed);
+        request.processors = vec![Box::new(Flat)];
+        let sampling = request.sampling.clone();
+        let draw = |i| sample::draw(&sampling, &[0.0; VOCAB], sample::coin(seed, i));
+        let expected: Vec<u32> = (0..20).map(draw).collect();
+        assert_eq!(run(request).ids, expected);
+    }
+}
+
+#[test]
+fn a_prompt_preempted_while_it_is_scored_is_scored_once() {
+    let config = || EngineConfig { max_batch: 2, chunk_tokens: 1, ..config() };
+    let scored =
+        || Request { prompt_logits: true, prompt_logprobs: Some(0), ..greedy(ids(2, 250), 5) };
+    let small = EngineConfig { kv_bytes: 5 * PAGE_BYTES as u64, ..config() };
+    let mut engine = engine_of(Fake::new(&[None], CONTEXT), small);
+    engine.submit(greedy(ids(1, 1), 300)).unwrap();
+    engine.submit(scored()).unwrap();
+    let outcomes = finish(&mut engine);
+    assert_eq!(engine.stats().preemptions, 1);
+    let mut engine = engine_of(Fake::new(&[None], CONTEXT), config());
+    engine.submit(scored()).unwrap();
+    assert_eq!(outcomes[1], finish(&mut engine)[0]);
+}
+
 #[test]
 fn a_prompt_is_scored_at_every_position() {
     let prompt = ids(3, CONTEXT); // no room for an answer, none asked for
@@ -266,7 +305,7 @@ fn a_prompt_is_scored_at_every_position() {
     let logprobs = outcome.prompt_logprobs.unwrap();
     assert_eq!((logprobs.len(), &logprobs[0]), (CONTEXT, &None));
     for (i, row) in logits.chunks(VOCAB).enumerate().take(CONTEXT - 1) {
-        let (token, top) = ferrule::sample::logprobs(row, prompt[i + 1], 1);
+        let (token, top) = sample::logprobs(row, prompt[i + 1], 1);
         assert_eq!(logprobs[i + 1], Some(TokenLogprobs { token, top }));
     }
     // The last row is what the first token of an answer is drawn from.

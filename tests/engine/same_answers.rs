@@ -168,7 +168,7 @@ fn same_answers(
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 60, ..Default::default() })]
+
     #[test]
     fn company_cache_chunks_and_interrupts_change_nothing(
         windows in windows(),
