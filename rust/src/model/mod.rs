@@ -1,6 +1,7 @@
 //! A model: architecture as data (`spec`), weights, the one forward pass, the paged KV cache.
 
 pub mod kv;
+pub mod spec;
 
 use crate::Result;
 use std::sync::atomic::AtomicBool;
