@@ -67,9 +67,7 @@ class ContextLengthError(FerruleError, ValueError):
 class InvalidParameterError(FerruleError, ValueError):
     """A parameter outside its range; `field` names it, `value` is what was given, as text."""
 
-    def __init__(
-        self, message: str, *, field: str | None = None, value: str | None = None
-    ) -> None:
+    def __init__(self, message: str, *, field: str | None = None, value: str | None = None) -> None:
         super().__init__(message)
         self.field = field
         self.value = value

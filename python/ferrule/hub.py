@@ -122,7 +122,7 @@ def _status(error: Exception) -> int | None:
 
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
-    from huggingface_hub.utils import (
+    from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,

@@ -53,7 +53,7 @@ class SamplingParams:
     logits_processors: Sequence[LogitsProcessor] = ()
 
 
-class SamplingFields(TypedDict, total=False):
+class Fields(TypedDict, total=False):
     """The fields of `SamplingParams` as keywords."""
 
     max_tokens: int | None
