@@ -153,6 +153,8 @@ class ModelInfo:
     layers: int
     vocab_size: int
     context_length: int
+    chat_template: bool
+    """Whether there is a chat template."""
     kv_cache_dtype: str
     kv_cache_bytes: int
     """The most that keys and values may take."""
