@@ -24,7 +24,7 @@ def is_model_name(text: str) -> bool:
     return (
         text in EMBEDDED
         or _REPOSITORY.fullmatch(text) is not None
-        or (len(text) < 4096 and "\n" not in text and os.path.exists(text))  # noqa: PTH110
+        or (len(text) < 4096 and "\n" not in text and os.path.exists(text))
     )
 
 

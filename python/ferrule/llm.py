@@ -564,5 +564,5 @@ def _cache_dir(choice: bool | str | os.PathLike[str]) -> str | None:
         return None
     if choice is not True:
         return os.fspath(choice)
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111
-    return os.path.join(base, "ferrule")  # noqa: PTH118
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(base, "ferrule")

@@ -31,8 +31,9 @@ def main(args: argparse.Namespace) -> int:
         if not prompt:
             print("ferrule run: no prompt: give one, or pipe one in", file=sys.stderr)
             return 2
+    threads = {} if args.threads is None else {"threads": args.threads}
     params = SamplingParams(**sampling_keywords(args))
-    with LLM(model, threads=args.threads or "auto", **model_keywords(args)) as llm:
+    with LLM(model, **model_keywords(args), **threads) as llm:
         if chat_on_terminal:
             return _chat(llm, params, args)
         assert prompt is not None
