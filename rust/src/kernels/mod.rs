@@ -1,1 +1,263 @@
-//! SIMD kernels.
+//! The only SIMD. One table of kernel sets, the choice of a set, and safe wrappers that check shapes.
+//! Never allocates in a hot path, starts no threads, does no I/O.
+//!
+//! A set is a [`Kernels`]: function pointers, stated as a difference from a weaker set. `scalar` is the
+//! specification; every other set gives the same bits (`tests.rs`). Holding a `&Kernels` proves that the
+//! CPU has its instructions, because only [`available`] hands them out.
+
+mod attention;
+mod float;
+pub mod layout;
+mod scalar;
+mod simd;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub use attention::{Attend, KvDtype, MAX_ROWS, PAGE, scratch_len};
+pub use float::Activation;
+pub use layout::Form;
+
+use crate::quant::{BLOCK, GROUPS};
+use crate::{Error, Result};
+use layout::ROWS;
+
+/// Quantized activations of `m` tokens, by block of K: block `b` is `[m][kb]` int8 values, with `kb` 256
+/// but for the last, shorter one.
+#[derive(Clone, Copy)]
+pub struct Acts<'a> {
+    /// Tokens.
+    pub m: usize,
+    /// Inputs, a multiple of 64.
+    pub k: usize,
+    /// Values, `m * k` of them.
+    pub q: &'a [i8],
+    /// Scale of block `b` of token `t` at `b * m + t`.
+    pub s: &'a [f32],
+    /// Sums of `q` over each group, at the same index.
+    pub sums: &'a [[i16; GROUPS]],
+    /// Sums of `q` over the block, at the same index.
+    pub totals: &'a [i32],
+}
+
+impl Acts<'_> {
+    /// Blocks of K.
+    pub fn blocks(&self) -> usize {
+        self.k.div_ceil(BLOCK)
+    }
+    /// Inputs of block `b`.
+    pub fn len(&self, b: usize) -> usize {
+        BLOCK.min(self.k - b * BLOCK)
+    }
+    /// Values of block `b` of token `t`.
+    pub fn q(&self, b: usize, t: usize) -> &[i8] {
+        let len = self.len(b);
+        &self.q[b * BLOCK * self.m + t * len..][..len]
+    }
+    /// Scale of block `b` of token `t`.
+    pub fn s(&self, b: usize, t: usize) -> f32 {
+        self.s[b * self.m + t]
+    }
+}
+
+type Gemm = unsafe fn(&[u8], &Acts<'_>, &mut [f32]);
+
+/// All kernels of one instruction set.
+#[derive(Clone, Copy)]
+pub struct Kernels {
+    name: &'static str,
+    supported: fn() -> bool,
+    gemm_q4: Gemm,
+    gemm_q8: Gemm,
+    float: float::Floats,
+}
+
+/// Every set compiled into this build, best first.
+static ALL: &[&Kernels] = &[
+    #[cfg(target_arch = "x86_64")]
+    &x86::avx512vnni::KERNELS,
+    #[cfg(target_arch = "x86_64")]
+    &x86::avx2::KERNELS,
+    &scalar::KERNELS,
+];
+
+/// Names of all sets of this build, best first.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    ALL.iter().map(|k| k.name)
+}
+
+/// The sets this CPU can run, best first.
+pub fn available() -> impl Iterator<Item = &'static Kernels> {
+    ALL.iter().copied().filter(|k| (k.supported)())
+}
+
+/// The best set, or the one that `forced` (the environment's `FERRULE_ISA`) names.
+pub fn choose(forced: Option<&str>) -> Result<&'static Kernels> {
+    let mut sets = available();
+    let Some(name) = forced else { return Ok(sets.next().unwrap_or(&scalar::KERNELS)) };
+    sets.find(|k| k.name == name).ok_or_else(|| {
+        let here: Vec<_> = available().map(|k| k.name).collect();
+        Error::parameter("FERRULE_ISA", name, format!("one of {} on this CPU", here.join(", ")))
+    })
+}
+
+impl std::fmt::Debug for Kernels {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+// SAFETY (for every call below): `self` came from `ALL` by way of `available`, or is `scalar`, so the
+// CPU has the instructions of `self`; the assertions are what the kernels rely on for their accesses.
+impl Kernels {
+    /// The set's name, as `FERRULE_ISA` spells it.
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// `y[t][n] = sum over k of w[n][k] * x[t][k]` for whole row blocks `w` of a quantized matrix.
+    /// `y`: `[m, 16 * row blocks]`.
+    pub fn gemm(&self, form: Form, w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
+        let size = form.row_block_bytes(a.k);
+        assert!(form.is_quantized() && a.k > 0 && a.k.is_multiple_of(layout::K_PADDED));
+        assert!(w.len().is_multiple_of(size) && y.len() == a.m * w.len() / size * ROWS);
+        assert!(w.as_ptr().addr().is_multiple_of(64), "packed weights are 64-byte aligned");
+        let scales = a.blocks() * a.m;
+        assert!(a.q.len() == a.m * a.k && a.s.len() == scales && a.sums.len() == scales);
+        assert!(a.totals.len() == scales);
+        let gemm = if form == Form::Q4 { self.gemm_q4 } else { self.gemm_q8 };
+        // SAFETY: see above.
+        unsafe { gemm(w, a, y) }
+    }
+
+    /// As [`Kernels::gemm`], for stored floats and f32 activations `[m, k]`.
+    pub fn gemm_float(&self, form: Form, w: &[u8], k: usize, x: &[f32], y: &mut [f32]) {
+        let size = form.row_block_bytes(k);
+        assert!(k > 0 && x.len().is_multiple_of(k) && w.len().is_multiple_of(size));
+        assert!(y.len() == x.len() / k * (w.len() / size) * ROWS);
+        assert!(w.as_ptr().addr().is_multiple_of(64), "packed weights are 64-byte aligned");
+        let gemm = match form {
+            Form::F32 => self.float.gemm_f32,
+            Form::F16 => self.float.gemm_f16,
+            Form::Bf16 => self.float.gemm_bf16,
+            Form::Q4 | Form::Q8 => unreachable!("quantized forms take quantized activations"),
+        };
+        // SAFETY: see above.
+        unsafe { gemm(w, k, x, y) }
+    }
+
+    /// Quantizes one block of one token. `q` is as long as the block (a multiple of 64), `x` at most.
+    /// Gives the scale and the sum of `q`; `sums` are by group.
+    pub fn quantize(&self, x: &[f32], q: &mut [i8], sums: &mut [i16; GROUPS]) -> (f32, i32) {
+        assert!(x.len() <= q.len() && q.len() <= BLOCK);
+        // SAFETY: see above.
+        unsafe { (self.float.quantize)(x, q, sums) }
+    }
+
+    /// Quantizes and packs one block of 16 rows; the first `k` weights of each row count.
+    pub fn pack(&self, form: Form, x: &[[f32; BLOCK]; ROWS], k: usize, out: &mut [u8]) {
+        assert!(k <= BLOCK && out.len() == form.row_block_bytes(k));
+        let pack = match form {
+            Form::Q4 => self.float.pack_q4,
+            Form::Q8 => self.float.pack_q8,
+            Form::F32 | Form::F16 | Form::Bf16 => unreachable!("floats are not quantized"),
+        };
+        // SAFETY: see above.
+        unsafe { pack(x, k, out) }
+    }
+
+    /// `out = x / sqrt(mean(x^2) + eps) * gain`.
+    pub fn rms_norm(&self, x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) {
+        assert!(x.len() == gain.len() && x.len() == out.len());
+        // SAFETY: see above.
+        unsafe { (self.float.rms_norm)(x, gain, eps, out) }
+    }
+
+    /// Rotates one head; `cos_sin` is as long as the part of the head that turns, cosines first.
+    pub fn rope(&self, x: &mut [f32], cos_sin: &[f32]) {
+        assert!(cos_sin.len() <= x.len() && cos_sin.len().is_multiple_of(2));
+        // SAFETY: see above.
+        unsafe { (self.float.rope)(x, cos_sin) }
+    }
+
+    /// `gate = act(gate) * up`.
+    pub fn gate(&self, act: Activation, gate: &mut [f32], up: &[f32]) {
+        assert_eq!(gate.len(), up.len());
+        // SAFETY: see above.
+        unsafe { (self.float.gate)(act, gate, up) }
+    }
+
+    /// `x += y`.
+    pub fn add(&self, x: &mut [f32], y: &[f32]) {
+        assert_eq!(x.len(), y.len());
+        // SAFETY: see above.
+        unsafe { (self.float.add)(x, y) }
+    }
+
+    /// `x = cap * tanh(x / cap)`.
+    pub fn softcap(&self, x: &mut [f32], cap: f32) {
+        // SAFETY: see above.
+        unsafe { (self.float.softcap)(x, cap) }
+    }
+
+    /// Attention of some rows of queries over the pages of one head; see [`Attend`].
+    /// `out`: `[rows, d rounded up to 16]`.
+    pub fn attend(&self, dtype: KvDtype, a: &Attend<'_>, out: &mut [f32], scratch: &mut [f32]) {
+        let rows = a.seen.len();
+        assert!(rows <= MAX_ROWS && a.q.len() == rows * a.d);
+        assert!(out.len() == rows * a.d.next_multiple_of(16));
+        let offsets = a.kv.as_ptr().addr() | a.page_stride | a.head_offset;
+        assert!(offsets.is_multiple_of(4), "pages hold f32 scales");
+        let attend = match dtype {
+            KvDtype::F16 => self.float.attend_f16,
+            KvDtype::Int8 => self.float.attend_i8,
+        };
+        // SAFETY: see above; pages are sliced with bounds checks.
+        unsafe { attend(a, out, &mut scratch[..scratch_len(rows, a.d)]) }
+    }
+
+    /// Writes one position's key and value into slot `slot` of a head's page.
+    pub fn write_kv(&self, dtype: KvDtype, k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
+        assert!(k.len() == v.len() && slot < PAGE && page.len() == dtype.page_bytes(k.len()));
+        let write = match dtype {
+            KvDtype::F16 => self.float.write_f16,
+            KvDtype::Int8 => self.float.write_i8,
+        };
+        // SAFETY: see above.
+        unsafe { write(k, v, slot, page) }
+    }
+}
+
+/// Plain numbers that any bytes may be read as.
+trait Plain: Copy {}
+impl Plain for f32 {}
+impl Plain for u16 {}
+impl Plain for i8 {}
+
+/// The bytes of 16 numbers as those numbers.
+#[inline(always)]
+fn cast<T: Plain>(bytes: &[u8]) -> &[T; 16] {
+    assert!(bytes.len() == 16 * size_of::<T>());
+    debug_assert!(bytes.as_ptr().addr().is_multiple_of(align_of::<T>()));
+    // SAFETY: the length was checked; `T` is plain, so any bytes are a value; packed weights and pages
+    // start at 64-byte boundaries and every offset in them is a multiple of 16 numbers.
+    unsafe { &*bytes.as_ptr().cast::<[T; 16]>() }
+}
+
+/// `N` elements from `i` on.
+#[inline(always)]
+fn array<T, const N: usize>(x: &[T], i: usize) -> &[T; N] {
+    let Some(x) = x.get(i..).and_then(|x| x.first_chunk()) else { unreachable!("checked shapes") };
+    x
+}
+
+/// `N` elements from `i` on.
+#[inline(always)]
+fn array_mut<T, const N: usize>(x: &mut [T], i: usize) -> &mut [T; N] {
+    let Some(x) = x.get_mut(i..).and_then(|x| x.first_chunk_mut()) else {
+        unreachable!("checked shapes")
+    };
+    x
+}
+
+#[cfg(test)]
+mod tests;

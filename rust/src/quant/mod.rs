@@ -1,1 +1,48 @@
-//! The canonical quantized forms.
+//! The canonical quantized forms of a weight, and the arithmetic that makes and reads them.
+//! Scalar code without an instruction set, without I/O. `kernels::pack` brings these forms into the
+//! order the kernels read.
+//!
+//! Both forms are int8 values with one f32 scale per row and [`BLOCK`] inputs, `w = d * w8`:
+//!
+//! | form | stored | bits per weight |
+//! |---|---|---|
+//! | [`BlockQ8`] | `w8` itself | 8.125 |
+//! | [`BlockQ4`] | a nibble `q`, and per [`GROUP`] inputs a scale `sc` and an offset `mn`: `w8 = sc*q - mn` | 4.5 |
+//!
+//! An int4 weight therefore *is* an int8 weight, exactly. A dot product is an exact integer over one
+//! block and one float step per block, whatever the instruction set, the batch or the phase.
+
+mod q4;
+mod q8;
+
+pub use q4::BlockQ4;
+pub use q8::BlockQ8;
+
+/// Inputs (k) that share one f32 scale, of weights and of activations.
+pub const BLOCK: usize = 256;
+/// Inputs that share one integer scale and offset in the int4 form.
+pub const GROUP: usize = 32;
+/// Groups of a block.
+pub const GROUPS: usize = BLOCK / GROUP;
+/// The largest magnitude of an int8 value, of weights and of activations. -128 is never used: its
+/// absolute value has no int8.
+pub const MAX: f32 = 127.0;
+/// Blocks whose largest magnitude is below this become zeros, so that products of two scales stay
+/// normal numbers.
+pub const TINY: f32 = 1.0 / (1u128 << 80) as f32;
+
+/// Largest magnitude of finite values.
+#[inline(always)]
+pub(crate) fn amax(x: &[f32]) -> f32 {
+    // Sixteen running maxima, so that a compiler may use vectors; a maximum has no order.
+    let mut m = [0.0f32; 16];
+    for x in x.chunks(16) {
+        for (m, x) in m.iter_mut().zip(x) {
+            *m = m.max(x.abs());
+        }
+    }
+    m.into_iter().fold(0.0, f32::max)
+}
+
+#[cfg(test)]
+mod tests;

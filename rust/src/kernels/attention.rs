@@ -1,0 +1,387 @@
+//! Attention over paged keys and values, and writing them into a page; written once for every set.
+//!
+//! A page holds [`PAGE`] positions of one key/value head:
+//!
+//! ```text
+//! f16    K: 4 x [d][16] | V: [64][dp]                                         dp = d rounded up to 16
+//! int8   K: 4 x [d][16] | V: [64][dp] | f32 K scale [64] | f32 V scale [64]
+//! ```
+//!
+//! A lane is a key while scores are made and a dimension while values are summed, so nothing is added
+//! across lanes. The order, whatever the tile, the batch or the chunk of a prompt: keys in chunks of
+//! [`CHUNK`] by absolute position; a score is one chain of fused multiply-adds over the dimensions; the
+//! sum of a chunk's weights is by key modulo 16 and a tree; its values are one chain over keys; chunks
+//! are merged in ascending order (Milakov & Gimelshein 2018; Dao et al. 2022).
+
+use super::float::{exp, softcap, tree};
+use super::simd::F32x16;
+use super::{array, array_mut, cast};
+
+/// Positions of a page.
+pub const PAGE: usize = 64;
+/// Keys of a chunk: part of the definition, not a tuning value.
+const CHUNK: usize = 512;
+/// Rows that one call may have.
+pub const MAX_ROWS: usize = 16;
+
+/// How keys and values are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvDtype {
+    /// IEEE half precision.
+    F16,
+    /// int8 with one f32 scale per position and head, `amax / 127`.
+    Int8,
+}
+
+impl KvDtype {
+    /// Bytes of one head's page.
+    pub fn page_bytes(self, d: usize) -> usize {
+        let values = PAGE * (d + d.next_multiple_of(16));
+        match self {
+            KvDtype::F16 => 2 * values,
+            KvDtype::Int8 => values + 2 * 4 * PAGE,
+        }
+    }
+}
+
+/// Rows of queries that share a key/value head, and the keys that each sees.
+pub struct Attend<'a> {
+    /// `[rows, d]`, at most [`MAX_ROWS`] rows.
+    pub q: &'a [f32],
+    /// Dimensions of a head.
+    pub d: usize,
+    /// Multiplies each score.
+    pub scale: f32,
+    /// `cap * tanh(score / cap)`.
+    pub softcap: Option<f32>,
+    /// For each row the positions it sees, `from..to`, not empty.
+    pub seen: &'a [(u32, u32)],
+    /// The pages of one layer.
+    pub kv: &'a [u8],
+    /// Page of each 64 positions.
+    pub table: &'a [u32],
+    /// Bytes from a page to the next.
+    pub page_stride: usize,
+    /// Where in a page this head begins.
+    pub head_offset: usize,
+}
+
+/// Floats of scratch that a call needs for `rows` rows.
+pub fn scratch_len(rows: usize, d: usize) -> usize {
+    rows * (CHUNK + d.next_multiple_of(16))
+}
+
+/// How a stored element becomes lanes.
+pub(super) trait Stored {
+    const DTYPE: KvDtype;
+    const WIDTH: usize;
+    fn load<V: F32x16>(line: &[u8]) -> V;
+}
+pub(super) struct F16;
+pub(super) struct Int8;
+
+impl Stored for F16 {
+    const DTYPE: KvDtype = KvDtype::F16;
+    const WIDTH: usize = 2;
+    #[inline(always)]
+    fn load<V: F32x16>(line: &[u8]) -> V {
+        V::load_f16(cast(line))
+    }
+}
+impl Stored for Int8 {
+    const DTYPE: KvDtype = KvDtype::Int8;
+    const WIDTH: usize = 1;
+    #[inline(always)]
+    fn load<V: F32x16>(line: &[u8]) -> V {
+        V::load_i8(cast(line))
+    }
+}
+
+/// One page of one head.
+struct Page<'a> {
+    keys: &'a [u8],
+    values: &'a [u8],
+    key_scales: &'a [u8],
+    value_scales: &'a [u8],
+}
+
+#[inline(always)]
+fn page<'a, S: Stored>(a: &Attend<'a>, index: usize) -> Page<'a> {
+    let start = a.table[index] as usize * a.page_stride + a.head_offset;
+    let bytes = &a.kv[start..][..S::DTYPE.page_bytes(a.d)];
+    let (keys, rest) = bytes.split_at(PAGE * a.d * S::WIDTH);
+    let (values, scales) = rest.split_at(PAGE * a.d.next_multiple_of(16) * S::WIDTH);
+    let (key_scales, value_scales) = scales.split_at(scales.len() / 2);
+    Page { keys, values, key_scales, value_scales }
+}
+
+/// `out`: `[rows, dp]`. `scratch`: [`scratch_len`] floats.
+#[inline(always)]
+pub(super) fn attend<V: F32x16, S: Stored>(a: &Attend<'_>, out: &mut [f32], scratch: &mut [f32]) {
+    let rows = a.seen.len();
+    let dp = a.d.next_multiple_of(16);
+    let (scores, sums) = scratch.split_at_mut(rows * CHUNK);
+    let mut max = [f32::NEG_INFINITY; MAX_ROWS];
+    let mut total = [0.0f32; MAX_ROWS];
+    out.fill(0.0);
+    let from = a.seen.iter().map(|s| s.0).min().unwrap_or(0) as usize;
+    let to = a.seen.iter().map(|s| s.1).max().unwrap_or(0) as usize;
+    let mut start = from;
+    while start < to {
+        let chunk = start / CHUNK * CHUNK;
+        let end = to.min(chunk + CHUNK);
+        // Whole 16-key blocks; keys outside start..end are masked below.
+        let blocks = (start - chunk) / 16 * 16..(end - chunk).next_multiple_of(16);
+        let mut r = 0;
+        while r < rows {
+            r += match rows - r {
+                4.. if V::WIDE => score::<V, S, 4, 4>(a, r, scores, chunk, &blocks),
+                2.. if V::WIDE => score::<V, S, 2, 4>(a, r, scores, chunk, &blocks),
+                2.. => score::<V, S, 2, 2>(a, r, scores, chunk, &blocks),
+                _ => score::<V, S, 1, 4>(a, r, scores, chunk, &blocks),
+            };
+        }
+        let mut chunk_max = [f32::NEG_INFINITY; MAX_ROWS];
+        let mut chunk_total = [0.0f32; MAX_ROWS];
+        for r in 0..rows {
+            let row = &mut scores[r * CHUNK..][blocks.clone()];
+            let first = chunk + blocks.start;
+            let seen = (a.seen[r].0 as usize).clamp(first, first + row.len()) - first
+                ..(a.seen[r].1 as usize).clamp(first, first + row.len()) - first;
+            if seen.is_empty() {
+                row.fill(0.0);
+                continue;
+            }
+            row[..seen.start].fill(f32::NEG_INFINITY);
+            row[seen.end..].fill(f32::NEG_INFINITY);
+            if let Some(cap) = a.softcap {
+                softcap(&mut row[seen.clone()], cap);
+            }
+            let mut lanes = [f32::NEG_INFINITY; 16];
+            for s in row.as_chunks::<16>().0 {
+                for i in 0..16 {
+                    lanes[i] = lanes[i].max(s[i]);
+                }
+            }
+            let m = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+            let mut lanes = [0.0f32; 16];
+            for s in row.as_chunks_mut::<16>().0 {
+                for i in 0..16 {
+                    s[i] = exp(s[i] - m);
+                    lanes[i] += s[i];
+                }
+            }
+            (chunk_max[r], chunk_total[r]) = (m, tree(lanes));
+        }
+        let mut r = 0;
+        while r < rows {
+            r += match rows - r {
+                4.. if V::WIDE => sum::<V, S, 4>(a, r, scores, sums, start..end, chunk),
+                2.. => sum::<V, S, 2>(a, r, scores, sums, start..end, chunk),
+                _ => sum::<V, S, 1>(a, r, scores, sums, start..end, chunk),
+            };
+        }
+        for r in 0..rows {
+            if chunk_max[r] == f32::NEG_INFINITY {
+                continue;
+            }
+            let m = max[r].max(chunk_max[r]);
+            let (old, new) = (exp(max[r] - m), exp(chunk_max[r] - m));
+            max[r] = m;
+            total[r] = chunk_total[r].mul_add(new, total[r] * old);
+            for (o, &s) in out[r * dp..][..dp].iter_mut().zip(&sums[r * dp..][..dp]) {
+                *o = s.mul_add(new, *o * old);
+            }
+        }
+        start = end;
+    }
+    for r in 0..rows {
+        let inv = 1.0 / total[r];
+        for o in &mut out[r * dp..][..dp] {
+            *o *= inv;
+        }
+    }
+}
+
+/// Scores of rows `r..r + R` with the blocks of a chunk. Gives `R`.
+#[inline(always)]
+fn score<V: F32x16, S: Stored, const R: usize, const B: usize>(
+    a: &Attend<'_>,
+    r: usize,
+    scores: &mut [f32],
+    chunk: usize,
+    blocks: &std::ops::Range<usize>,
+) -> usize {
+    let queries: [&[f32]; R] = std::array::from_fn(|i| &a.q[(r + i) * a.d..][..a.d]);
+    let line = 16 * S::WIDTH;
+    let mut key = blocks.start;
+    while key < blocks.end {
+        let page = page::<S>(a, (chunk + key) / PAGE);
+        let first = key % PAGE / 16;
+        // Blocks of this page, at most B of them.
+        let n = B.min(4 - first).min((blocks.end - key) / 16);
+        let mut acc = [[V::splat(0.0); B]; R];
+        if n == B {
+            let lines: [&[u8]; B] =
+                std::array::from_fn(|b| &page.keys[(first + b) * a.d * line..][..a.d * line]);
+            for i in 0..a.d {
+                let k: [V; B] = std::array::from_fn(|b| S::load(&lines[b][i * line..][..line]));
+                for (acc, q) in acc.iter_mut().zip(queries) {
+                    let q = V::splat(q[i]);
+                    for b in 0..B {
+                        acc[b] = k[b].fma(q, acc[b]);
+                    }
+                }
+            }
+        } else {
+            for b in 0..n {
+                let lines = &page.keys[(first + b) * a.d * line..][..a.d * line];
+                for i in 0..a.d {
+                    let k: V = S::load(&lines[i * line..][..line]);
+                    for (acc, q) in acc.iter_mut().zip(queries) {
+                        acc[b] = k.fma(V::splat(q[i]), acc[b]);
+                    }
+                }
+            }
+        }
+        let scale = V::splat(a.scale);
+        for (i, acc) in acc.iter().enumerate() {
+            for (b, &acc) in acc.iter().enumerate().take(n) {
+                let acc = match S::DTYPE {
+                    KvDtype::F16 => acc,
+                    KvDtype::Int8 => acc.mul(scales(page.key_scales, first + b)),
+                };
+                acc.mul(scale).store(array_mut(scores, (r + i) * CHUNK + key + 16 * b));
+            }
+        }
+        key += 16 * n;
+    }
+    R
+}
+
+/// Sixteen scales of a page.
+#[inline(always)]
+fn scales<V: F32x16>(bytes: &[u8], block: usize) -> V {
+    V::load(cast(&bytes[block * 64..][..64]))
+}
+
+/// Weighted sums of the values at `keys` for rows `r..r + R`. Gives `R`.
+#[inline(always)]
+fn sum<V: F32x16, S: Stored, const R: usize>(
+    a: &Attend<'_>,
+    r: usize,
+    scores: &[f32],
+    sums: &mut [f32],
+    keys: std::ops::Range<usize>,
+    chunk: usize,
+) -> usize {
+    let dp = a.d.next_multiple_of(16);
+    let mut d = 0;
+    while d < dp {
+        d += match (dp - d) / 16 {
+            4.. if V::WIDE => strips::<V, S, R, 4>(a, r, scores, sums, &keys, chunk, d),
+            2.. => strips::<V, S, R, 2>(a, r, scores, sums, &keys, chunk, d),
+            _ => strips::<V, S, R, 1>(a, r, scores, sums, &keys, chunk, d),
+        };
+    }
+    R
+}
+
+/// Dimensions `d..d + 16 * N` of [`sum`]. Gives their number.
+#[inline(always)]
+fn strips<V: F32x16, S: Stored, const R: usize, const N: usize>(
+    a: &Attend<'_>,
+    r: usize,
+    scores: &[f32],
+    sums: &mut [f32],
+    keys: &std::ops::Range<usize>,
+    chunk: usize,
+    d: usize,
+) -> usize {
+    let dp = a.d.next_multiple_of(16);
+    let mut acc = [[V::splat(0.0); N]; R];
+    let weights: [&[f32]; R] = std::array::from_fn(|i| &scores[(r + i) * CHUNK..][..CHUNK]);
+    let mut key = keys.start;
+    while key < keys.end {
+        let page = page::<S>(a, key / PAGE);
+        let end = keys.end.min((key / PAGE + 1) * PAGE);
+        while key < end {
+            let row = &page.values[(key % PAGE * dp + d) * S::WIDTH..][..16 * N * S::WIDTH];
+            let v: [V; N] =
+                std::array::from_fn(|i| S::load(&row[16 * i * S::WIDTH..][..16 * S::WIDTH]));
+            let scale = match S::DTYPE {
+                KvDtype::F16 => 1.0,
+                KvDtype::Int8 => f32::from_le_bytes(*array(page.value_scales, key % PAGE * 4)),
+            };
+            for (acc, weights) in acc.iter_mut().zip(weights) {
+                let w = V::splat(weights[key - chunk] * scale);
+                for i in 0..N {
+                    acc[i] = v[i].fma(w, acc[i]);
+                }
+            }
+            key += 1;
+        }
+    }
+    for (i, acc) in acc.iter().enumerate() {
+        for (n, acc) in acc.iter().enumerate() {
+            acc.store(array_mut(sums, (r + i) * dp + d + 16 * n));
+        }
+    }
+    16 * N
+}
+
+/// Writes the key and value of one position and head, `[d]` each, into slot `slot` of a head's page.
+#[inline(always)]
+pub(super) fn write_f16<V: F32x16>(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
+    let (d, dp) = (k.len(), k.len().next_multiple_of(16));
+    let (keys, values) = page.split_at_mut(PAGE * d * 2);
+    let lines = &mut keys[slot / 16 * d * 32..][..d * 32];
+    let row = &mut values[slot * dp * 2..][..dp * 2];
+    let mut half = [0u16; 16];
+    for i in (0..d).step_by(16) {
+        let n = 16.min(d - i);
+        let mut lanes = [0.0f32; 16];
+        lanes[..n].copy_from_slice(&k[i..i + n]);
+        V::load(&lanes).store_f16(&mut half);
+        for (j, half) in half[..n].iter().enumerate() {
+            lines[((i + j) * 16 + slot % 16) * 2..][..2].copy_from_slice(&half.to_le_bytes());
+        }
+        lanes = [0.0; 16];
+        lanes[..n].copy_from_slice(&v[i..i + n]);
+        V::load(&lanes).store_f16(&mut half);
+        for (row, half) in row[i * 2..].chunks_exact_mut(2).zip(half) {
+            row.copy_from_slice(&half.to_le_bytes());
+        }
+    }
+}
+
+/// As [`write_f16`], in int8.
+#[inline(always)]
+pub(super) fn write_i8(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
+    let (d, dp) = (k.len(), k.len().next_multiple_of(16));
+    let (keys, rest) = page.split_at_mut(PAGE * d);
+    let (values, scales) = rest.split_at_mut(PAGE * dp);
+    let (key_scales, value_scales) = scales.split_at_mut(PAGE * 4);
+    let (inv, scale) = int8_scale(k);
+    key_scales[slot * 4..][..4].copy_from_slice(&scale.to_le_bytes());
+    for (i, &x) in k.iter().enumerate() {
+        keys[(slot / 16 * d + i) * 16 + slot % 16] = (x * inv).round_ties_even() as i8 as u8;
+    }
+    let (inv, scale) = int8_scale(v);
+    value_scales[slot * 4..][..4].copy_from_slice(&scale.to_le_bytes());
+    let row = &mut values[slot * dp..][..dp];
+    row.fill(0);
+    for (row, &x) in row.iter_mut().zip(v) {
+        *row = (x * inv).round_ties_even() as i8 as u8;
+    }
+}
+
+/// `127 / amax` and `amax / 127`, both 0 for a row of (nearly) zeros.
+#[inline(always)]
+fn int8_scale(x: &[f32]) -> (f32, f32) {
+    let amax = crate::quant::amax(x);
+    if amax < crate::quant::TINY {
+        return (0.0, 0.0);
+    }
+    (crate::quant::MAX / amax, amax / crate::quant::MAX)
+}

@@ -1,0 +1,377 @@
+//! The float kernels, written once for every instruction set: plain loops that a compiler may put into
+//! vectors without changing a bit, and loops over [`F32x16`]. `instantiate!` compiles them for one set.
+//!
+//! Orders that every set keeps: a dot product is one chain of fused multiply-adds, k ascending, one chain
+//! per output; a sum over a row is 16 partial sums by index modulo 16, ascending, then a tree 8-4-2-1.
+
+use super::layout::{self, ROWS};
+use super::simd::F32x16;
+use crate::quant::{self, BLOCK, BlockQ4, BlockQ8, GROUP, GROUPS};
+
+/// The activation of a gated feed-forward layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(x)` (Elfwing et al. 2017).
+    Silu,
+    /// `x * Phi(x)` with the tanh approximation (Hendrycks & Gimpel 2016).
+    GeluTanh,
+}
+
+/// The float kernels of one instruction set; the fields of `Kernels` of the same names say what they do.
+#[derive(Clone, Copy)]
+pub(super) struct Floats {
+    pub(super) gemm_f32: unsafe fn(&[u8], usize, &[f32], &mut [f32]),
+    pub(super) gemm_f16: unsafe fn(&[u8], usize, &[f32], &mut [f32]),
+    pub(super) gemm_bf16: unsafe fn(&[u8], usize, &[f32], &mut [f32]),
+    pub(super) quantize: unsafe fn(&[f32], &mut [i8], &mut [i16; GROUPS]) -> (f32, i32),
+    pub(super) pack_q4: unsafe fn(&[[f32; BLOCK]; ROWS], usize, &mut [u8]),
+    pub(super) pack_q8: unsafe fn(&[[f32; BLOCK]; ROWS], usize, &mut [u8]),
+    pub(super) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
+    pub(super) rope: unsafe fn(&mut [f32], &[f32]),
+    pub(super) gate: unsafe fn(Activation, &mut [f32], &[f32]),
+    pub(super) add: unsafe fn(&mut [f32], &[f32]),
+    pub(super) softcap: unsafe fn(&mut [f32], f32),
+    pub(super) attend_f16: unsafe fn(&super::Attend<'_>, &mut [f32], &mut [f32]),
+    pub(super) attend_i8: unsafe fn(&super::Attend<'_>, &mut [f32], &mut [f32]),
+    pub(super) write_f16: unsafe fn(&[f32], &[f32], usize, &mut [u8]),
+    pub(super) write_i8: unsafe fn(&[f32], &[f32], usize, &mut [u8]),
+}
+
+/// Compiles every float kernel with `$v` as the vector and the given target features, as `FLOATS`.
+macro_rules! instantiate {
+    ($v:ty $(, $features:literal)?) => {
+        pub(super) const FLOATS: crate::kernels::float::Floats = {
+            use crate::kernels::float::{self, Activation, Floats};
+            use crate::kernels::layout::ROWS;
+            use crate::kernels::{Attend, attention};
+            use crate::quant::{BLOCK, GROUPS};
+            type Rows = [[f32; BLOCK]; ROWS];
+
+            $(#[target_feature(enable = $features)])?
+            unsafe fn gemm_f32(w: &[u8], k: usize, x: &[f32], y: &mut [f32]) {
+                float::gemm::<$v, float::F32>(w, k, x, y)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn gemm_f16(w: &[u8], k: usize, x: &[f32], y: &mut [f32]) {
+                float::gemm::<$v, float::F16>(w, k, x, y)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn gemm_bf16(w: &[u8], k: usize, x: &[f32], y: &mut [f32]) {
+                float::gemm::<$v, float::Bf16>(w, k, x, y)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn quantize(x: &[f32], q: &mut [i8], sums: &mut [i16; GROUPS]) -> (f32, i32) {
+                float::quantize(x, q, sums)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn pack_q4(x: &Rows, k: usize, out: &mut [u8]) {
+                float::pack_q4(x, k, out)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn pack_q8(x: &Rows, k: usize, out: &mut [u8]) {
+                float::pack_q8(x, k, out)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn rms_norm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) {
+                float::rms_norm(x, gain, eps, out)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn rope(x: &mut [f32], cos_sin: &[f32]) {
+                float::rope(x, cos_sin)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn gate(act: Activation, gate: &mut [f32], up: &[f32]) {
+                float::gate(act, gate, up)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn add(x: &mut [f32], y: &[f32]) {
+                float::add(x, y)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn softcap(x: &mut [f32], cap: f32) {
+                float::softcap(x, cap)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn attend_f16(a: &Attend<'_>, out: &mut [f32], scratch: &mut [f32]) {
+                attention::attend::<$v, attention::F16>(a, out, scratch)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn attend_i8(a: &Attend<'_>, out: &mut [f32], scratch: &mut [f32]) {
+                attention::attend::<$v, attention::Int8>(a, out, scratch)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn write_f16(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
+                attention::write_f16::<$v>(k, v, slot, page)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn write_i8(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
+                attention::write_i8(k, v, slot, page)
+            }
+            Floats {
+                gemm_f32,
+                gemm_f16,
+                gemm_bf16,
+                quantize,
+                pack_q4,
+                pack_q8,
+                rms_norm,
+                rope,
+                gate,
+                add,
+                softcap,
+                attend_f16,
+                attend_i8,
+                write_f16,
+                write_i8,
+            }
+        };
+    };
+}
+pub(super) use instantiate;
+
+/// How a stored float becomes lanes.
+pub(super) trait Stored {
+    const WIDTH: usize;
+    fn load<V: F32x16>(line: &[u8]) -> V;
+}
+pub(super) struct F32;
+pub(super) struct F16;
+pub(super) struct Bf16;
+
+impl Stored for F32 {
+    const WIDTH: usize = 4;
+    #[inline(always)]
+    fn load<V: F32x16>(line: &[u8]) -> V {
+        V::load(super::cast(line))
+    }
+}
+impl Stored for F16 {
+    const WIDTH: usize = 2;
+    #[inline(always)]
+    fn load<V: F32x16>(line: &[u8]) -> V {
+        V::load_f16(super::cast(line))
+    }
+}
+impl Stored for Bf16 {
+    const WIDTH: usize = 2;
+    #[inline(always)]
+    fn load<V: F32x16>(line: &[u8]) -> V {
+        V::load_bf16(super::cast(line))
+    }
+}
+
+/// `y[t][n] = sum over k of x[t][k] * w[n][k]`, one chain of fused multiply-adds per output.
+/// `w`: row blocks of stored floats; `x`: `[m, k]`; `y`: `[m, 16 * row blocks]`.
+#[inline(always)]
+pub(super) fn gemm<V: F32x16, S: Stored>(w: &[u8], k: usize, x: &[f32], y: &mut [f32]) {
+    let size = k * ROWS * S::WIDTH;
+    let width = w.len() / size * ROWS;
+    let m = x.len() / k;
+    let mut t = 0;
+    while t < m {
+        // Tokens share each loaded line; row blocks share nothing but hide the latency of a chain.
+        let step = match m - t {
+            4.. => 4,
+            2.. => 2,
+            _ => 1,
+        };
+        let (x, y) = (&x[t * k..(t + step) * k], &mut y[t * width..(t + step) * width]);
+        let mut n = 0;
+        while n < width {
+            let blocks = if V::WIDE && width - n >= 4 * ROWS { 4 } else { 1 };
+            let w = &w[n / ROWS * size..][..blocks * size];
+            match (step, blocks) {
+                (4, 4) => tile::<V, S, 4, 4>(w, k, x, y, n, width),
+                (4, _) => tile::<V, S, 4, 1>(w, k, x, y, n, width),
+                (2, 4) => tile::<V, S, 2, 4>(w, k, x, y, n, width),
+                (2, _) => tile::<V, S, 2, 1>(w, k, x, y, n, width),
+                (_, 4) => tile::<V, S, 1, 4>(w, k, x, y, n, width),
+                _ => tile::<V, S, 1, 1>(w, k, x, y, n, width),
+            }
+            n += blocks * ROWS;
+        }
+        t += step;
+    }
+}
+
+#[inline(always)]
+fn tile<V: F32x16, S: Stored, const M: usize, const R: usize>(
+    w: &[u8],
+    k: usize,
+    x: &[f32],
+    y: &mut [f32],
+    n: usize,
+    width: usize,
+) {
+    let mut acc = [[V::splat(0.0); R]; M];
+    let line = ROWS * S::WIDTH;
+    let rows: [&[u8]; R] = std::array::from_fn(|r| &w[r * k * line..][..k * line]);
+    let xs: [&[f32]; M] = std::array::from_fn(|t| &x[t * k..][..k]);
+    for i in 0..k {
+        let w: [V; R] = std::array::from_fn(|r| S::load(&rows[r][i * line..][..line]));
+        for t in 0..M {
+            let x = V::splat(xs[t][i]);
+            for r in 0..R {
+                acc[t][r] = w[r].fma(x, acc[t][r]);
+            }
+        }
+    }
+    for t in 0..M {
+        for r in 0..R {
+            acc[t][r].store(super::array_mut(y, t * width + n + r * ROWS));
+        }
+    }
+}
+
+/// Quantizes at most [`BLOCK`] activations: `s = amax / 127`, `q = rne(x * (127 / amax))`. `q` may be
+/// longer than `x`; the rest becomes zero. Gives the scale and the sum of all `q`; `sums` are by group.
+#[inline(always)]
+pub(super) fn quantize(x: &[f32], q: &mut [i8], sums: &mut [i16; GROUPS]) -> (f32, i32) {
+    let amax = quant::amax(x);
+    *sums = [0; GROUPS];
+    if amax < quant::TINY {
+        q.fill(0);
+        return (0.0, 0);
+    }
+    let inv = quant::MAX / amax;
+    // 1.5 * 2^23: adding it rounds to an integer, ties to even, that stands in the low mantissa bits.
+    const MAGIC: f32 = 12_582_912.0;
+    let (head, rest) = q.split_at_mut(x.len());
+    for (q, &x) in head.iter_mut().zip(x) {
+        *q = (x * inv + MAGIC).to_bits() as i8;
+    }
+    rest.fill(0);
+    for (sum, q) in sums.iter_mut().zip(q.chunks(GROUP)) {
+        *sum = q.iter().map(|&q| i16::from(q)).sum();
+    }
+    (amax / quant::MAX, sums.iter().map(|&s| i32::from(s)).sum())
+}
+
+/// Quantizes one block of 16 rows of `k` weights each and packs it.
+#[inline(always)]
+pub(super) fn pack_q4(x: &[[f32; BLOCK]; ROWS], k: usize, out: &mut [u8]) {
+    let mut rows = [BlockQ4::ZERO; ROWS];
+    for (row, x) in rows.iter_mut().zip(x) {
+        *row = BlockQ4::quantize(&x[..k]);
+    }
+    layout::pack_q4(&rows, out);
+}
+
+/// Quantizes one block of 16 rows of `k` weights each and packs it.
+#[inline(always)]
+pub(super) fn pack_q8(x: &[[f32; BLOCK]; ROWS], k: usize, out: &mut [u8]) {
+    let mut rows = [BlockQ8::ZERO; ROWS];
+    for (row, x) in rows.iter_mut().zip(x) {
+        *row = BlockQ8::quantize(&x[..k]);
+    }
+    layout::pack_q8(&rows, out);
+}
+
+/// Sixteen partial sums, then a tree 8-4-2-1.
+#[inline(always)]
+pub(super) fn tree(mut a: [f32; 16]) -> f32 {
+    let mut n = 8;
+    while n > 0 {
+        for i in 0..n {
+            a[i] += a[i + n];
+        }
+        n /= 2;
+    }
+    a[0]
+}
+
+/// `out = x / sqrt(mean(x^2) + eps) * gain` (Zhang & Sennrich 2019).
+#[inline(always)]
+pub(super) fn rms_norm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) {
+    let mut sums = [0.0f32; 16];
+    for x in x.chunks(16) {
+        for (sum, &x) in sums.iter_mut().zip(x) {
+            *sum = x.mul_add(x, *sum);
+        }
+    }
+    let inv = 1.0 / (tree(sums) / x.len() as f32 + eps).sqrt();
+    for ((out, &x), &gain) in out.iter_mut().zip(x).zip(gain) {
+        *out = x * inv * gain;
+    }
+}
+
+/// Rotates one head: `x[i]` and `x[i + half]` are a pair (Su et al. 2021, half-split order).
+/// `cos_sin`: `half` cosines, then `half` sines.
+#[inline(always)]
+pub(super) fn rope(x: &mut [f32], cos_sin: &[f32]) {
+    let half = cos_sin.len() / 2;
+    let (cos, sin) = cos_sin.split_at(half);
+    let (a, b) = x[..2 * half].split_at_mut(half);
+    for i in 0..half {
+        let (p, q) = (a[i], b[i]);
+        a[i] = p.mul_add(cos[i], -(q * sin[i]));
+        b[i] = q.mul_add(cos[i], p * sin[i]);
+    }
+}
+
+/// e^x to about 1 ulp. Exactly 0 below -87.3, infinite above 88.4.
+///
+/// `x = n ln 2 + r`; the polynomial in `r` is Cephes' expf; `n` goes into the exponent by an addition.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    const MAGIC: f32 = 12_582_912.0;
+    let z = x.clamp(-88.0, 88.8);
+    let shifted = z.mul_add(std::f32::consts::LOG2_E, MAGIC);
+    let n = shifted - MAGIC;
+    // ln 2 in two parts, so that n * the first is exact.
+    let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, z));
+    let p = 1.987_569_1e-4f32
+        .mul_add(r, 1.398_199_9e-3)
+        .mul_add(r, 8.333_452e-3)
+        .mul_add(r, 4.166_579_6e-2)
+        .mul_add(r, 1.666_666_5e-1)
+        .mul_add(r, 0.5)
+        .mul_add(r * r, r)
+        + 1.0;
+    let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(1.0f32.to_bits()));
+    if x < -87.3 { 0.0 } else { p * scale }
+}
+
+/// `1 / (1 + e^-x)`.
+#[inline(always)]
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+/// `gate = act(gate) * up`.
+#[inline(always)]
+pub(super) fn gate(act: Activation, gate: &mut [f32], up: &[f32]) {
+    match act {
+        Activation::Silu => {
+            for (g, &u) in gate.iter_mut().zip(up) {
+                *g = *g * sigmoid(*g) * u;
+            }
+        }
+        Activation::GeluTanh => {
+            // 0.5 * (1 + tanh(z)) = sigmoid(2 z)
+            const TWICE: f32 = 1.595_769_1; // 2 * sqrt(2 / pi)
+            for (g, &u) in gate.iter_mut().zip(up) {
+                let cube = *g * *g * *g;
+                *g = *g * sigmoid(TWICE * cube.mul_add(0.044_715, *g)) * u;
+            }
+        }
+    }
+}
+
+/// `x += y`.
+#[inline(always)]
+pub(super) fn add(x: &mut [f32], y: &[f32]) {
+    for (x, &y) in x.iter_mut().zip(y) {
+        *x += y;
+    }
+}
+
+/// `x = cap * tanh(x / cap)` (Gemma 2's soft cap).
+#[inline(always)]
+pub(super) fn softcap(x: &mut [f32], cap: f32) {
+    let twice = 2.0 / cap;
+    for x in x {
+        // tanh(z) = 2 * sigmoid(2 z) - 1
+        *x = cap * sigmoid(*x * twice).mul_add(2.0, -1.0);
+    }
+}

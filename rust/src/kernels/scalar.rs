@@ -1,0 +1,54 @@
+//! The specification: what every other set must compute, bit by bit. Written for reading.
+
+use super::layout::{Form, ROWS, blocks, unpack_q4, unpack_q8};
+use super::simd::Lanes;
+use super::{Acts, Kernels, float};
+use crate::quant::BLOCK;
+
+float::instantiate!(Lanes);
+
+pub(super) const KERNELS: Kernels =
+    Kernels { name: "scalar", supported: || true, gemm_q4, gemm_q8, float: FLOATS };
+
+/// `y[t][n] = sum over blocks b of dot(w8, a8) * (d * s)`: an exact integer over a block, then one
+/// fused multiply-add, blocks ascending.
+fn gemm(
+    form: Form,
+    w8: impl Fn(&[u8], usize) -> ([i8; BLOCK], f32),
+    w: &[u8],
+    a: &Acts<'_>,
+    y: &mut [f32],
+) {
+    let row_blocks: Vec<&[u8]> = w.chunks_exact(form.row_block_bytes(a.k)).collect();
+    for (rb, row_block) in row_blocks.iter().enumerate() {
+        for r in 0..ROWS {
+            for t in 0..a.m {
+                let mut acc = 0.0f32;
+                for (b, block) in blocks(form, row_block).enumerate() {
+                    let (w8, d) = w8(block, r);
+                    let q = a.q(b, t);
+                    let dot: i32 =
+                        q.iter().zip(w8).map(|(&q, w)| i32::from(q) * i32::from(w)).sum();
+                    acc = (dot as f32).mul_add(d * a.s(b, t), acc);
+                }
+                y[t * ROWS * row_blocks.len() + rb * ROWS + r] = acc;
+            }
+        }
+    }
+}
+
+unsafe fn gemm_q4(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
+    let row = |block: &[u8], r| {
+        let row = unpack_q4(block, r);
+        (std::array::from_fn(|k| row.w8(k)), row.d)
+    };
+    gemm(Form::Q4, row, w, a, y);
+}
+
+unsafe fn gemm_q8(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
+    let row = |block: &[u8], r| {
+        let row = unpack_q8(block, r);
+        (row.q, row.d)
+    };
+    gemm(Form::Q8, row, w, a, y);
+}

@@ -1,0 +1,59 @@
+//! Sixteen f32 side by side: the one vector type the float kernels are written in. Each instruction set
+//! implements it with its own registers; every operation is one IEEE operation per lane, so all
+//! implementations give the same bits.
+
+use half::{bf16, f16};
+
+/// Sixteen lanes of f32.
+pub(super) trait F32x16: Copy {
+    /// Whether the CPU has registers for a tile of 16 of these (else a tile of 4 is used).
+    const WIDE: bool;
+
+    fn splat(x: f32) -> Self;
+    fn load(x: &[f32; 16]) -> Self;
+    fn load_f16(x: &[u16; 16]) -> Self;
+    fn load_bf16(x: &[u16; 16]) -> Self;
+    fn load_i8(x: &[i8; 16]) -> Self;
+    fn store(self, out: &mut [f32; 16]);
+    /// Rounds to nearest, ties to even.
+    fn store_f16(self, out: &mut [u16; 16]);
+    /// `self * a + b` with one rounding.
+    fn fma(self, a: Self, b: Self) -> Self;
+    fn mul(self, a: Self) -> Self;
+}
+
+/// The specification of [`F32x16`].
+#[derive(Clone, Copy)]
+pub(super) struct Lanes([f32; 16]);
+
+impl F32x16 for Lanes {
+    const WIDE: bool = false;
+
+    fn splat(x: f32) -> Self {
+        Lanes([x; 16])
+    }
+    fn load(x: &[f32; 16]) -> Self {
+        Lanes(*x)
+    }
+    fn load_f16(x: &[u16; 16]) -> Self {
+        Lanes(x.map(|x| f16::from_bits(x).to_f32()))
+    }
+    fn load_bf16(x: &[u16; 16]) -> Self {
+        Lanes(x.map(|x| bf16::from_bits(x).to_f32()))
+    }
+    fn load_i8(x: &[i8; 16]) -> Self {
+        Lanes(x.map(f32::from))
+    }
+    fn store(self, out: &mut [f32; 16]) {
+        *out = self.0;
+    }
+    fn store_f16(self, out: &mut [u16; 16]) {
+        *out = self.0.map(|x| f16::from_f32(x).to_bits());
+    }
+    fn fma(self, a: Self, b: Self) -> Self {
+        Lanes(std::array::from_fn(|i| self.0[i].mul_add(a.0[i], b.0[i])))
+    }
+    fn mul(self, a: Self) -> Self {
+        Lanes(std::array::from_fn(|i| self.0[i] * a.0[i]))
+    }
+}

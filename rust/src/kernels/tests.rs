@@ -1,0 +1,399 @@
+//! Every set this CPU can run gives the bits of `scalar`, over shapes that straddle every edge and over
+//! corner values. `scalar` itself is checked against plain arithmetic in f64.
+
+use super::layout::{Form, ROWS, block_offset, pack_float, pack_q4, pack_q8, unpack_row};
+use super::*;
+use crate::quant::{BLOCK, BlockQ4, BlockQ8};
+use proptest::prelude::*;
+
+/// Bytes that start at a multiple of 64.
+struct Aligned {
+    bytes: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl Aligned {
+    fn new(len: usize) -> Aligned {
+        let bytes = vec![0; len + 64];
+        let start = bytes.as_ptr().addr().next_multiple_of(64) - bytes.as_ptr().addr();
+        Aligned { bytes, start, len }
+    }
+    fn get(&self) -> &[u8] {
+        &self.bytes[self.start..][..self.len]
+    }
+    fn get_mut(&mut self) -> &mut [u8] {
+        &mut self.bytes[self.start..][..self.len]
+    }
+}
+
+/// SplitMix64 (Steele et al. 2014).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+    /// In -1..1, with a few zeros and a few values a hundred times larger.
+    fn value(&mut self) -> f32 {
+        let x = (self.next() >> 40) as f32 / (1 << 23) as f32 - 1.0;
+        match self.next() % 64 {
+            0 => 0.0,
+            1 => 100.0 * x,
+            _ => x,
+        }
+    }
+    fn values(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| self.value()).collect()
+    }
+}
+
+/// Owned [`Acts`].
+struct Quantized {
+    m: usize,
+    k: usize,
+    q: Vec<i8>,
+    s: Vec<f32>,
+    sums: Vec<[i16; GROUPS]>,
+    totals: Vec<i32>,
+}
+
+impl Quantized {
+    fn new(kernels: &Kernels, x: &[f32], m: usize) -> Quantized {
+        let inputs = x.len() / m;
+        let k = layout::padded_k(inputs);
+        let scales = k.div_ceil(BLOCK) * m;
+        let mut a = Quantized {
+            m,
+            k,
+            q: vec![0; m * k],
+            s: vec![0.0; scales],
+            sums: vec![[0; GROUPS]; scales],
+            totals: vec![0; scales],
+        };
+        for b in 0..k.div_ceil(BLOCK) {
+            let len = BLOCK.min(k - b * BLOCK);
+            for t in 0..m {
+                let x = &x[t * inputs..(t + 1) * inputs];
+                let x = &x[(b * BLOCK).min(inputs)..((b + 1) * BLOCK).min(inputs)];
+                let q = &mut a.q[b * BLOCK * m + t * len..][..len];
+                let i = b * m + t;
+                (a.s[i], a.totals[i]) = kernels.quantize(x, q, &mut a.sums[i]);
+            }
+        }
+        a
+    }
+    /// Every value at an extreme.
+    fn extreme(&mut self) {
+        for (i, q) in self.q.iter_mut().enumerate() {
+            *q = if i % 3 == 0 { -127 } else { 127 };
+        }
+        for b in 0..self.k.div_ceil(BLOCK) {
+            let len = BLOCK.min(self.k - b * BLOCK);
+            for t in 0..self.m {
+                let q = &self.q[b * BLOCK * self.m + t * len..][..len];
+                let i = b * self.m + t;
+                self.sums[i] = [0; GROUPS];
+                for (sum, q) in self.sums[i].iter_mut().zip(q.chunks(32)) {
+                    *sum = q.iter().map(|&q| i16::from(q)).sum();
+                }
+                self.totals[i] = q.iter().map(|&q| i32::from(q)).sum();
+            }
+        }
+    }
+    fn acts(&self) -> Acts<'_> {
+        let Quantized { m, k, q, s, sums, totals } = self;
+        Acts { m: *m, k: *k, q, s, sums, totals }
+    }
+}
+
+/// Packs an `[n, k]` matrix, `n` a multiple of 16.
+fn pack(kernels: &Kernels, form: Form, w: &[f32], k: usize) -> Aligned {
+    let n = w.len() / k;
+    let size = form.row_block_bytes(k);
+    let mut out = Aligned::new(n / ROWS * size);
+    for (rb, out) in out.get_mut().chunks_exact_mut(size).enumerate() {
+        let mut done = 0;
+        for b in 0..k.div_ceil(BLOCK) {
+            let len = BLOCK.min(k - b * BLOCK);
+            let mut rows = [[0.0; BLOCK]; ROWS];
+            for (r, row) in rows.iter_mut().enumerate() {
+                row[..len].copy_from_slice(&w[(rb * ROWS + r) * k + b * BLOCK..][..len]);
+            }
+            let bytes = form.row_block_bytes(len);
+            kernels.pack(form, &rows, len, &mut out[done..done + bytes]);
+            done += bytes;
+        }
+    }
+    out
+}
+
+/// Blocks whose every field is at an extreme.
+fn extremes(form: Form, n: usize, k: usize) -> Aligned {
+    let size = form.row_block_bytes(k);
+    let mut out = Aligned::new(n / ROWS * size);
+    for out in out.get_mut().chunks_exact_mut(size) {
+        for out in out.chunks_mut(block_offset(form, 1)) {
+            if form == Form::Q4 {
+                let (d, mut rows) = (1.5f32, [BlockQ4::ZERO; ROWS]);
+                for (r, row) in rows.iter_mut().enumerate() {
+                    *row = match r % 3 {
+                        0 => BlockQ4 { d, sc: [16; 8], mn: [113; 8], q: [15; BLOCK] },
+                        1 => BlockQ4 { d, sc: [16; 8], mn: [127; 8], q: [0; BLOCK] },
+                        _ => BlockQ4 { d, sc: [1; 8], mn: [-112; 8], q: [15; BLOCK] },
+                    };
+                }
+                pack_q4(&rows, out);
+            } else {
+                let mut rows = [BlockQ8 { d: 1.5, q: [127; BLOCK] }; ROWS];
+                for row in rows.iter_mut().step_by(2) {
+                    row.q = [-127; BLOCK];
+                }
+                pack_q8(&rows, out);
+            }
+        }
+    }
+    out
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+fn gemm(kernels: &Kernels, form: Form, w: &[u8], a: &Acts<'_>) -> Vec<f32> {
+    let mut y = vec![f32::NAN; a.m * w.len() / form.row_block_bytes(a.k) * ROWS];
+    kernels.gemm(form, w, a, &mut y);
+    y
+}
+
+/// Sets to compare with `scalar`.
+fn others() -> impl Iterator<Item = &'static Kernels> {
+    available().filter(|k| k.name != "scalar")
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 48 }))]
+
+    #[test]
+    fn integer_gemm(m in 1usize..40, blocks in 1usize..5, k in 1usize..13, q4: bool, seed: u64) {
+        let (form, k) = (if q4 { Form::Q4 } else { Form::Q8 }, k * 64);
+        let mut random = Random(seed);
+        let w = random.values(blocks * ROWS * k);
+        let x = random.values(m * k);
+        let scalar = &scalar::KERNELS;
+        let packed = pack(scalar, form, &w, k);
+        let mut a = Quantized::new(scalar, &x, m);
+        let y = gemm(scalar, form, packed.get(), &a.acts());
+        for set in others() {
+            prop_assert!(pack(set, form, &w, k).get() == packed.get(), "pack, {}", set.name);
+            let b = Quantized::new(set, &x, m);
+            prop_assert!(b.q == a.q && bits(&b.s) == bits(&a.s), "quantize, {}", set.name);
+            prop_assert!(b.sums == a.sums && b.totals == a.totals, "sums, {}", set.name);
+            let z = gemm(set, form, packed.get(), &a.acts());
+            prop_assert_eq!(bits(&z), bits(&y), "{}", set.name);
+        }
+        a.extreme();
+        let packed = extremes(form, blocks * ROWS, k);
+        let y = gemm(scalar, form, packed.get(), &a.acts());
+        for set in others() {
+            let z = gemm(set, form, packed.get(), &a.acts());
+            prop_assert_eq!(bits(&z), bits(&y), "extremes, {}", set.name);
+        }
+    }
+
+    #[test]
+    fn float_gemm(m in 1usize..10, blocks in 1usize..7, k in 1usize..70, seed: u64) {
+        let mut random = Random(seed);
+        let w = random.values(blocks * ROWS * k);
+        let x = random.values(m * k);
+        for form in [Form::F32, Form::F16, Form::Bf16] {
+            let stored: Vec<Vec<u8>> = w.chunks(k).map(|row| row.iter().flat_map(|&w| match form {
+                Form::F32 => w.to_le_bytes().to_vec(),
+                Form::F16 => half::f16::from_f32(w).to_le_bytes().to_vec(),
+                _ => half::bf16::from_f32(w).to_le_bytes().to_vec(),
+            }).collect()).collect();
+            let size = form.row_block_bytes(k);
+            let mut packed = Aligned::new(blocks * size);
+            for (rb, out) in packed.get_mut().chunks_exact_mut(size).enumerate() {
+                pack_float(size / k / ROWS, |r| Some(&stored[rb * ROWS + r][..]), out);
+            }
+            let mut y = vec![0.0; m * blocks * ROWS];
+            scalar::KERNELS.gemm_float(form, packed.get(), k, &x, &mut y);
+            let mut row = vec![0.0; k];
+            for n in 0..blocks * ROWS {
+                unpack_row(form, packed.get(), n, &mut row);
+                for (t, x) in x.chunks(k).enumerate() {
+                    let sum = row.iter().zip(x).fold(0.0f32, |acc, (w, x)| w.mul_add(*x, acc));
+                    prop_assert_eq!(sum.to_bits(), y[t * blocks * ROWS + n].to_bits());
+                }
+            }
+            for set in others() {
+                let mut z = vec![0.0; y.len()];
+                set.gemm_float(form, packed.get(), k, &x, &mut z);
+                prop_assert_eq!(bits(&z), bits(&y), "{} {:?}", set.name, form);
+            }
+        }
+    }
+
+    #[test]
+    fn elementwise(n in 1usize..100, seed: u64) {
+        let mut random = Random(seed);
+        let (x, y) = (random.values(n), random.values(n));
+        let run = |set: &Kernels| {
+            let mut all = Vec::new();
+            let mut z = vec![0.0; n];
+            set.rms_norm(&x, &y, 1e-5, &mut z);
+            all.extend_from_slice(&z);
+            for act in [Activation::Silu, Activation::GeluTanh] {
+                z.copy_from_slice(&x);
+                set.gate(act, &mut z, &y);
+                all.extend_from_slice(&z);
+            }
+            z.copy_from_slice(&x);
+            set.rope(&mut z, &y[..n / 2 * 2]);
+            set.softcap(&mut z, 30.0);
+            set.add(&mut z, &y);
+            all.extend_from_slice(&z);
+            all
+        };
+        let expected = run(&scalar::KERNELS);
+        for set in others() {
+            prop_assert_eq!(bits(&run(set)), bits(&expected), "{}", set.name);
+        }
+    }
+
+    #[test]
+    fn attention(rows in 1usize..=MAX_ROWS, d in 1usize..20, len in 1usize..1200, window in 1u32..1500,
+                 int8: bool, cap: bool, seed: u64) {
+        let d = 8 * d;
+        let dtype = if int8 { KvDtype::Int8 } else { KvDtype::F16 };
+        let mut random = Random(seed);
+        let pages = len.div_ceil(PAGE);
+        let stride = 2 * dtype.page_bytes(d);
+        // Pages lie in reverse order, every second record belongs to another head.
+        let table: Vec<u32> = (0..pages as u32).rev().collect();
+        let mut mild = |n| -> Vec<f32> { random.values(n).iter().map(|x| x.clamp(-1.0, 1.0)).collect() };
+        let (k, v, q) = (mild(len * d), mild(len * d), mild(rows * d));
+        let seen: Vec<(u32, u32)> = (0..rows).map(|_| {
+            let to = 1 + (random.next() % len as u64) as u32;
+            (to.saturating_sub(window), to)
+        }).collect();
+        let write = |set: &Kernels| {
+            let mut kv = Aligned::new(pages * stride);
+            for p in 0..len {
+                let start = table[p / PAGE] as usize * stride + stride / 2;
+                let page = &mut kv.get_mut()[start..][..stride / 2];
+                set.write_kv(dtype, &k[p * d..][..d], &v[p * d..][..d], p % PAGE, page);
+            }
+            kv
+        };
+        let kv = write(&scalar::KERNELS);
+        let attend = |set: &Kernels, rows: std::ops::Range<usize>| {
+            let a = Attend {
+                q: &q[rows.start * d..rows.end * d],
+                d,
+                scale: 0.2,
+                softcap: cap.then_some(50.0),
+                seen: &seen[rows.clone()],
+                kv: kv.get(),
+                table: &table,
+                page_stride: stride,
+                head_offset: stride / 2,
+            };
+            let mut out = vec![0.0; rows.len() * d.next_multiple_of(16)];
+            let mut scratch = vec![f32::NAN; scratch_len(rows.len(), d)];
+            set.attend(dtype, &a, &mut out, &mut scratch);
+            out
+        };
+        let expected = attend(&scalar::KERNELS, 0..rows);
+        for set in others() {
+            prop_assert!(write(set).get() == kv.get(), "write, {}", set.name);
+            prop_assert_eq!(bits(&attend(set, 0..rows)), bits(&expected), "{}", set.name);
+        }
+        // A row's result does not depend on the rows beside it.
+        let dp = d.next_multiple_of(16);
+        for r in 0..rows {
+            let alone = attend(available().next().unwrap(), r..r + 1);
+            prop_assert_eq!(bits(&alone), bits(&expected[r * dp..][..dp]));
+        }
+        // Against softmax in f64 over what a page can hold.
+        let stored = |x: &[f32]| -> Vec<f64> {
+            x.chunks(d).flat_map(|x| {
+                let step = f64::from(crate::quant::amax(x)) / 127.0;
+                x.iter().map(move |&x| match dtype {
+                    KvDtype::F16 => half::f16::from_f32(x).to_f64(),
+                    KvDtype::Int8 => (f64::from(x) / step).round_ties_even() * step,
+                })
+            }).collect()
+        };
+        let (k, v) = (stored(&k), stored(&v));
+        for (r, &(from, to)) in seen.iter().enumerate().take(2) {
+            let q = &q[r * d..][..d];
+            let scores: Vec<f64> = (from as usize..to as usize).map(|p| {
+                let s: f64 = q.iter().zip(&k[p * d..][..d]).map(|(&q, k)| f64::from(q) * k).sum();
+                if cap { 50.0 * (s * 0.2 / 50.0).tanh() } else { s * 0.2 }
+            }).collect();
+            let max = scores.iter().fold(f64::MIN, |a, &b| a.max(b));
+            let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+            for i in 0..d {
+                let o: f64 = scores.iter().zip(from as usize..)
+                    .map(|(s, p)| (s - max).exp() / total * v[p * d + i]).sum();
+                let e = (o - f64::from(expected[r * dp + i])).abs();
+                // A value halfway between two int8 steps may round the other way in f32.
+                prop_assert!(e <= if int8 { 1e-2 } else { 1e-4 }, "{e}");
+            }
+        }
+    }
+}
+
+#[test]
+fn scalar_gemm_is_the_dot_product_of_what_is_stored() {
+    let (n, k, m) = (2 * ROWS, 320, 3);
+    let mut random = Random(5);
+    let (w, x) = (random.values(n * k), random.values(m * k));
+    let set = &scalar::KERNELS;
+    for form in [Form::Q4, Form::Q8] {
+        let packed = pack(set, form, &w, k);
+        let a = Quantized::new(set, &x, m);
+        let y = gemm(set, form, packed.get(), &a.acts());
+        let mut row = vec![0.0; k];
+        for r in 0..n {
+            unpack_row(form, packed.get(), r, &mut row);
+            for t in 0..m {
+                let dot: f64 = (0..k)
+                    .map(|i| {
+                        let (b, acts) = (i / BLOCK, a.acts());
+                        let x = f64::from(acts.q(b, t)[i % BLOCK]) * f64::from(acts.s(b, t));
+                        f64::from(row[i]) * x
+                    })
+                    .sum();
+                let got = f64::from(y[t * n + r]);
+                assert!((got - dot).abs() <= 1e-3, "{form:?}: {got} for {dot}");
+            }
+        }
+    }
+}
+
+#[test]
+fn exp_is_within_two_ulp() {
+    let mut x = -87.0f32;
+    while x < 88.0 {
+        let (got, want) = (f64::from(float::exp(x)), f64::from(x).exp());
+        assert!((got / want - 1.0).abs() < 2.0 * f64::from(f32::EPSILON), "exp({x}) = {got}");
+        x += 0.000_73;
+    }
+    assert_eq!(float::exp(f32::NEG_INFINITY), 0.0);
+    assert_eq!(float::exp(0.0), 1.0);
+    assert_eq!(float::exp(f32::INFINITY), f32::INFINITY);
+    assert!(float::exp(f32::NAN).is_nan());
+}
+
+#[test]
+fn a_forced_set_must_exist() {
+    assert_eq!(choose(Some("scalar")).unwrap().name(), "scalar");
+    let error = choose(Some("sse9")).unwrap_err().to_string();
+    assert!(error.contains("sse9") && error.contains("scalar"), "{error}");
+}

@@ -1,0 +1,325 @@
+//! AVX2 with FMA and F16C: 16 rows are two registers of 8 lanes.
+//!
+//! int4: `vpmaddubsw` multiplies codes by activations and adds pairs in i16. Eight of them fit
+//! (15 * 127 * 2 * 8 = 30480 < 2^15), which is one group; `vpmaddwd` with the group's scale makes i32.
+//! int8: `vpmaddubsw` takes unsigned times signed, so the sign of the weight moves to the activation;
+//! |w|, |a| <= 127 keeps a pair below 2^15 (127 * 127 * 2 = 32258).
+
+use super::super::layout::{Q4_HEADER, Q8_HEADER, ROWS};
+use super::super::simd::F32x16;
+use super::super::{Acts, Form, Kernels, float};
+use crate::quant::BLOCK;
+use std::arch::x86_64::*;
+
+float::instantiate!(Ymm2, "avx2,fma,f16c");
+
+pub(in super::super) const KERNELS: Kernels = Kernels {
+    name: "avx2",
+    supported: || {
+        is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+    },
+    gemm_q4,
+    gemm_q8,
+    float: FLOATS,
+};
+
+/// Sixteen f32 in two registers.
+///
+/// Every method is inlined into a function compiled for AVX2, which only this set's callers reach.
+#[derive(Clone, Copy)]
+pub(super) struct Ymm2(__m256, __m256);
+
+// SAFETY (for every block of this impl): the code runs only inside `FLOATS` of this set, whose CPU
+// features were checked, and the loads and stores are of whole arrays behind references.
+impl F32x16 for Ymm2 {
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        // SAFETY: see above.
+        let x = unsafe { _mm256_set1_ps(x) };
+        Ymm2(x, x)
+    }
+    #[inline(always)]
+    fn load(x: &[f32; 16]) -> Self {
+        // SAFETY: see above.
+        unsafe { Ymm2(_mm256_loadu_ps(x.as_ptr()), _mm256_loadu_ps(x.as_ptr().add(8))) }
+    }
+    #[inline(always)]
+    fn load_f16(x: &[u16; 16]) -> Self {
+        // SAFETY: see above.
+        unsafe {
+            let p = x.as_ptr();
+            Ymm2(
+                _mm256_cvtph_ps(_mm_loadu_si128(p.cast())),
+                _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast())),
+            )
+        }
+    }
+    #[inline(always)]
+    fn load_bf16(x: &[u16; 16]) -> Self {
+        // SAFETY: see above.
+        unsafe {
+            let wide = |p: *const u16| {
+                let x = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))
+            };
+            Ymm2(wide(x.as_ptr()), wide(x.as_ptr().add(8)))
+        }
+    }
+    #[inline(always)]
+    fn load_i8(x: &[i8; 16]) -> Self {
+        // SAFETY: see above.
+        unsafe {
+            let wide =
+                |p: *const i8| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast())));
+            Ymm2(wide(x.as_ptr()), wide(x.as_ptr().add(8)))
+        }
+    }
+    #[inline(always)]
+    fn store(self, out: &mut [f32; 16]) {
+        // SAFETY: see above.
+        unsafe {
+            _mm256_storeu_ps(out.as_mut_ptr(), self.0);
+            _mm256_storeu_ps(out.as_mut_ptr().add(8), self.1);
+        }
+    }
+    #[inline(always)]
+    fn store_f16(self, out: &mut [u16; 16]) {
+        // SAFETY: see above.
+        unsafe {
+            let p = out.as_mut_ptr();
+            let half = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0);
+            _mm_storeu_si128(p.cast(), half);
+            let half = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.1);
+            _mm_storeu_si128(p.add(8).cast(), half);
+        }
+    }
+    #[inline(always)]
+    fn fma(self, a: Self, b: Self) -> Self {
+        // SAFETY: see above.
+        unsafe { Ymm2(_mm256_fmadd_ps(self.0, a.0, b.0), _mm256_fmadd_ps(self.1, a.1, b.1)) }
+    }
+    #[inline(always)]
+    fn mul(self, a: Self) -> Self {
+        // SAFETY: see above.
+        unsafe { Ymm2(_mm256_mul_ps(self.0, a.0), _mm256_mul_ps(self.1, a.1)) }
+    }
+}
+
+/// Bytes read ahead of the multiplication. Speed only, never results.
+const NEAR: usize = 4608;
+
+#[target_feature(enable = "avx2,fma")]
+unsafe fn gemm_q4(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
+    // SAFETY: the shapes were checked by `Kernels::gemm`.
+    unsafe {
+        for (rb, w) in w.chunks_exact(Form::Q4.row_block_bytes(a.k)).enumerate() {
+            let mut t = 0;
+            while t < a.m {
+                t += match a.m - t {
+                    4.. => rows_q4::<4>(w, a, y, rb, t),
+                    2.. => rows_q4::<2>(w, a, y, rb, t),
+                    _ => rows_q4::<1>(w, a, y, rb, t),
+                };
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+unsafe fn gemm_q8(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
+    // SAFETY: the shapes were checked by `Kernels::gemm`.
+    unsafe {
+        for (rb, w) in w.chunks_exact(Form::Q8.row_block_bytes(a.k)).enumerate() {
+            let mut t = 0;
+            while t < a.m {
+                t += match a.m - t {
+                    4.. => rows_q8::<4>(w, a, y, rb, t),
+                    2.. => rows_q8::<2>(w, a, y, rb, t),
+                    _ => rows_q8::<1>(w, a, y, rb, t),
+                };
+            }
+        }
+    }
+}
+
+/// Four consecutive int8 in every 32-bit lane.
+///
+/// # Safety
+/// Four bytes from `p + 4 * j` on can be read.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) unsafe fn four(p: *const i8, j: usize) -> __m256i {
+    // SAFETY: the caller's promise; the read may be unaligned.
+    _mm256_set1_epi32(unsafe { p.add(4 * j).cast::<i32>().read_unaligned() })
+}
+
+/// Asks for the line that this stream needs next.
+#[inline]
+#[target_feature(enable = "sse")]
+pub(super) fn prefetch(p: *const u8) {
+    _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(NEAR).cast());
+}
+
+/// The scales of two groups for 8 rows, as i32 lanes: `codes` points at their 8 bytes.
+///
+/// # Safety
+/// Eight bytes from `codes` on can be read.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) unsafe fn scales(codes: *const u8) -> (__m256i, __m256i) {
+    // SAFETY: the caller's promise.
+    let codes = _mm256_cvtepu8_epi32(unsafe { _mm_loadl_epi64(codes.cast()) });
+    let one = _mm256_set1_epi32(1);
+    let low = _mm256_and_si256(codes, _mm256_set1_epi32(15));
+    (_mm256_add_epi32(low, one), _mm256_add_epi32(_mm256_srli_epi32::<4>(codes), one))
+}
+
+/// Row block `rb` against tokens `t0..t0 + M`. Gives `M`.
+///
+/// # Safety
+/// Shapes as `Kernels::gemm` checks them, and `t0 + M <= a.m`.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn rows_q4<const M: usize>(
+    w: &[u8],
+    a: &Acts<'_>,
+    y: &mut [f32],
+    rb: usize,
+    t0: usize,
+) -> usize {
+    let nibble = _mm256_set1_epi8(0x0f);
+    let zero = _mm256_setzero_si256();
+    // SAFETY: every address below lies in this row block of the weights, in `a` or in `y`.
+    unsafe {
+        let mut p = w.as_ptr();
+        let mut acc = [[_mm256_setzero_ps(); M]; 2];
+        for b in 0..a.blocks() {
+            let len = a.len(b);
+            let q = a.q.as_ptr().add(b * BLOCK * a.m + t0 * len);
+            let at = b * a.m + t0;
+            for line in 0..Q4_HEADER / 64 {
+                prefetch(p.add(64 * line));
+            }
+            for (h, acc) in acc.iter_mut().enumerate() {
+                let mut sum = [zero; M];
+                for t in 0..len / 64 {
+                    let lines = p.add(Q4_HEADER + 512 * t + 32 * h);
+                    let (mut c0, mut c1) = ([zero; M], [zero; M]);
+                    for j in 0..8 {
+                        prefetch(lines.add(64 * j));
+                        let v = _mm256_load_si256(lines.add(64 * j).cast());
+                        let lo = _mm256_and_si256(v, nibble);
+                        let hi = _mm256_and_si256(_mm256_srli_epi16::<4>(v), nibble);
+                        for i in 0..M {
+                            let q = q.add(i * len + 64 * t);
+                            let x = _mm256_maddubs_epi16(lo, four(q, j));
+                            c0[i] = _mm256_add_epi16(c0[i], x);
+                            let x = _mm256_maddubs_epi16(hi, four(q, j + 8));
+                            c1[i] = _mm256_add_epi16(c1[i], x);
+                        }
+                    }
+                    let (s0, s1) = scales(p.add(64 + 16 * t + 8 * h));
+                    // The scale in both halves of a lane: vpmaddwd multiplies and adds the two sums.
+                    let s0 = _mm256_or_si256(s0, _mm256_slli_epi32::<16>(s0));
+                    let s1 = _mm256_or_si256(s1, _mm256_slli_epi32::<16>(s1));
+                    let mn = _mm_load_si128(p.add(128 + 32 * t + 16 * h).cast());
+                    let mn = _mm256_cvtepi8_epi16(mn);
+                    for i in 0..M {
+                        let x = _mm256_add_epi32(
+                            _mm256_madd_epi16(c0[i], s0),
+                            _mm256_madd_epi16(c1[i], s1),
+                        );
+                        let pair = a.sums.as_ptr().add(at + i).cast::<i32>().add(t);
+                        let pair = _mm256_set1_epi32(pair.read_unaligned());
+                        let x = _mm256_sub_epi32(x, _mm256_madd_epi16(mn, pair));
+                        sum[i] = _mm256_add_epi32(sum[i], x);
+                    }
+                }
+                let d = _mm256_load_ps(p.cast::<f32>().add(8 * h));
+                for i in 0..M {
+                    let scale = _mm256_mul_ps(d, _mm256_set1_ps(*a.s.get_unchecked(at + i)));
+                    acc[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[i]), scale, acc[i]);
+                }
+            }
+            p = p.add(Q4_HEADER + len / 2 * ROWS);
+        }
+        store(&acc, y, a.m, rb, t0);
+    }
+    M
+}
+
+/// As [`rows_q4`], for int8 weights.
+///
+/// # Safety
+/// As [`rows_q4`].
+#[target_feature(enable = "avx2,fma")]
+unsafe fn rows_q8<const M: usize>(
+    w: &[u8],
+    a: &Acts<'_>,
+    y: &mut [f32],
+    rb: usize,
+    t0: usize,
+) -> usize {
+    let ones = _mm256_set1_epi16(1);
+    // SAFETY: as in `rows_q4`.
+    unsafe {
+        let mut p = w.as_ptr();
+        let mut acc = [[_mm256_setzero_ps(); M]; 2];
+        for b in 0..a.blocks() {
+            let len = a.len(b);
+            let q = a.q.as_ptr().add(b * BLOCK * a.m + t0 * len);
+            let at = b * a.m + t0;
+            prefetch(p);
+            for (h, acc) in acc.iter_mut().enumerate() {
+                let lines = p.add(Q8_HEADER + 32 * h);
+                let mut sum = [_mm256_setzero_si256(); M];
+                for j in 0..len / 4 {
+                    prefetch(lines.add(64 * j));
+                    let v = _mm256_load_si256(lines.add(64 * j).cast());
+                    let size = _mm256_abs_epi8(v);
+                    for i in 0..M {
+                        let x = _mm256_sign_epi8(four(q.add(i * len), j), v);
+                        let x = _mm256_madd_epi16(_mm256_maddubs_epi16(size, x), ones);
+                        sum[i] = _mm256_add_epi32(sum[i], x);
+                    }
+                }
+                let d = _mm256_load_ps(p.cast::<f32>().add(8 * h));
+                for i in 0..M {
+                    let scale = _mm256_mul_ps(d, _mm256_set1_ps(*a.s.get_unchecked(at + i)));
+                    acc[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[i]), scale, acc[i]);
+                }
+            }
+            p = p.add(Q8_HEADER + len * ROWS);
+        }
+        store(&acc, y, a.m, rb, t0);
+    }
+    M
+}
+
+/// Writes the sums of `M` tokens from `t0` on to row block `rb` of `y`, which has `m` rows.
+///
+/// # Safety
+/// `t0 + M <= m`, and `y` is `[m, 16 * row blocks]` with more than `rb` row blocks.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) unsafe fn store<const M: usize>(
+    acc: &[[__m256; M]; 2],
+    y: &mut [f32],
+    m: usize,
+    rb: usize,
+    t0: usize,
+) {
+    let width = y.len() / m;
+    for (h, acc) in acc.iter().enumerate() {
+        for (i, &acc) in acc.iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let y = y.as_mut_ptr().add((t0 + i) * width + rb * ROWS + 8 * h);
+                _mm256_storeu_ps(y, acc);
+            }
+        }
+    }
+}

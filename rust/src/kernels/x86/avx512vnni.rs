@@ -1,0 +1,451 @@
+//! AVX-512 with VNNI: 16 rows are the 16 lanes of one register.
+//!
+//! Few tokens read the packed weights as they lie. More tokens unpack a block of 32 rows to int8 once
+//! (8 KiB, in L1) and run it against all tokens. Both give the exact integer of each block.
+
+use super::super::layout::{Q4_HEADER, Q8_HEADER, ROWS, block_offset};
+use super::super::simd::F32x16;
+use super::super::{Acts, Form, Kernels, float};
+use crate::quant::BLOCK;
+use std::arch::x86_64::*;
+
+float::instantiate!(Zmm, "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c");
+
+pub(in super::super) const KERNELS: Kernels = Kernels {
+    name: "avx512vnni",
+    supported: || {
+        is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("avx512vnni")
+            && is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && is_x86_feature_detected!("f16c")
+    },
+    gemm_q4,
+    gemm_q8,
+    float: FLOATS,
+};
+
+/// Sixteen f32 in one register.
+///
+/// Every method is inlined into a function compiled for AVX-512, which only this set's callers reach.
+#[derive(Clone, Copy)]
+pub(super) struct Zmm(__m512);
+
+// SAFETY (for every block of this impl): the code runs only inside `FLOATS` of this set, whose CPU
+// features were checked, and the loads and stores are of whole arrays behind references.
+impl F32x16 for Zmm {
+    const WIDE: bool = true;
+
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        // SAFETY: see above.
+        Zmm(unsafe { _mm512_set1_ps(x) })
+    }
+    #[inline(always)]
+    fn load(x: &[f32; 16]) -> Self {
+        // SAFETY: see above.
+        Zmm(unsafe { _mm512_loadu_ps(x.as_ptr()) })
+    }
+    #[inline(always)]
+    fn load_f16(x: &[u16; 16]) -> Self {
+        // SAFETY: see above.
+        Zmm(unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) })
+    }
+    #[inline(always)]
+    fn load_bf16(x: &[u16; 16]) -> Self {
+        // SAFETY: see above.
+        unsafe {
+            let x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(x.as_ptr().cast()));
+            Zmm(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(x)))
+        }
+    }
+    #[inline(always)]
+    fn load_i8(x: &[i8; 16]) -> Self {
+        // SAFETY: see above.
+        unsafe {
+            let x = _mm_loadu_si128(x.as_ptr().cast());
+            Zmm(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)))
+        }
+    }
+    #[inline(always)]
+    fn store(self, out: &mut [f32; 16]) {
+        // SAFETY: see above.
+        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), self.0) }
+    }
+    #[inline(always)]
+    fn store_f16(self, out: &mut [u16; 16]) {
+        // SAFETY: see above.
+        unsafe {
+            let half = _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(self.0);
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), half);
+        }
+    }
+    #[inline(always)]
+    fn fma(self, a: Self, b: Self) -> Self {
+        // SAFETY: see above.
+        Zmm(unsafe { _mm512_fmadd_ps(self.0, a.0, b.0) })
+    }
+    #[inline(always)]
+    fn mul(self, a: Self) -> Self {
+        // SAFETY: see above.
+        Zmm(unsafe { _mm512_mul_ps(self.0, a.0) })
+    }
+}
+
+/// Bytes read ahead of the multiplication, into L1 and into L2: a stream from DRAM runs at 65 % of its
+/// speed without. Tuned on Emerald Rapids; speed only, never results.
+const NEAR: usize = 2304;
+const FAR: usize = 18_432;
+/// Tokens up to which the packed weights are read directly.
+const DIRECT: usize = 4;
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn gemm_q4(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
+    // SAFETY: the shapes were checked by `Kernels::gemm`.
+    unsafe {
+        match a.m {
+            1 => direct_q4::<1>(w, a, y, 0),
+            2 => direct_q4::<2>(w, a, y, 0),
+            3 => direct_q4::<3>(w, a, y, 0),
+            DIRECT => direct_q4::<4>(w, a, y, 0),
+            _ => panels::<true>(w, a, y),
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn gemm_q8(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
+    // SAFETY: the shapes were checked by `Kernels::gemm`.
+    unsafe {
+        match a.m {
+            1 => direct_q8::<1>(w, a, y, 0),
+            2 => direct_q8::<2>(w, a, y, 0),
+            3 => direct_q8::<3>(w, a, y, 0),
+            DIRECT => direct_q8::<4>(w, a, y, 0),
+            _ => panels::<false>(w, a, y),
+        }
+    }
+}
+
+/// Four consecutive int8 as one 32-bit lane.
+///
+/// # Safety
+/// Four bytes from `p + 4 * j` on can be read.
+#[inline(always)]
+unsafe fn four(p: *const i8, j: usize) -> i32 {
+    // SAFETY: the caller's promise; the read may be unaligned.
+    unsafe { p.add(4 * j).cast::<i32>().read_unaligned() }
+}
+
+/// Tokens `t0..t0 + M` against int4 weights as they lie.
+///
+/// The group sums `sum q*a` are below 2^24 (15 * 127 * 16 * 256 = 7.8e6 with their scales), so adding
+/// them up in f32 is exact, and cheaper than integer multiplication.
+///
+/// # Safety
+/// Shapes as `Kernels::gemm` checks them, and `t0 + M <= a.m`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn direct_q4<const M: usize>(w: &[u8], a: &Acts<'_>, y: &mut [f32], t0: usize) {
+    let size = Form::Q4.row_block_bytes(a.k);
+    let row_blocks = w.len() / size;
+    let low = _mm512_set1_epi8(0x0f);
+    let high = _mm512_set1_epi8(0xf0u8 as i8);
+    // Scale codes are scale minus one; the high nibbles carry a factor of 16 that the table takes out.
+    let scales: [f32; 16] = std::array::from_fn(|i| (i + 1) as f32);
+    // SAFETY: every address below lies in block `b` of row block `rb` of `w`, in `a` or in `y`, whose
+    // lengths were checked; prefetches never fault.
+    unsafe {
+        let table_low = _mm512_loadu_ps(scales.as_ptr());
+        let table_high = _mm512_mul_ps(table_low, _mm512_set1_ps(1.0 / 16.0));
+        for rb in 0..row_blocks {
+            let mut p = w.as_ptr().add(rb * size);
+            let mut acc = [_mm512_setzero_ps(); M];
+            for b in 0..a.blocks() {
+                let len = a.len(b);
+                let q = a.q.as_ptr().add(b * BLOCK * a.m + t0 * len);
+                let at = b * a.m + t0;
+                for line in 0..Q4_HEADER / 64 {
+                    prefetch(p.add(64 * line));
+                }
+                let mut sum = [_mm512_setzero_ps(); M];
+                let mut mins = [_mm512_setzero_si512(); M];
+                for t in 0..len / 64 {
+                    let lines = p.add(Q4_HEADER + 512 * t);
+                    let mut c0 = [_mm512_setzero_si512(); M];
+                    let mut c1 = [_mm512_setzero_si512(); M];
+                    for j in 0..8 {
+                        prefetch(lines.add(64 * j));
+                        let v = _mm512_load_si512(lines.add(64 * j).cast());
+                        let (lo, hi) = (_mm512_and_si512(v, low), _mm512_and_si512(v, high));
+                        for i in 0..M {
+                            let q = q.add(i * len + 64 * t);
+                            c0[i] = _mm512_dpbusd_epi32(c0[i], lo, _mm512_set1_epi32(four(q, j)));
+                            c1[i] =
+                                _mm512_dpbusd_epi32(c1[i], hi, _mm512_set1_epi32(four(q, j + 8)));
+                        }
+                    }
+                    let codes = _mm512_cvtepu8_epi32(_mm_load_si128(p.add(64 + 16 * t).cast()));
+                    let s0 = _mm512_permutexvar_ps(codes, table_low);
+                    let s1 = _mm512_permutexvar_ps(_mm512_srli_epi32::<4>(codes), table_high);
+                    let mn = _mm256_load_si256(p.add(128 + 32 * t).cast());
+                    let mn = _mm512_cvtepi8_epi16(mn);
+                    for i in 0..M {
+                        sum[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(c0[i]), s0, sum[i]);
+                        sum[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(c1[i]), s1, sum[i]);
+                        let pair = a.sums.as_ptr().add(at + i).cast::<i32>().add(t);
+                        let pair = _mm512_set1_epi32(pair.read_unaligned());
+                        mins[i] = _mm512_dpwssd_epi32(mins[i], mn, pair);
+                    }
+                }
+                let d = _mm512_load_ps(p.cast());
+                for i in 0..M {
+                    let dot = _mm512_sub_ps(sum[i], _mm512_cvtepi32_ps(mins[i]));
+                    let scale = _mm512_mul_ps(d, _mm512_set1_ps(*a.s.get_unchecked(at + i)));
+                    acc[i] = _mm512_fmadd_ps(dot, scale, acc[i]);
+                }
+                p = p.add(Q4_HEADER + len / 2 * ROWS);
+            }
+            for (i, acc) in acc.into_iter().enumerate() {
+                let y = y.as_mut_ptr().add(((t0 + i) * row_blocks + rb) * ROWS);
+                _mm512_storeu_ps(y, acc);
+            }
+        }
+    }
+}
+
+/// Tokens `t0..t0 + M` against int8 weights as they lie. `vpdpbusd` takes unsigned times signed: the
+/// weights are read plus 128 (xor 0x80), and the sum starts at -128 times the sum of the activations.
+///
+/// # Safety
+/// As [`direct_q4`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn direct_q8<const M: usize>(w: &[u8], a: &Acts<'_>, y: &mut [f32], t0: usize) {
+    let size = Form::Q8.row_block_bytes(a.k);
+    let row_blocks = w.len() / size;
+    let flip = _mm512_set1_epi8(-128);
+    // SAFETY: as in `direct_q4`.
+    unsafe {
+        for rb in 0..row_blocks {
+            let mut p = w.as_ptr().add(rb * size);
+            let mut acc = [_mm512_setzero_ps(); M];
+            for b in 0..a.blocks() {
+                let len = a.len(b);
+                let q = a.q.as_ptr().add(b * BLOCK * a.m + t0 * len);
+                let at = b * a.m + t0;
+                prefetch(p);
+                let lines = p.add(Q8_HEADER);
+                let mut c0 = [_mm512_setzero_si512(); M];
+                let mut c1 = [_mm512_setzero_si512(); M];
+                for (i, c0) in c0.iter_mut().enumerate() {
+                    *c0 = _mm512_set1_epi32(-128 * *a.totals.get_unchecked(at + i));
+                }
+                let mut j = 0;
+                while j < len / 4 {
+                    prefetch(lines.add(64 * j));
+                    prefetch(lines.add(64 * j + 64));
+                    let v0 = _mm512_load_si512(lines.add(64 * j).cast());
+                    let v1 = _mm512_load_si512(lines.add(64 * j + 64).cast());
+                    let (v0, v1) = (_mm512_xor_si512(v0, flip), _mm512_xor_si512(v1, flip));
+                    for i in 0..M {
+                        let q = q.add(i * len);
+                        c0[i] = _mm512_dpbusd_epi32(c0[i], v0, _mm512_set1_epi32(four(q, j)));
+                        c1[i] = _mm512_dpbusd_epi32(c1[i], v1, _mm512_set1_epi32(four(q, j + 1)));
+                    }
+                    j += 2;
+                }
+                let d = _mm512_load_ps(p.cast());
+                for i in 0..M {
+                    let dot = _mm512_cvtepi32_ps(_mm512_add_epi32(c0[i], c1[i]));
+                    let scale = _mm512_mul_ps(d, _mm512_set1_ps(*a.s.get_unchecked(at + i)));
+                    acc[i] = _mm512_fmadd_ps(dot, scale, acc[i]);
+                }
+                p = lines.add(len * ROWS);
+            }
+            for (i, acc) in acc.into_iter().enumerate() {
+                let y = y.as_mut_ptr().add(((t0 + i) * row_blocks + rb) * ROWS);
+                _mm512_storeu_ps(y, acc);
+            }
+        }
+    }
+}
+
+/// Asks for the bytes that this stream needs next.
+///
+/// # Safety
+/// The CPU has SSE. Any address may be asked for.
+#[inline(always)]
+unsafe fn prefetch(p: *const u8) {
+    // SAFETY: a prefetch reads nothing that the program sees and never faults.
+    unsafe {
+        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(NEAR).cast());
+        _mm_prefetch::<_MM_HINT_T1>(p.wrapping_add(FAR).cast());
+    }
+}
+
+/// Tokens of a tile.
+const TILE: usize = 8;
+
+/// int8 weights of one block of two row blocks, plus 128 each: line `j` of row block `h` at `[h][j]`.
+#[repr(C, align(64))]
+struct Panel([[[u8; 64]; BLOCK / 4]; 2]);
+
+/// Many tokens: unpack a block of two row blocks, run all tokens against it, go on along K.
+///
+/// # Safety
+/// As [`direct_q4`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn panels<const Q4: bool>(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
+    let form = if Q4 { Form::Q4 } else { Form::Q8 };
+    let size = form.row_block_bytes(a.k);
+    let row_blocks = w.len() / size;
+    let mut panel = Panel([[[0; 64]; BLOCK / 4]; 2]);
+    // SAFETY: as in `direct_q4`.
+    unsafe {
+        let mut rb = 0;
+        while rb < row_blocks {
+            let pair = (row_blocks - rb).min(2);
+            for b in 0..a.blocks() {
+                let mut d = [_mm512_setzero_ps(); 2];
+                for h in 0..pair {
+                    let block = w.as_ptr().add((rb + h) * size + block_offset(form, b));
+                    d[h] = _mm512_load_ps(block.cast());
+                    if Q4 {
+                        unpack::<0x80>(block, a.len(b), panel.0[h].as_mut_ptr().cast());
+                    } else {
+                        flip(block, a.len(b), panel.0[h].as_mut_ptr().cast());
+                    }
+                }
+                let mut t = 0;
+                while t < a.m {
+                    let out = y.as_mut_ptr().add((t * row_blocks + rb) * ROWS);
+                    let ld = row_blocks * ROWS;
+                    if pair == 2 && a.m - t >= TILE {
+                        tile::<TILE, 2>(&panel, a, b, t, &d, out, ld);
+                        t += TILE;
+                    } else if pair == 2 {
+                        tile::<1, 2>(&panel, a, b, t, &d, out, ld);
+                        t += 1;
+                    } else if a.m - t >= TILE {
+                        tile::<TILE, 1>(&panel, a, b, t, &d, out, ld);
+                        t += TILE;
+                    } else {
+                        tile::<1, 1>(&panel, a, b, t, &d, out, ld);
+                        t += 1;
+                    }
+                }
+            }
+            rb += pair;
+        }
+    }
+}
+
+/// Unpacks one int4 block of 16 rows and `len` k to int8, xor `FLIP`: line `j` at `out + 64 * j`.
+///
+/// # Safety
+/// `block` is an int4 block of `len` k; `out` has room for `16 * len` bytes; both are 64-byte aligned.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+pub(super) unsafe fn unpack<const FLIP: u8>(block: *const u8, len: usize, out: *mut u8) {
+    let nibble = _mm512_set1_epi8(0x0f);
+    // Times this, the low byte of a lane stands in all four.
+    let all = _mm512_set1_epi32(0x0101_0101);
+    let one = _mm512_set1_epi32(1);
+    let flip = _mm512_set1_epi8(FLIP as i8);
+    // SAFETY: the caller's promise.
+    unsafe {
+        for t in 0..len / 64 {
+            let codes = _mm512_cvtepu8_epi32(_mm_load_si128(block.add(64 + 16 * t).cast()));
+            let low = _mm512_and_si512(codes, _mm512_set1_epi32(15));
+            let high = _mm512_srli_epi32::<4>(codes);
+            // sc <= 16 and q <= 15: both products of a 16-bit half stay in their bytes.
+            let s0 = _mm512_add_epi32(low, one);
+            let s0 = _mm512_or_si512(s0, _mm512_slli_epi32::<16>(s0));
+            let s1 = _mm512_add_epi32(high, one);
+            let s1 = _mm512_or_si512(s1, _mm512_slli_epi32::<16>(s1));
+            let mn = _mm512_cvtepu16_epi32(_mm256_load_si256(block.add(128 + 32 * t).cast()));
+            let m0 = _mm512_and_si512(mn, _mm512_set1_epi32(255));
+            let m1 = _mm512_srli_epi32::<8>(mn);
+            // Byte offsets, all four bytes of a lane alike; 0xff * 0x01010101 does not overflow.
+            let m0 = _mm512_xor_si512(_mm512_mullo_epi32(m0, all), flip);
+            let m1 = _mm512_xor_si512(_mm512_mullo_epi32(m1, all), flip);
+            for j in 0..8 {
+                let v = _mm512_load_si512(block.add(Q4_HEADER + 512 * t + 64 * j).cast());
+                let lo = _mm512_and_si512(v, nibble);
+                let hi = _mm512_and_si512(_mm512_srli_epi16::<4>(v), nibble);
+                // Modulo 256: subtracting mn ^ 0x80 is subtracting mn and adding 128.
+                let lo = _mm512_sub_epi8(_mm512_mullo_epi16(lo, s0), m0);
+                let hi = _mm512_sub_epi8(_mm512_mullo_epi16(hi, s1), m1);
+                let out = out.add(1024 * t + 64 * j);
+                _mm512_store_si512(out.cast(), lo);
+                _mm512_store_si512(out.add(512).cast(), hi);
+            }
+        }
+    }
+}
+
+/// Copies the lines of an int8 block, plus 128.
+///
+/// # Safety
+/// As [`unpack`], for an int8 block.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn flip(block: *const u8, len: usize, out: *mut u8) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for j in 0..len / 4 {
+            let v = _mm512_load_si512(block.add(Q8_HEADER + 64 * j).cast());
+            let v = _mm512_xor_si512(v, _mm512_set1_epi8(-128));
+            _mm512_store_si512(out.add(64 * j).cast(), v);
+        }
+    }
+}
+
+/// `T` tokens against `R` row blocks of the panel: one block's exact integers, then the float step into
+/// `y`. Block 0 starts from zero.
+///
+/// # Safety
+/// `t + T <= a.m`; `y` has `T` rows `ld` apart with `16 * R` values each.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn tile<const T: usize, const R: usize>(
+    panel: &Panel,
+    a: &Acts<'_>,
+    b: usize,
+    t: usize,
+    d: &[__m512; 2],
+    y: *mut f32,
+    ld: usize,
+) {
+    let len = a.len(b);
+    // SAFETY: the caller's promise, and the panel has `len / 4` lines for each row block.
+    unsafe {
+        let q = a.q.as_ptr().add(b * BLOCK * a.m + t * len);
+        let mut c = [[_mm512_setzero_si512(); R]; T];
+        for (i, c) in c.iter_mut().enumerate() {
+            *c = [_mm512_set1_epi32(-128 * *a.totals.get_unchecked(b * a.m + t + i)); R];
+        }
+        for j in 0..len / 4 {
+            let mut w = [_mm512_setzero_si512(); R];
+            for (h, w) in w.iter_mut().enumerate() {
+                *w = _mm512_load_si512(panel.0.get_unchecked(h).get_unchecked(j).as_ptr().cast());
+            }
+            for i in 0..T {
+                let x = _mm512_set1_epi32(four(q.add(i * len), j));
+                for h in 0..R {
+                    c[i][h] = _mm512_dpbusd_epi32(c[i][h], w[h], x);
+                }
+            }
+        }
+        for (i, c) in c.iter().enumerate() {
+            let s = _mm512_set1_ps(*a.s.get_unchecked(b * a.m + t + i));
+            for h in 0..R {
+                let y = y.add(i * ld + h * ROWS);
+                let acc = if b == 0 { _mm512_setzero_ps() } else { _mm512_loadu_ps(y) };
+                let dot = _mm512_cvtepi32_ps(c[h]);
+                _mm512_storeu_ps(y, _mm512_fmadd_ps(dot, _mm512_mul_ps(d[h], s), acc));
+            }
+        }
+    }
+}

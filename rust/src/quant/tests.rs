@@ -1,0 +1,79 @@
+//! Bounds that every block must keep, whatever the weights.
+
+use super::*;
+use proptest::prelude::*;
+
+fn weights() -> impl Strategy<Value = Vec<f32>> {
+    let value = prop_oneof![
+        4 => -1.0f32..1.0,
+        1 => -1e30f32..1e30,
+        1 => Just(0.0f32),
+        1 => -1e-30f32..1e-30,
+    ];
+    prop::collection::vec(value, 0..=BLOCK)
+}
+
+proptest! {
+    #[test]
+    fn q4_stays_in_its_ranges_and_near(x in weights()) {
+        let b = BlockQ4::quantize(&x);
+        prop_assert!(b.q.iter().all(|&q| q < 16));
+        prop_assert!(b.sc.iter().all(|&s| (1..=16).contains(&s)));
+        prop_assert!(b.mn.iter().all(|&m| m != -128));
+        for k in 0..BLOCK {
+            let (sc, mn) = (i32::from(b.sc[k / GROUP]), i32::from(b.mn[k / GROUP]));
+            prop_assert!((sc * i32::from(b.q[k]) - mn).abs() <= 127);
+        }
+        let y = b.dequantize();
+        for (g, x) in x.chunks(GROUP).enumerate() {
+            let (lo, hi) = x.iter().fold((0f32, 0f32), |(l, h), &v| (l.min(v), h.max(v)));
+            // The group's range plus zero (padding) in 15 steps of at least one grid step, clipped
+            // by at most one step at each end.
+            let step = ((hi - lo) / 15.0 + 2.0 * b.d).max(amax(&x[..0]));
+            for (k, &v) in x.iter().enumerate() {
+                let e = (y[g * GROUP + k] - v).abs();
+                prop_assert!(e <= 16.0 * step + TINY, "{v} became {}", y[g * GROUP + k]);
+            }
+        }
+    }
+
+    #[test]
+    fn q8_is_within_half_a_step(x in weights()) {
+        let b = BlockQ8::quantize(&x);
+        let y = b.dequantize();
+        for (k, &v) in x.iter().enumerate() {
+            prop_assert!((y[k] - v).abs() <= b.d * 0.5001 + TINY);
+        }
+    }
+}
+
+/// A fixed pseudo-random sequence, uniform in -1..1.
+fn noise(n: usize, mut seed: u32) -> Vec<f32> {
+    (0..n)
+        .map(|_| {
+            seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (seed >> 8) as f32 / (1 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+#[test]
+fn q4_noise_is_below_one_percent_of_power() {
+    // Sums of four uniform numbers are close to normal.
+    let x: Vec<f32> = noise(4 * 64 * BLOCK, 7).chunks(4).map(|c| c.iter().sum()).collect();
+    let (mut signal, mut error) = (0.0, 0.0);
+    for x in x.chunks(BLOCK) {
+        for (x, y) in x.iter().zip(BlockQ4::quantize(x).dequantize()) {
+            signal += x * x;
+            error += (x - y) * (x - y);
+        }
+    }
+    assert!(error / signal < 0.0060, "noise {}", error / signal);
+}
+
+#[test]
+fn zeros_stay_zeros() {
+    assert_eq!(BlockQ4::quantize(&[0.0; BLOCK]), BlockQ4::ZERO);
+    assert_eq!(BlockQ8::quantize(&[TINY / 2.0; 3]), BlockQ8::ZERO);
+    assert_eq!(BlockQ4::ZERO.dequantize(), [0.0; BLOCK]);
+}
