@@ -35,6 +35,14 @@ class ModelFormatError(FerruleError, ValueError):
         self.file = file
 
 
+class FileAccessError(FerruleError, OSError):
+    """The operating system refused; `file` names what."""
+
+    def __init__(self, message: str, *, file: str | None = None) -> None:
+        super().__init__(message)
+        self.file = file
+
+
 class UnsupportedModelError(FerruleError):
     """A well-formed model that asks for something this version does not do."""
 

@@ -142,6 +142,11 @@ impl<M: Forward> Engine<M> {
         self.scheduler.slots.is_empty() && self.pending.is_empty()
     }
 
+    /// Whether a request waits for pages: its own first ones, or new ones after a preemption.
+    pub fn is_waiting(&self, id: RequestId) -> bool {
+        self.scheduler.slots.iter().any(|slot| slot.id == id && !slot.running)
+    }
+
     /// What it is busy with.
     pub fn stats(&self) -> EngineStats {
         let running = self.scheduler.slots.iter().filter(|slot| slot.running).count();
