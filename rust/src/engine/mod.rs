@@ -222,7 +222,6 @@ impl<M: Forward> Engine<M> {
                 &self.tokenizer,
                 &mut events,
             );
-            slot.computes_all = slot.data.scores_prompt();
             match result {
                 Ok(None) => {}
                 Ok(Some(end)) => ended.push((slot.id, Ok(end))),
