@@ -214,9 +214,9 @@ impl Mail {
 
 /// Runs `engine` until the inbox is closed; then every request is over and the engine is dropped.
 pub(super) fn drive<M: Forward>(engine: Engine<M>, inbox: &Inbox) {
-    let mut running = HashMap::new();
+    let mut tickets = Vec::new();
     // The engine is dropped by its panic, so nothing sees it in a broken state.
-    let end = catch_unwind(AssertUnwindSafe(|| serve(engine, inbox, &mut running)));
+    let end = catch_unwind(AssertUnwindSafe(|| serve(engine, inbox, &mut tickets)));
     let mut mail = lock(&inbox.mail);
     mail.closing = true;
     if let Err(panic) = end {
@@ -224,19 +224,20 @@ pub(super) fn drive<M: Forward>(engine: Engine<M>, inbox: &Inbox) {
         let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
         mail.broken = Some(text.unwrap_or("panic").to_string());
     }
-    let late = mail.submitted.drain(..).map(|(_, ticket)| ticket);
-    let tickets: Vec<_> = running.into_values().chain(late).collect();
+    tickets.extend(mail.submitted.drain(..).map(|(_, ticket)| ticket));
     let error = || mail.check().err().unwrap_or(Error::Closed);
-    let told: Vec<_> = tickets.into_iter().filter(|ticket| ticket.fail(error())).collect();
+    tickets.retain(|ticket| !ticket.over() && ticket.fail(error()));
     drop(mail);
-    notify(&told);
+    notify(&tickets);
 }
 
+/// `tickets`: those of all requests that are not over, wherever it ends.
 fn serve<M: Forward>(
     mut engine: Engine<M>,
     inbox: &Inbox,
-    running: &mut HashMap<RequestId, Arc<Ticket>>,
+    tickets: &mut Vec<Arc<Ticket>>,
 ) {
+    let mut running: HashMap<RequestId, Arc<Ticket>> = HashMap::new();
     // The first and only time that it is set.
     let _ = inbox.interrupt.set(engine.interrupt());
     loop {
@@ -253,6 +254,8 @@ fn serve<M: Forward>(
         let closing = mail.closing;
         drop(mail);
 
+        tickets.retain(|ticket| !ticket.over());
+        tickets.extend(submitted.iter().map(|(_, ticket)| ticket.clone()));
         let mut told = Vec::new();
         for (request, ticket) in submitted {
             match engine.submit(request) {
@@ -269,7 +272,7 @@ fn serve<M: Forward>(
         let began = Instant::now();
         let events = engine.step();
         let now = Instant::now();
-        for (&id, ticket) in running.iter() {
+        for (&id, ticket) in &running {
             let mut state = lock(&ticket.state);
             if state.started.is_none() && !engine.is_waiting(id) {
                 state.started = Some(began);
