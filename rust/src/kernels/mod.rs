@@ -74,7 +74,11 @@ pub struct Kernels {
 /// Every set compiled into this build, best first.
 static ALL: &[&Kernels] = &[
     #[cfg(target_arch = "x86_64")]
+    &x86::amx::KERNELS,
+    #[cfg(target_arch = "x86_64")]
     &x86::avx512vnni::KERNELS,
+    #[cfg(target_arch = "x86_64")]
+    &x86::avxvnni::KERNELS,
     #[cfg(target_arch = "x86_64")]
     &x86::avx2::KERNELS,
     &scalar::KERNELS,
