@@ -54,7 +54,6 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-<<<<<<< HEAD
     /// Checks every range, which are those of vLLM's `SamplingParams._verify_args`; `vocab` bounds the ids of
     /// `logit_bias`.
     pub fn check(&self, vocab: usize) -> Result<()> {
@@ -395,33 +394,6 @@ fn likeliest(logits: &[f32], k: usize, keys: &mut Vec<u64>) {
         keys.select_nth_unstable(k - 1);
         keys.truncate(k);
     }
-=======
-    /// Checks every range; `vocab` bounds the ids of `logit_bias`.
-    pub fn check(&self, _vocab: usize) -> Result<()> {
-        todo!()
-    }
-}
-
-/// A coin in [0, 1): a function of seed and position alone.
-pub fn coin(_seed: u64, _position: u64) -> f64 {
-    todo!()
-}
-
-/// Applies penalties, bias and bans to `logits` in place. `prompt` and `answer` are the ids so far; `banned` ids become -inf.
-pub fn adjust(
-    _s: &Sampling,
-    _logits: &mut [f32],
-    _prompt: &[u32],
-    _answer: &[u32],
-    _banned: &[u32],
-) {
-    todo!()
-}
-
-/// Draws from adjusted logits.
-pub fn draw(_s: &Sampling, _logits: &[f32], _coin: f64) -> u32 {
-    todo!()
->>>>>>> x86
 }
 
 /// Natural-log probability of an id.
@@ -436,7 +408,6 @@ pub struct Logprob {
 }
 
 /// Log-probability of `id` and the `n` likeliest (descending, ties to the lowest id) under softmax of raw `logits`.
-<<<<<<< HEAD
 /// An `id` outside the logits has -inf, and so has every id if all logits are -inf or NaN.
 pub fn logprobs(logits: &[f32], id: u32, n: usize) -> (Logprob, Vec<Logprob>) {
     let scale = Scale::new(largest(logits).max(f32::MIN), 1.0);
@@ -458,8 +429,3 @@ pub fn logprobs(logits: &[f32], id: u32, n: usize) -> (Logprob, Vec<Logprob>) {
 
 #[cfg(test)]
 mod tests;
-=======
-pub fn logprobs(_logits: &[f32], _id: u32, _n: usize) -> (Logprob, Vec<Logprob>) {
-    todo!()
-}
->>>>>>> x86
