@@ -187,64 +187,88 @@ fn id(key: u64) -> usize {
     (key & 0xffff_ffff) as usize
 }
 
-/// The largest logit, infinity as `f32::MAX`; `None` if there is nothing above -inf.
-fn largest(logits: &[f32]) -> Option<f64> {
-    let max = logits.iter().fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m });
-    (max > f32::NEG_INFINITY).then_some(f64::from(max.min(f32::MAX)))
+/// The largest logit, -inf if there is none; NaN counts as -inf.
+fn largest(logits: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; 16]; // the maximum is the same in any order
+    let (chunks, rest) = logits.as_chunks::<16>();
+    for chunk in chunks {
+        for (lane, &logit) in lanes.iter_mut().zip(chunk) {
+            *lane = larger(*lane, logit);
+        }
+    }
+    lanes.into_iter().chain(rest.iter().copied()).fold(f32::NEG_INFINITY, larger)
+}
+
+/// `(logit - max) / temperature`, at most 0, so that infinity is as likely as itself and nothing more.
+#[derive(Clone, Copy)]
+struct Scale {
+    max: f64,
+    per_temperature: f64,
+}
+
+impl Scale {
+    fn new(max: f32, temperature: f32) -> Scale {
+        Scale { max: f64::from(max.min(f32::MAX)), per_temperature: 1.0 / f64::from(temperature) }
+    }
+
+    #[inline(always)]
+    fn x(self, logit: f32) -> f64 {
+        let x = (f64::from(logit) - self.max) * self.per_temperature;
+        if x > 0.0 { 0.0 } else { x }
+    }
+
+    /// `round(ONE * exp(x))`: adding 2^52 leaves the integer in the mantissa.
+    #[inline(always)]
+    fn weight(self, logit: f32) -> u64 {
+        const SHIFT: f64 = (1u64 << 52) as f64;
+        (exp(self.x(logit)) * ONE as f64 + SHIFT).to_bits() & ((1 << 52) - 1)
+    }
 }
 
 /// `exp(x)` for `x <= 0`; NaN and less than -60 count as -60. Rounds `x / ln 2` to k by adding 1.5 * 2^52, which
-/// leaves k in the low bits; the Taylor series of the rest has a relative error below 1e-14.
-#[inline]
+/// leaves k in the low bits; the Taylor series of the rest, `|r| < 0.35`, has a relative error below 1e-9.
+/// Straight-line code, which the compiler turns into vector code.
+#[inline(always)]
 fn exp(x: f64) -> f64 {
     const ROUND: f64 = 6_755_399_441_055_744.0;
     const LN2_HIGH: f64 = 0.693_147_180_369_123_8; // 33 bits: k * LN2_HIGH is exact
     const LN2_LOW: f64 = 1.908_214_929_270_587_7e-10;
-    let x = x.max(-60.0).min(0.0);
+    // 1 / n!, n from 8 to 0
+    const TAYLOR: [f64; 9] = [
+        1.0 / 40_320.0,
+        1.0 / 5_040.0,
+        1.0 / 720.0,
+        1.0 / 120.0,
+        1.0 / 24.0,
+        1.0 / 6.0,
+        0.5,
+        1.0,
+        1.0,
+    ];
+    let x = if x > -60.0 { x } else { -60.0 };
     let t = x * std::f64::consts::LOG2_E + ROUND;
     let k = t - ROUND;
     let r = (x - k * LN2_HIGH) - k * LN2_LOW;
-    let mut sum = 1.0;
-    for n in (1..=11).rev() {
-        sum = 1.0 + sum * (r * INVERSE[n]);
-    }
+    let sum = TAYLOR.iter().fold(0.0, |sum, c| sum * r + c);
     f64::from_bits(sum.to_bits().wrapping_add(t.to_bits() << 52))
 }
 
-/// 1 / n.
-const INVERSE: [f64; 12] = {
-    let mut inverse = [0.0; 12];
-    let mut n = 1;
-    while n < 12 {
-        inverse[n] = 1.0 / n as f64;
-        n += 1;
-    }
-    inverse
-};
-
-/// `round(ONE * exp(x))`: adding 2^52 leaves the integer in the mantissa.
-#[inline]
-fn weight(x: f64) -> u64 {
-    const SHIFT: f64 = (1u64 << 52) as f64;
-    (exp(x) * ONE as f64 + SHIFT).to_bits() & ((1 << 52) - 1)
-}
-
-/// Draws from adjusted logits. An error if they allow no token.
+/// Draws from adjusted logits, of which there are at most 2^24; `s` has passed `Sampling::check`. An error if they
+/// allow no token.
 pub fn draw(s: &Sampling, logits: &[f32], coin: f64, scratch: &mut Scratch) -> Result<u32> {
-    let Some(max) = largest(logits) else {
+    let max = largest(logits);
+    if max == f32::NEG_INFINITY {
         return Err(Error::parameter(
             "logits",
             "no token that is allowed (all are -inf or NaN)",
             "at least one; check logit_bias, bans and logits processors",
         ));
-    };
+    }
     if s.temperature == 0.0 {
-        let max = logits.iter().fold(f32::NEG_INFINITY, |m, &x| if x > m { x } else { m });
         return Ok(logits.iter().position(|&x| x == max).unwrap_or(0) as u32);
     }
-    let per_temperature = 1.0 / f64::from(s.temperature);
-    let x = |logit: f32| (f64::from(logit) - max) * per_temperature;
-    if keep(s, logits, x, scratch) {
+    if keep(s, logits, Scale::new(max, s.temperature), scratch) {
         let total = scratch.kept.iter().map(|t| t.weight).sum();
         Ok(walk(scratch.kept.iter().map(|t| (id(t.key), t.weight)), coin, total))
     } else {
@@ -267,7 +291,7 @@ fn walk(tokens: impl Iterator<Item = (usize, u64)>, coin: f64, total: u64) -> u3
 
 /// Fills `scratch.kept` with the tokens that the filters keep, by ascending id, and returns true; or, without
 /// filters, fills `scratch.weights` with all tokens' weights and returns false.
-fn keep(s: &Sampling, logits: &[f32], x: impl Fn(f32) -> f64, scratch: &mut Scratch) -> bool {
+fn keep(s: &Sampling, logits: &[f32], scale: Scale, scratch: &mut Scratch) -> bool {
     let Scratch { weights, keys, kept, ranked, .. } = scratch;
     let top_k = (1..logits.len()).contains(&s.top_k);
     let min_weight = ((f64::from(s.min_p) * ONE as f64).ceil() as u64).max(1);
@@ -275,12 +299,12 @@ fn keep(s: &Sampling, logits: &[f32], x: impl Fn(f32) -> f64, scratch: &mut Scra
     let total: u64 = if top_k {
         likeliest(logits, s.top_k, keys);
         keys.sort_unstable_by_key(|&key| id(key));
-        let tokens = keys.iter().map(|&key| Token { key, weight: weight(x(logits[id(key)])) });
+        let tokens = keys.iter().map(|&key| Token { key, weight: scale.weight(logits[id(key)]) });
         kept.extend(tokens.filter(|t| t.weight > 0));
         kept.iter().map(|t| t.weight).sum()
     } else {
         weights.clear();
-        weights.extend(logits.iter().map(|&logit| weight(x(logit))));
+        weights.extend(logits.iter().map(|&logit| scale.weight(logit)));
         let total = weights.iter().sum();
         // Only weights of at least `floor` can be kept: most of the vocabulary is never selected from.
         let floor = if s.top_p < 1.0 {
@@ -307,7 +331,7 @@ fn keep(s: &Sampling, logits: &[f32], x: impl Fn(f32) -> f64, scratch: &mut Scra
     if s.typical_p < 1.0 {
         // |-ln p - H| = |sum(p x) - x|, since -ln p = ln Z - x
         let total: u64 = kept.iter().map(|t| t.weight).sum();
-        let value = |t: &Token| x(logits[id(t.key)]).min(0.0);
+        let value = |t: &Token| scale.x(logits[id(t.key)]);
         let mean = kept.iter().map(|t| t.weight as f64 * value(t)).sum::<f64>() / total as f64;
         let rank = |t: &Token| (mean - value(t)).abs().to_bits(); // of positive floats: in their order
         keep_share(kept, ranked, share(total, s.typical_p), rank);
@@ -386,19 +410,12 @@ pub struct Logprob {
 /// Log-probability of `id` and the `n` likeliest (descending, ties to the lowest id) under softmax of raw `logits`.
 /// An `id` outside the logits has -inf, and so has every id if all logits are -inf or NaN.
 pub fn logprobs(logits: &[f32], id: u32, n: usize) -> (Logprob, Vec<Logprob>) {
-    let max = largest(logits).unwrap_or(0.0);
-    let x = |logit: f32| (f64::from(logit) - max).min(0.0);
-    let mut lanes = [0.0; 8]; // lane = id mod 8, added up in order: one sum on every machine
-    let mut add = |chunk: &[f32]| {
-        for (lane, &logit) in lanes.iter_mut().zip(chunk) {
-            *lane += if logit > f32::NEG_INFINITY { exp(x(logit)) } else { 0.0 };
-        }
-    };
-    logits.chunks(8).for_each(&mut add);
-    let ln_sum = libm::log(lanes.iter().sum());
+    let scale = Scale::new(largest(logits).max(f32::MIN), 1.0);
+    let sum: u64 = logits.iter().map(|&logit| scale.weight(logit)).sum();
+    let ln_sum = libm::log(sum as f64 / ONE as f64);
     let logprob = |id: usize, rank: usize| {
         let logit = logits.get(id).copied().filter(|x| *x > f32::NEG_INFINITY);
-        let logprob = logit.map_or(f32::NEG_INFINITY, |logit| (x(logit) - ln_sum) as f32);
+        let logprob = logit.map_or(f32::NEG_INFINITY, |logit| (scale.x(logit) - ln_sum) as f32);
         Logprob { id: id as u32, logprob, rank: rank as u32 }
     };
     let mut top = Vec::new();

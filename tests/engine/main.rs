@@ -1,14 +1,17 @@
-//! The engine as its callers see it, on a fake model and the tokenizer of models/tales-4m.
+//! The engine as its callers see it: on a fake model with the tokenizer of models/tales-4m, and on real
+//! models.
 
 mod checks;
 mod fake;
+mod real;
 mod same_answers;
 
 use fake::{Fake, PAGE_BYTES, VOCAB};
 use ferrule::engine::{
     Engine, EngineConfig, Event, FinishReason, LogitsProcessor, Request, RequestId, TokenLogprobs,
 };
-use ferrule::sample::{self, Sampling};
+use ferrule::model::Forward;
+use ferrule::sample::{self, Sampling, Scratch};
 use ferrule::tokenizer::Tokenizer;
 use ferrule::{Error, Result};
 use std::collections::BTreeMap;
@@ -133,7 +136,7 @@ impl Outcomes {
 }
 
 /// Steps until nothing is left.
-fn finish(engine: &mut Engine<Fake>) -> Vec<Outcome> {
+fn finish<M: Forward>(engine: &mut Engine<M>) -> Vec<Outcome> {
     let mut outcomes = Outcomes::default();
     for _ in 0..100_000 {
         if engine.is_idle() {
@@ -272,8 +275,10 @@ fn the_coin_depends_on_the_seed_and_the_place_in_the_answer() {
         (request.sampling.temperature, request.sampling.seed) = (1.0, seed);
         request.processors = vec![Box::new(Flat)];
         let sampling = request.sampling.clone();
-        let draw = |i| sample::draw(&sampling, &[0.0; VOCAB], sample::coin(seed, i));
-        let expected: Vec<u32> = (0..20).map(draw).collect();
+        let draw = |i| {
+            sample::draw(&sampling, &[0.0; VOCAB], sample::coin(seed, i), &mut Scratch::default())
+        };
+        let expected: Vec<u32> = (0..20).map(|i| draw(i).unwrap()).collect();
         assert_eq!(run(request).ids, expected);
     }
 }
@@ -340,6 +345,13 @@ fn a_prefix_in_the_cache_is_found_and_changes_nothing() {
     engine.submit(greedy(next.clone(), 10)).unwrap();
     let warm = finish(&mut engine).pop().unwrap();
     assert_eq!((warm.cached, warm.ids), (192, run(greedy(next, 10)).ids));
+    // Equal tokens after another first page are another page.
+    for (first, second, cached) in [(3, 6, 0), (4, 2, 0), (3, 2, 64)] {
+        let prompt = [ids(first, 64), ids(second, 100)].concat();
+        engine.submit(greedy(prompt.clone(), 10)).unwrap();
+        let outcome = finish(&mut engine).pop().unwrap();
+        assert_eq!((outcome.cached, outcome.ids), (cached, run(greedy(prompt, 10)).ids));
+    }
     let mut off =
         engine_of(Fake::new(&[None], CONTEXT), EngineConfig { prefix_cache: false, ..config() });
     for _ in 0..2 {

@@ -3,7 +3,7 @@
 //! A page holds [`PAGE`] positions of one key/value head:
 //!
 //! ```text
-//! f16    K: 4 x [d][16] | V: [64][dp]                                         dp = d rounded up to 16
+//! f32, f16   K: 4 x [d][16] | V: [64][dp]                                     dp = d rounded up to 16
 //! int8   K: 4 x [d][16] | V: [64][dp] | f32 K scale [64] | f32 V scale [64]
 //! ```
 //!
@@ -27,6 +27,8 @@ pub const MAX_ROWS: usize = 16;
 /// How keys and values are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KvDtype {
+    /// Single precision: as computed.
+    F32,
     /// IEEE half precision.
     F16,
     /// int8 with one f32 scale per position and head, `amax / 127`.
@@ -38,6 +40,7 @@ impl KvDtype {
     pub fn page_bytes(self, d: usize) -> usize {
         let values = PAGE * (d + d.next_multiple_of(16));
         match self {
+            KvDtype::F32 => 4 * values,
             KvDtype::F16 => 2 * values,
             KvDtype::Int8 => values + 2 * 4 * PAGE,
         }
@@ -77,8 +80,18 @@ pub(super) trait Stored {
     const WIDTH: usize;
     fn load<V: F32x16>(line: &[u8]) -> V;
 }
+pub(super) struct F32;
 pub(super) struct F16;
 pub(super) struct Int8;
+
+impl Stored for F32 {
+    const DTYPE: KvDtype = KvDtype::F32;
+    const WIDTH: usize = 4;
+    #[inline(always)]
+    fn load<V: F32x16>(line: &[u8]) -> V {
+        V::load(cast(line))
+    }
+}
 
 impl Stored for F16 {
     const DTYPE: KvDtype = KvDtype::F16;
@@ -248,7 +261,7 @@ fn score<V: F32x16, S: Stored, const R: usize, const B: usize>(
         for (i, acc) in acc.iter().enumerate() {
             for (b, &acc) in acc.iter().enumerate().take(n) {
                 let acc = match S::DTYPE {
-                    KvDtype::F16 => acc,
+                    KvDtype::F32 | KvDtype::F16 => acc,
                     KvDtype::Int8 => acc.mul(scales(page.key_scales, first + b)),
                 };
                 acc.mul(scale).store(array_mut(scores, (r + i) * CHUNK + key + 16 * b));
@@ -310,7 +323,7 @@ fn strips<V: F32x16, S: Stored, const R: usize, const N: usize>(
             let v: [V; N] =
                 std::array::from_fn(|i| S::load(&row[16 * i * S::WIDTH..][..16 * S::WIDTH]));
             let scale = match S::DTYPE {
-                KvDtype::F16 => 1.0,
+                KvDtype::F32 | KvDtype::F16 => 1.0,
                 KvDtype::Int8 => f32::from_le_bytes(*array(page.value_scales, key % PAGE * 4)),
             };
             for (acc, weights) in acc.iter_mut().zip(weights) {
@@ -352,6 +365,22 @@ pub(super) fn write_f16<V: F32x16>(k: &[f32], v: &[f32], slot: usize, page: &mut
         for (row, half) in row[i * 2..].chunks_exact_mut(2).zip(half) {
             row.copy_from_slice(&half.to_le_bytes());
         }
+    }
+}
+
+/// As [`write_f16`], in f32.
+#[inline(always)]
+pub(super) fn write_f32(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
+    let (d, dp) = (k.len(), k.len().next_multiple_of(16));
+    let (keys, values) = page.split_at_mut(PAGE * d * 4);
+    for (i, x) in k.iter().enumerate() {
+        let at = ((slot / 16 * d + i) * 16 + slot % 16) * 4;
+        keys[at..at + 4].copy_from_slice(&x.to_le_bytes());
+    }
+    let row = &mut values[slot * dp * 4..][..dp * 4];
+    row.fill(0);
+    for (row, x) in row.chunks_exact_mut(4).zip(v) {
+        row.copy_from_slice(&x.to_le_bytes());
     }
 }
 

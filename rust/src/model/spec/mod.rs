@@ -493,7 +493,7 @@ fn ropes(
     head_dim: usize,
     max_position: usize,
 ) -> Result<(Vec<Rope>, usize, Option<usize>)> {
-    const RANGE: (f64, f64) = (1.0 + f64::EPSILON, 1e18);
+    const RANGE: (f64, f64) = (1.0, 1e18);
     // The base is outside (old spelling), inside (new) or both; two that disagree are an error.
     let base = |params: Option<&Object<'_>>, fact: &family::Fact| -> Result<rope::Base> {
         let outside = facts.need_number(fact, RANGE.0, RANGE.1);
