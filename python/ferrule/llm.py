@@ -57,7 +57,8 @@ class LLM:
       bits in the file.
     - threads: "auto" = what the process may use (affinity, cgroup quota, kinds of core).
     - context_length: "auto" = the model's, lowered to what memory holds (`info` tells).
-    - kv_cache_dtype: keys and values, "f16" or "int8".
+    - kv_cache_dtype: keys and values, "f16" or "int8"; kv_cache_bytes: the most that they may
+      take, "auto" = half of the free memory. No more is taken than max_batch full contexts need.
     - max_batch: sequences computed at once; max_queue: requests that may wait.
     - prefix_cache: keep keys and values of earlier prompts for prompts that begin the same.
     - weight_cache: keep packed weights on disk, so that the next load maps them; True = in
@@ -79,6 +80,7 @@ class LLM:
         threads: int | Literal["auto"] = "auto",
         context_length: int | Literal["auto"] = "auto",
         kv_cache_dtype: Literal["f16", "int8"] = "f16",
+        kv_cache_bytes: int | Literal["auto"] = "auto",
         max_batch: int = 16,
         max_queue: int = 256,
         prefix_cache: bool = True,
@@ -100,6 +102,7 @@ class LLM:
                 threads=_auto("threads", threads),
                 context_length=_auto("context_length", context_length),
                 kv_cache_dtype=kv_cache_dtype,
+                kv_cache_bytes=_auto("kv_cache_bytes", kv_cache_bytes),
                 max_batch=max_batch,
                 max_queue=max_queue,
                 prefix_cache=prefix_cache,
@@ -304,7 +307,9 @@ class LLM:
         """The text that the model's template makes of a conversation."""
         try:
             text = json.dumps(list(messages), ensure_ascii=False, allow_nan=False)
-            return self._core.render_chat(text, add_generation_prompt)
+            # Templates that write the date mean the local one, as in transformers.
+            now = int(time.time()) + time.localtime().tm_gmtoff
+            return self._core.render_chat(text, add_generation_prompt, now)
         except UnicodeEncodeError as error:
             raise _surrogate("messages", error) from None
         except (TypeError, ValueError) as error:
@@ -374,7 +379,7 @@ class LLM:
     def logits(self, token_ids: Ids) -> NDArray[np.float32]:
         """Logits after each token, float32 [n, vocab_size]. Nothing is added to the ids."""
         job = self._prompt_job(_plain("token_ids", token_ids), prompt_logits=True)
-        request = self._core.submit(job.ids, **job.fields)
+        request = _checked(self._core.submit)(job.ids, **job.fields)
         try:
             news = request.wait(None)
         except BaseException:
@@ -441,15 +446,15 @@ class LLM:
         return _Job(ids, {"max_tokens": 0, **fields})
 
     def _submit(self, job: _Job, stream: bool = False) -> Request:
-        seed = job.fields.get("seed", 0)
-        return Request(self._core.submit(job.ids, stream=stream, **job.fields), seed)
+        core = _checked(self._core.submit)(job.ids, stream=stream, **job.fields)
+        return Request(core, job.fields.get("seed", 0))
 
     def _asubmit(self, job: _Job, stream: bool = False) -> Request:
         import asyncio
 
         ready = asyncio.Event()
         loop = asyncio.get_running_loop()
-        core = self._core.submit(
+        core = _checked(self._core.submit)(
             job.ids,
             stream=stream,
             notify=lambda: loop.call_soon_threadsafe(ready.set),
@@ -537,6 +542,20 @@ def _plain(name: str, ids: Any) -> list[int]:
                 f"{name}: found {token}, expected a token id", field=name, value=str(token)
             )
     return [int(token) for token in ids]
+
+
+def _checked(submit: Callable[..., _core.Request]) -> Callable[..., _core.Request]:
+    """`submit`, with numbers and texts that the core's types can't hold as our error."""
+
+    def call(*args: Any, **fields: Any) -> _core.Request:
+        try:
+            return submit(*args, **fields)
+        except OverflowError as error:
+            raise InvalidParameterError(f"{error}; expected a smaller number") from error
+        except UnicodeEncodeError as error:
+            raise _surrogate("stop", error) from None
+
+    return call
 
 
 def _surrogate(name: str, error: UnicodeEncodeError) -> InvalidParameterError:

@@ -232,11 +232,7 @@ pub(super) fn drive<M: Forward>(engine: Engine<M>, inbox: &Inbox) {
 }
 
 /// `tickets`: those of all requests that are not over, wherever it ends.
-fn serve<M: Forward>(
-    mut engine: Engine<M>,
-    inbox: &Inbox,
-    tickets: &mut Vec<Arc<Ticket>>,
-) {
+fn serve<M: Forward>(mut engine: Engine<M>, inbox: &Inbox, tickets: &mut Vec<Arc<Ticket>>) {
     let mut running: HashMap<RequestId, Arc<Ticket>> = HashMap::new();
     // The first and only time that it is set.
     let _ = inbox.interrupt.set(engine.interrupt());

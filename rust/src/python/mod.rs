@@ -4,8 +4,11 @@
 mod convert;
 mod driver;
 
-use crate::chat::ChatTemplate;
+use crate::backend::cpu::{Cpu, topology};
+use crate::chat::{ChatTemplate, special_tokens};
 use crate::engine::{self, EngineConfig};
+use crate::kernels;
+use crate::model::{self, Forward, KvDtype, LoadOptions, Model, Quantization};
 use crate::sample::Sampling;
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
@@ -13,7 +16,7 @@ use convert::{Processor, count, exception};
 use driver::{Inbox, Ticket};
 use pyo3::prelude::*;
 use serde_json::{Map, Value};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -23,21 +26,31 @@ use std::time::{Duration, Instant};
 /// How long a wait goes on before it looks for Ctrl-C.
 const SIGNALS: Duration = Duration::from_millis(50);
 
+/// Tokens of prompts computed in one step.
+const CHUNK_TOKENS: usize = 512;
+const QUANTIZATIONS: [(&str, Quantization); 4] = [
+    ("auto", Quantization::Auto),
+    ("int4", Quantization::Int4),
+    ("int8", Quantization::Int8),
+    ("none", Quantization::None),
+];
+const KV_DTYPES: [(&str, KvDtype); 2] = [("f16", KvDtype::F16), ("int8", KvDtype::Int8)];
+
 /// What `Engine.info` tells: keywords of `ferrule.ModelInfo`.
 #[derive(Clone, IntoPyObject)]
 struct Info {
     architecture: String,
     parameters: u64,
-    quantization: String,
+    quantization: &'static str,
     weight_bytes: u64,
     layers: usize,
     vocab_size: usize,
     context_length: usize,
     chat_template: bool,
-    kv_cache_dtype: String,
+    kv_cache_dtype: &'static str,
     kv_cache_bytes: u64,
-    device: String,
-    isa: String,
+    device: &'static str,
+    isa: &'static str,
     threads: usize,
 }
 
@@ -63,7 +76,7 @@ struct Loaded {
 impl Engine {
     #[new]
     #[pyo3(signature = (folder, *, quantization="auto", threads=None, context_length=None,
-        kv_cache_dtype="f16", max_batch=16, max_queue=256, prefix_cache=true, cache_dir=None,
+        kv_cache_dtype="f16", kv_cache_bytes=None, max_batch=16, max_queue=256, prefix_cache=true, cache_dir=None,
         chat_template=None, family=None, eos=Vec::new(), progress=None))]
     fn new(
         py: Python<'_>,
@@ -72,6 +85,7 @@ impl Engine {
         threads: Option<i64>,
         context_length: Option<i64>,
         kv_cache_dtype: &str,
+        kv_cache_bytes: Option<u64>,
         max_batch: i64,
         max_queue: i64,
         prefix_cache: bool,
@@ -81,29 +95,44 @@ impl Engine {
         eos: Vec<u32>,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Engine> {
-        let options = Options {
-            quantization: quantization.to_string(),
-            threads: threads.map(|n| count("threads", n)).transpose().map_err(raise(py))?,
-            context_length: context_length
-                .map(|n| count("context_length", n))
-                .transpose()
-                .map_err(raise(py))?,
-            kv_cache_dtype: kv_cache_dtype.to_string(),
-            max_batch: count("max_batch", max_batch).map_err(raise(py))?,
-            max_queue: count("max_queue", max_queue).map_err(raise(py))?,
-            prefix_cache,
-            cache_dir,
-            chat_template,
-            family,
-            eos,
+        let bytes = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
+        let options = || {
+            let count = |field, value: Option<i64>| value.map(|n| count(field, n)).transpose();
+            let bytes = bytes.clone();
+            Ok(Options {
+                load: LoadOptions {
+                    quantization: named("quantization", quantization, &QUANTIZATIONS)?,
+                    threads: count("threads", threads)?,
+                    isa: std::env::var("FERRULE_ISA").ok(),
+                    kv_dtype: named("kv_cache_dtype", kv_cache_dtype, &KV_DTYPES)?,
+                    cache_dir: cache_dir.map(PathBuf::from),
+                    family,
+                    progress: Some(Box::new(move |done, total| {
+                        bytes[0].store(done, Ordering::Relaxed);
+                        bytes[1].store(total, Ordering::Relaxed);
+                    })),
+                },
+                engine: EngineConfig {
+                    max_batch: convert::count("max_batch", max_batch)?,
+                    max_queue: convert::count("max_queue", max_queue)?,
+                    chunk_tokens: CHUNK_TOKENS,
+                    context_length: 0,
+                    kv_bytes: 0,
+                    prefix_cache,
+                },
+                kv_bytes: kv_cache_bytes,
+                context_length: count("context_length", context_length)?,
+                chat_template,
+                eos,
+            })
         };
+        let options = options().map_err(raise(py))?;
         let folder = folder.to_string();
         let inbox = Arc::new(Inbox::default());
-        let bytes = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
         let (sender, receiver) = mpsc::channel();
         let thread = {
-            let (inbox, bytes) = (inbox.clone(), bytes.clone());
-            let run = move || load_and_drive(Path::new(&folder), options, &bytes, &sender, &inbox);
+            let inbox = inbox.clone();
+            let run = move || load_and_drive(Path::new(&folder), options, &sender, &inbox);
             std::thread::Builder::new()
                 .name("ferrule".into())
                 .spawn(run)
@@ -112,9 +141,8 @@ impl Engine {
         let receiver = Mutex::new(receiver); // a lock, as `detach` asks for what threads may share
         let mut shown = (0, 0);
         let loaded = loop {
-            let wait = || {
-                receiver.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(SIGNALS)
-            };
+            let wait =
+                || receiver.lock().unwrap_or_else(PoisonError::into_inner).recv_timeout(SIGNALS);
             match py.detach(wait) {
                 Ok(loaded) => break loaded.map_err(raise(py))?,
                 Err(mpsc::RecvTimeoutError::Disconnected) => {
@@ -244,15 +272,16 @@ impl Engine {
         py.detach(|| self.tokenizer.decode(&ids, skip_special)).map_err(raise(py))
     }
 
-    /// Text of a conversation, given as JSON.
+    /// Text of a conversation, given as JSON; `now`: local time in Unix seconds, for its date.
     fn render_chat(
         &self,
         py: Python<'_>,
         messages: &str,
         add_generation_prompt: bool,
+        now: i64,
     ) -> PyResult<String> {
         self.check(py)?;
-        py.detach(|| self.render(messages, add_generation_prompt)).map_err(raise(py))
+        py.detach(|| self.render(messages, add_generation_prompt, now)).map_err(raise(py))
     }
 
     /// Ends all requests and frees the model. Does nothing the second time, or in a forked child.
@@ -279,7 +308,7 @@ impl Engine {
         }
     }
 
-    fn render(&self, messages: &str, add_generation_prompt: bool) -> Result<String> {
+    fn render(&self, messages: &str, add_generation_prompt: bool, now: i64) -> Result<String> {
         let Some(template) = &self.template else {
             return Err(Error::ChatTemplate(
                 "this model has no chat template; give one (chat_template=), or use generate \
@@ -289,7 +318,7 @@ impl Engine {
         };
         let messages = serde_json::from_str(messages)
             .map_err(|error| Error::parameter("messages", error, "a list of messages"))?;
-        template.render(&messages, &Value::Null, add_generation_prompt, &Map::new())
+        template.render(&messages, &Value::Null, add_generation_prompt, &Map::new(), Some(now))
     }
 }
 
@@ -384,18 +413,13 @@ fn raise(py: Python<'_>) -> impl Fn(Error) -> PyErr {
     move |error| exception(py, &error)
 }
 
-/// Keywords of `Engine`, checked for their sign.
+/// Keywords of `Engine`.
 struct Options {
-    quantization: String,
-    threads: Option<usize>,
+    load: LoadOptions,
+    engine: EngineConfig,
+    kv_bytes: Option<u64>,
     context_length: Option<usize>,
-    kv_cache_dtype: String,
-    max_batch: usize,
-    max_queue: usize,
-    prefix_cache: bool,
-    cache_dir: Option<String>,
     chat_template: Option<String>,
-    family: Option<String>,
     eos: Vec<u32>,
 }
 
@@ -403,81 +427,92 @@ struct Options {
 fn load_and_drive(
     folder: &Path,
     options: Options,
-    _bytes: &[AtomicU64; 2],
     sender: &mpsc::Sender<Result<Loaded>>,
     inbox: &Inbox,
 ) {
     let opened = open(folder, options).map(|(engine, loaded)| {
+        // Nobody may wait for it any more: then the inbox is closed, and nobody comes.
         let _ = sender.send(Ok(loaded));
         engine
     });
     match opened {
         Ok(engine) => driver::drive(engine, inbox),
-        // If nobody waits for it any more, nobody needs it.
         Err(error) => drop(sender.send(Err(error))),
     }
 }
 
-fn open(folder: &Path, options: Options) -> Result<(engine::Engine<Fake>, Loaded)> {
+fn open(folder: &Path, options: Options) -> Result<(engine::Engine<Model<Cpu>>, Loaded)> {
+    let Options { load, mut engine, kv_bytes, context_length, chat_template, mut eos } = options;
+    let kv_dtype = load.kv_dtype;
+    // Small files first: what they lack shows before the weights are read.
     let tokenizer = Arc::new(Tokenizer::open(folder)?);
-    let template = None;
-    let config = EngineConfig {
-        max_batch: options.max_batch,
-        max_queue: options.max_queue,
-        chunk_tokens: 512,
-        context_length: options.context_length.unwrap_or(1024),
-        kv_bytes: 1 << 30,
-        prefix_cache: options.prefix_cache,
+    let template = match chat_template {
+        Some(source) => Some(ChatTemplate::new(&source, special_tokens(folder)?)?),
+        None => ChatTemplate::open(folder)?,
     };
-    let engine =
-        engine::Engine::new(Arc::new(Fake), tokenizer.clone(), options.eos.clone(), config)?;
-    let info = Info {
-        architecture: "fake".into(),
-        parameters: 1,
-        quantization: options.quantization,
-        weight_bytes: 0,
-        layers: 1,
-        vocab_size: 2048,
-        context_length: engine.context_length(),
-        chat_template: template.is_some(),
-        kv_cache_dtype: options.kv_cache_dtype,
-        kv_cache_bytes: 0,
-        device: "cpu".into(),
-        isa: "none".into(),
-        threads: options.threads.unwrap_or(1),
-    };
-    Ok((engine, Loaded { tokenizer, template, info }))
-}
-struct Fake;
-impl crate::model::Forward for Fake {
-    type Kv = ();
-    fn vocab(&self) -> usize { 2048 }
-    fn context_length(&self) -> usize { 1024 }
-    fn kv_groups(&self) -> Vec<crate::model::KvGroup> { vec![crate::model::KvGroup { window: None, page_bytes: 1024 }] }
-    fn new_kv(&self, _: &[usize]) -> Result<()> { Ok(()) }
-    fn forward(&self, _: &mut (), batch: &[crate::model::Chunk<'_>], interrupt: &std::sync::atomic::AtomicBool) -> Result<Vec<f32>> {
-        let mut out = Vec::new();
-        for c in batch {
-            if interrupt.load(Ordering::SeqCst) { return Err(Error::Interrupted) }
-            std::thread::sleep(Duration::from_micros(300 * c.tokens.len() as u64));
-            let all = c.wanted == crate::model::Wanted::All;
-            for (i, t) in c.tokens.iter().enumerate() {
-                if all || (c.wanted == crate::model::Wanted::Last && i + 1 == c.tokens.len()) {
-                    let mut row = vec![0f32; 2048];
-                    row[(*t as usize * 7 + 13 + c.start + i) % 2048] = 6.0;
-                    row[(*t as usize * 3 + 11 + c.start + i) % 2048] = 5.0;
-                    out.extend(row);
-                }
-            }
-        }
-        Ok(out)
+    let model = Arc::new(model::load(folder, load)?);
+    if eos.is_empty() {
+        eos.extend(tokenizer.eos().map(|(id, _)| id));
     }
+    let spec = &model.spec;
+    engine.context_length = context_length.unwrap_or(spec.context_length);
+    engine.kv_bytes = kv_bytes.unwrap_or_else(|| topology::available_memory() / 2);
+    let driven = engine::Engine::new(model.clone(), tokenizer.clone(), eos, engine)?;
+    let pages = driven.stats().pages.into_iter().zip(model.kv_groups());
+    let info = Info {
+        architecture: spec.architecture.clone(),
+        parameters: model.parameters(),
+        quantization: model.form(),
+        weight_bytes: model.weight_bytes(),
+        layers: spec.layers.len(),
+        vocab_size: spec.vocab,
+        context_length: driven.context_length(),
+        chat_template: template.is_some(),
+        kv_cache_dtype: kv_name(kv_dtype),
+        kv_cache_bytes: pages.map(|(n, group)| (n.total * group.page_bytes) as u64).sum(),
+        device: "cpu",
+        isa: model.backend.kernels().name(),
+        threads: model.backend.threads(),
+    };
+    Ok((driven, Loaded { tokenizer, template, info }))
+}
+
+fn kv_name(dtype: KvDtype) -> &'static str {
+    match dtype {
+        KvDtype::F32 => "f32",
+        KvDtype::F16 => "f16",
+        KvDtype::Int8 => "int8",
+    }
+}
+
+/// The value that a name stands for.
+fn named<T: Copy>(field: &'static str, name: &str, table: &[(&str, T)]) -> Result<T> {
+    let found = table.iter().find(|(known, _)| *known == name).map(|(_, value)| *value);
+    found.ok_or_else(|| {
+        let names: Vec<_> = table.iter().map(|(known, _)| format!("{known:?}")).collect();
+        Error::parameter(field, format!("{name:?}"), names.join(" or "))
+    })
+}
+
+/// Kernel sets that this CPU can run, best first.
+#[pyfunction]
+fn kernel_sets() -> Vec<&'static str> {
+    kernels::available().map(|set| set.name()).collect()
+}
+
+/// Threads that threads="auto" means now, and why.
+#[pyfunction]
+fn threads() -> (usize, String) {
+    let threads = topology::auto();
+    (threads.count, threads.why)
 }
 
 /// `ferrule._core`.
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("version", env!("CARGO_PKG_VERSION"))?;
+    module.add_function(wrap_pyfunction!(kernel_sets, module)?)?;
+    module.add_function(wrap_pyfunction!(threads, module)?)?;
     module.add_class::<Engine>()?;
     module.add_class::<Request>()?;
     module.add_class::<convert::News>()?;
