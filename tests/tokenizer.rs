@@ -310,3 +310,12 @@ fn real_vocabularies_equal_their_reference_ids() {
     }
     fs::remove_dir_all(&folder).unwrap();
 }
+
+#[test]
+fn one_tokenizer_serves_all_threads() {
+    fn shared<T: Send + Sync>() {}
+    shared::<Tokenizer>();
+    shared::<Decoder>();
+    shared::<ferrule::chat::ChatTemplate>();
+    shared::<ferrule::file::Checkpoint>();
+}
