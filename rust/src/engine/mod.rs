@@ -1,110 +1,251 @@
-//! Requests in, tokens out. `step()` is deterministic given its inputs: no clock, no thread inside.
+//! Requests in, tokens out: continuous batching over one model.
+//! `step()` is deterministic given its inputs: no clock, no thread inside.
+//!
+//! What a request gets depends on the request alone: never on who else runs, how its prompt was cut
+//! into chunks, whether it was preempted, or what was in the prefix cache. `tests/engine.rs` holds
+//! the engine to that.
 
-use crate::sample::{Logprob, Sampling};
-use crate::Result;
+mod answer;
+mod request;
+mod scheduler;
+mod text;
 
-/// Identifies a request inside one engine.
-pub type RequestId = u64;
+pub use request::{
+    EngineConfig, Event, FinishReason, LogitsProcessor, Request, RequestId, TokenLogprobs,
+};
 
-/// A Python (or test) function that may change the logits before a draw.
-pub trait LogitsProcessor: Send {
-    /// `ids` = prompt and answer so far; `logits` are changed in place.
-    fn process(&mut self, ids: &[u32], logits: &mut [f32]) -> Result<()>;
+use crate::model::kv::{self, KvPool, PageCount};
+use crate::model::{Chunk, Forward, KvGroup, Wanted};
+use crate::tokenizer::Tokenizer;
+use crate::{Error, Result};
+use answer::{Answer, End};
+use scheduler::{Scheduler, Slot};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// What an engine is busy with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EngineStats {
+    /// Requests that have pages.
+    pub running: usize,
+    /// Requests that wait for their first pages, or for new ones after they were preempted.
+    pub waiting: usize,
+    /// Pages of each group of layers.
+    pub pages: Vec<PageCount>,
+    /// How often a sequence had to give its pages to an older one.
+    pub preemptions: u64,
 }
 
-/// What to generate.
-pub struct Request {
-    /// Token ids; not empty.
-    pub prompt: Vec<u32>,
-    /// At most this many tokens; `None` = the rest of the context.
-    pub max_tokens: Option<usize>,
-    /// End tokens and stop strings are banned before this many tokens.
-    pub min_tokens: usize,
-    /// How to draw.
-    pub sampling: Sampling,
-    /// The answer ends before the first of these.
-    pub stop: Vec<String>,
-    /// The answer ends at these ids (their text is not part of it).
-    pub stop_token_ids: Vec<u32>,
-    /// Do not end at the model's end tokens.
-    pub ignore_eos: bool,
-    /// Special tokens give no text.
-    pub skip_special_tokens: bool,
-    /// Report log-probabilities of each token, and of this many likeliest.
-    pub logprobs: Option<usize>,
-    /// The same for the prompt's tokens (the first has none).
-    pub prompt_logprobs: Option<usize>,
-    /// All logits of the prompt, f32 [n, vocab], instead of an answer.
-    pub prompt_logits: bool,
-    /// Called in order before each draw.
-    pub processors: Vec<Box<dyn LogitsProcessor>>,
+/// A model, its KV cache and the requests on it.
+pub struct Engine<M: Forward> {
+    model: Arc<M>,
+    tokenizer: Arc<Tokenizer>,
+    eos: Vec<u32>,
+    config: EngineConfig,
+    groups: Vec<KvGroup>,
+    kv: M::Kv,
+    scheduler: Scheduler<Answer>,
+    next_id: RequestId,
+    interrupt: Arc<AtomicBool>,
+    pending: Vec<Event>, // of cancelled requests, for the next step
 }
 
-/// Why an answer ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(missing_docs)]
-pub enum FinishReason { Stop, Length, Cancelled }
+impl<M: Forward> Engine<M> {
+    /// An idle engine; `eos` are the ids at which an answer ends.
+    pub fn new(
+        model: Arc<M>,
+        tokenizer: Arc<Tokenizer>,
+        eos: Vec<u32>,
+        mut config: EngineConfig,
+    ) -> Result<Self> {
+        config.check(model.context_length())?;
+        if let Some(&id) = eos.iter().find(|&&id| id as usize >= model.vocab()) {
+            return Err(Error::parameter("eos", id, format!("an id below {}", model.vocab())));
+        }
+        config.chunk_tokens = config.chunk_tokens.min(config.context_length);
+        let (context, chunk) = (config.context_length, config.chunk_tokens);
+        let groups = model.kv_groups();
+        let pages = kv::divide(&groups, config.kv_bytes, context, chunk, config.max_batch - 1)
+            .ok_or_else(|| Error::OutOfMemory {
+                what: "keys and values of one page of tokens (kv_bytes)".into(),
+                requested: kv::bytes_for(&groups, 1, chunk),
+                available: config.kv_bytes,
+            })?;
+        let kv = model.new_kv(&pages)?;
+        let pool = KvPool::new(&groups, &pages, config.prefix_cache);
+        let scheduler = Scheduler::new(pool, config.max_batch, chunk);
+        Ok(Engine {
+            model,
+            tokenizer,
+            eos,
+            config,
+            groups,
+            kv,
+            scheduler,
+            next_id: 0,
+            interrupt: Arc::default(),
+            pending: Vec::new(),
+        })
+    }
 
-/// One token's log-probability and the likeliest ones.
-#[derive(Clone, Debug, PartialEq)]
-#[allow(missing_docs)]
-pub struct TokenLogprobs { pub token: Logprob, pub top: Vec<Logprob> }
+    /// Tokens a sequence may hold: as configured, or fewer where the KV cache holds no more.
+    pub fn context_length(&self) -> usize {
+        self.config.context_length.min(self.scheduler.pool.capacity())
+    }
 
-/// What happened to a request in a step.
-#[derive(Debug)]
-pub enum Event {
-    /// New text and ids; text may be empty while a character or stop string is open.
-    Chunk {
-        /// Whose.
-        id: RequestId,
-        /// Whole characters only.
-        text: String,
-        /// The new ids.
-        token_ids: Vec<u32>,
-        /// One for each new id if asked for.
-        logprobs: Vec<TokenLogprobs>,
-    },
-    /// The request is over; nothing follows.
-    Done {
-        /// Whose.
-        id: RequestId,
-        /// Why.
-        reason: FinishReason,
-        /// The stop string or the text of the stop token that ended it.
-        stop_match: Option<String>,
-        /// Prompt tokens.
-        prompt_tokens: usize,
-        /// Prompt tokens whose keys and values were in the prefix cache.
-        cached_tokens: usize,
-        /// Tokens generated.
-        completion_tokens: usize,
-        /// For each prompt token but the first, if asked for (`None` for the first).
-        prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
-        /// [prompt_tokens, vocab] if asked for.
-        prompt_logits: Option<Vec<f32>>,
-    },
-    /// The request failed.
-    Failed {
-        /// Whose.
-        id: RequestId,
-        /// Why.
-        error: crate::Error,
-    },
+    /// Takes a request after all checks; what it says comes out of later steps.
+    pub fn submit(&mut self, request: Request) -> Result<RequestId> {
+        let queued = self.scheduler.slots.len().saturating_sub(self.config.max_batch);
+        if self.scheduler.slots.len() >= self.config.max_batch + self.config.max_queue {
+            return Err(Error::QueueFull { queued, limit: self.config.max_queue });
+        }
+        request.check(self.model.vocab(), self.config.context_length)?;
+        let tokens = request.prompt.len() + request.max_tokens.unwrap_or(1);
+        let context = self.context_length();
+        if tokens > context {
+            let pages = self.scheduler.pool.counts().into_iter().zip(&self.groups);
+            return Err(Error::OutOfMemory {
+                what: format!(
+                    "keys and values of {tokens} tokens (prompt {} + answer), the cache holds \
+                     {context}: give a larger kv_bytes or a smaller max_tokens",
+                    request.prompt.len()
+                ),
+                requested: kv::bytes_for(&self.groups, tokens, self.config.chunk_tokens),
+                available: pages.map(|(n, g)| n.total as u64 * g.page_bytes as u64).sum(),
+            });
+        }
+        let id = self.next_id;
+        self.next_id += 1;
+        let (prompt, answer) = Answer::new(request, context, &self.eos, self.model.vocab())?;
+        self.scheduler.push(id, prompt, answer.scores_prompt(), answer);
+        Ok(id)
+    }
+
+    /// Ends a request and frees its pages; the next step says `Done` with `Cancelled`.
+    /// False: there is no such request any more.
+    pub fn cancel(&mut self, id: RequestId) -> bool {
+        let Some(mut slot) = self.scheduler.remove(id) else { return false };
+        let end = slot.data.cancel(id, &self.tokenizer, &mut self.pending);
+        self.pending.push(over(slot, end));
+        true
+    }
+
+    /// Setting it makes a running `step` return within about one layer, with nothing lost: what
+    /// that step computed is computed again by the next. To cancel from another thread, first leave
+    /// a message for the thread that drives the engine, then set this; it is cleared here.
+    pub fn interrupt(&self) -> Arc<AtomicBool> {
+        self.interrupt.clone()
+    }
+
+    /// Nothing to do and nothing to say.
+    pub fn is_idle(&self) -> bool {
+        self.scheduler.slots.is_empty() && self.pending.is_empty()
+    }
+
+    /// What it is busy with.
+    pub fn stats(&self) -> EngineStats {
+        let running = self.scheduler.slots.iter().filter(|slot| slot.running).count();
+        EngineStats {
+            running,
+            waiting: self.scheduler.slots.len() - running,
+            pages: self.scheduler.pool.counts(),
+            preemptions: self.scheduler.preemptions,
+        }
+    }
+
+    /// One forward pass over a batch: a token of each answer, and chunks of prompts.
+    pub fn step(&mut self) -> Vec<Event> {
+        let mut events = std::mem::take(&mut self.pending);
+        let plan = self.scheduler.plan();
+        if plan.is_empty() {
+            return events;
+        }
+        let slots = &self.scheduler.slots;
+        let wanted = |work: &scheduler::Work| {
+            let slot = &slots[work.slot];
+            match work.end == slot.tokens.len() {
+                _ if slot.data.scores_prompt() => Wanted::All,
+                true => Wanted::Last,
+                false => Wanted::None,
+            }
+        };
+        let batch: Vec<Chunk<'_>> = plan
+            .iter()
+            .map(|work| Chunk {
+                tokens: &slots[work.slot].tokens[work.start..work.end],
+                start: work.start,
+                pages: slots[work.slot].pages.tables(),
+                wanted: wanted(work),
+            })
+            .collect();
+        let rows: Vec<usize> = batch
+            .iter()
+            .map(|chunk| match chunk.wanted {
+                Wanted::None => 0,
+                Wanted::Last => 1,
+                Wanted::All => chunk.tokens.len(),
+            })
+            .collect();
+        let mut logits = match self.model.forward(&mut self.kv, &batch, &self.interrupt) {
+            Ok(logits) => logits,
+            Err(Error::Interrupted) => {
+                self.interrupt.store(false, Ordering::SeqCst);
+                return events;
+            }
+            Err(error) => {
+                let ids: Vec<_> = plan.iter().map(|work| slots[work.slot].id).collect();
+                for id in ids {
+                    self.scheduler.remove(id);
+                    events.push(Event::Failed { id, error: same(&error) });
+                }
+                return events;
+            }
+        };
+        let mut rest = logits.as_mut_slice();
+        let mut ended = Vec::new();
+        for (work, rows) in plan.iter().zip(rows) {
+            let (mine, others) = rest.split_at_mut(rows * self.model.vocab());
+            rest = others;
+            self.scheduler.commit(work);
+            let slot = &mut self.scheduler.slots[work.slot];
+            let positions = work.start..work.end;
+            let result = slot.data.advance(
+                slot.id,
+                &mut slot.tokens,
+                positions,
+                mine,
+                &self.tokenizer,
+                &mut events,
+            );
+            slot.computes_all = slot.data.scores_prompt();
+            match result {
+                Ok(None) => {}
+                Ok(Some(end)) => ended.push((slot.id, Ok(end))),
+                Err(error) => ended.push((slot.id, Err(error))),
+            }
+        }
+        for (id, end) in ended {
+            events.extend(self.scheduler.remove(id).map(|slot| over(slot, end)));
+        }
+        events
+    }
 }
 
-/// Limits of an engine.
-#[derive(Clone, Debug)]
-pub struct EngineConfig {
-    /// Sequences computed at once.
-    pub max_batch: usize,
-    /// Requests that may wait.
-    pub max_queue: usize,
-    /// Prompt tokens computed in one step, all sequences together.
-    pub chunk_tokens: usize,
-    /// Tokens a sequence may hold, prompt and answer.
-    pub context_length: usize,
-    /// Bytes for keys and values.
-    pub kv_bytes: u64,
-    /// Keep keys and values of finished prompts for reuse.
-    pub prefix_cache: bool,
+/// The last event of a request.
+fn over(slot: Slot<Answer>, end: Result<End>) -> Event {
+    let cached = slot.cached.unwrap_or(0);
+    match end {
+        Ok(end) => slot.data.done(slot.id, end, slot.tokens.len(), cached),
+        Err(error) => Event::Failed { id: slot.id, error },
+    }
+}
+
+/// The error of a batch, once for each of its sequences.
+fn same(error: &Error) -> Error {
+    match error {
+        Error::OutOfMemory { what, requested, available } => {
+            Error::OutOfMemory { what: what.clone(), requested: *requested, available: *available }
+        }
+        other => Error::Unsupported(format!("the forward pass failed: {other}")),
+    }
 }

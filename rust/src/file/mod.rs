@@ -1,12 +1,70 @@
-//! Bytes on disk -> named, checked, memory-mapped tensors. Knows no model.
+//! Bytes on disk -> named, checked, memory-mapped tensors. Knows no model; never copies tensor data.
+
+pub mod safetensors;
 
 use crate::{Error, Result};
-use std::path::Path;
+use memmap2::Mmap;
+use serde_json::Value;
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+/// The longest index file that is read.
+const MAX_INDEX: u64 = 100_000_000;
 
 /// Element type of a stored tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs)]
+#[rustfmt::skip]
 pub enum Dtype { F32, F16, BF16, F64, I8, U8, I16, U16, I32, U32, I64, U64, Bool, F8E4M3, F8E5M2, F8E8M0 }
+
+impl Dtype {
+    /// Every element type.
+    #[rustfmt::skip]
+    pub const ALL: [Dtype; 16] = {
+        use Dtype::*;
+        [F32, F16, BF16, F64, I8, U8, I16, U16, I32, U32, I64, U64, Bool, F8E4M3, F8E5M2, F8E8M0]
+    };
+
+    /// Bytes of one element.
+    pub const fn size(self) -> usize {
+        match self {
+            Dtype::F64 | Dtype::I64 | Dtype::U64 => 8,
+            Dtype::F32 | Dtype::I32 | Dtype::U32 => 4,
+            Dtype::F16 | Dtype::BF16 | Dtype::I16 | Dtype::U16 => 2,
+            Dtype::I8 | Dtype::U8 | Dtype::Bool => 1,
+            Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::F8E8M0 => 1,
+        }
+    }
+
+    /// Its name in a safetensors file.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Dtype::F32 => "F32",
+            Dtype::F16 => "F16",
+            Dtype::BF16 => "BF16",
+            Dtype::F64 => "F64",
+            Dtype::I8 => "I8",
+            Dtype::U8 => "U8",
+            Dtype::I16 => "I16",
+            Dtype::U16 => "U16",
+            Dtype::I32 => "I32",
+            Dtype::U32 => "U32",
+            Dtype::I64 => "I64",
+            Dtype::U64 => "U64",
+            Dtype::Bool => "BOOL",
+            Dtype::F8E4M3 => "F8_E4M3",
+            Dtype::F8E5M2 => "F8_E5M2",
+            Dtype::F8E8M0 => "F8_E8M0",
+        }
+    }
+
+    fn from_name(name: &str) -> Option<Dtype> {
+        Dtype::ALL.into_iter().find(|dtype| dtype.name() == name)
+    }
+}
 
 /// A tensor inside a mapped file.
 #[derive(Clone, Copy, Debug)]
@@ -17,27 +75,272 @@ pub struct TensorView<'a> {
     pub dtype: Dtype,
     /// Its dimensions, outermost first.
     pub shape: &'a [usize],
-    /// Its bytes, little-endian, row-major; exactly `shape` x `dtype` long.
+    /// Its bytes, little-endian, row-major; exactly `shape` x `dtype` long. Not aligned.
     pub bytes: &'a [u8],
 }
 
 /// The memory-mapped tensors of a model folder.
-pub struct Checkpoint {}
+///
+/// The files must not change while it is open: if another program cuts one short, reading the lost part
+/// kills the process (SIGBUS), as with every memory map.
+pub struct Checkpoint {
+    path: PathBuf,
+    files: Vec<Mapped>,
+    tensors: Vec<(usize, safetensors::Entry)>, // (index of its file, entry), in file order
+    by_name: HashMap<String, usize>,
+}
+
+struct Mapped {
+    name: String,
+    map: Mmap,
+    modified: Option<SystemTime>,
+}
 
 impl Checkpoint {
-    /// Opens `folder` (or one .safetensors file).
-    pub fn open(_folder: &Path) -> Result<Checkpoint> { todo!() }
+    /// Opens one .safetensors file, or a folder with model.safetensors or with shards and their
+    /// model.safetensors.index.json. Every range is checked here.
+    pub fn open(path: &Path) -> Result<Checkpoint> {
+        let kind = fs::metadata(path).map_err(|e| match e.kind() {
+            ErrorKind::NotFound | ErrorKind::NotADirectory => Error::ModelNotFound(format!(
+                "{}: no such file or folder, expected a model folder",
+                path.display()
+            )),
+            _ => Error::io(path, e),
+        })?;
+        let mut checkpoint = Checkpoint {
+            path: path.to_path_buf(),
+            files: Vec::new(),
+            tensors: Vec::new(),
+            by_name: HashMap::new(),
+        };
+        let (single, index) =
+            (path.join("model.safetensors"), path.join("model.safetensors.index.json"));
+        if !kind.is_dir() {
+            checkpoint.add(path)?;
+        } else if single.exists() {
+            checkpoint.add(&single)?;
+        } else if let Some(json) = read_json(&index, MAX_INDEX)? {
+            checkpoint.add_shards(&index, &json)?;
+        } else {
+            return Err(nothing_to_open(path)?);
+        }
+        Ok(checkpoint)
+    }
+
+    /// Maps one file and adds its tensors.
+    fn add(&mut self, path: &Path) -> Result<()> {
+        if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
+            return Err(gguf(path));
+        }
+        let meta = fs::metadata(path).map_err(|e| Error::io(path, e))?;
+        if !meta.is_file() {
+            return Err(Error::format(path, "expected a regular file")); // opening a pipe would wait
+        }
+        let file = File::open(path).map_err(|e| Error::io(path, e))?;
+        // SAFETY: the map is read-only and private to this value. That no other program changes the
+        // file meanwhile is the documented condition of `Checkpoint`; a change can give other numbers
+        // or SIGBUS, but no reference to a value with an invalid bit pattern: only bytes are read.
+        let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
+        let entries = safetensors::parse(&map).map_err(|what| Error::format(path, what))?;
+        for entry in entries {
+            let next = self.tensors.len();
+            if let Some(earlier) = self.by_name.insert(entry.name.clone(), next) {
+                let what = match self.files.get(self.tensors[earlier].0) {
+                    Some(other) => format!("tensor `{}` is also in {}", entry.name, other.name),
+                    None => format!("tensor `{}` is there twice", entry.name),
+                };
+                return Err(Error::format(path, what));
+            }
+            self.tensors.push((self.files.len(), entry));
+        }
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        self.files.push(Mapped { name, map, modified: meta.modified().ok() });
+        Ok(())
+    }
+
+    /// Adds the shards that `index` names, and checks that each tensor lies where it says.
+    fn add_shards(&mut self, index: &Path, json: &Value) -> Result<()> {
+        let wrong = |what: String| Error::format(index, what);
+        let Some(weight_map) = json.get("weight_map").and_then(Value::as_object) else {
+            return Err(wrong("expected an object `weight_map` of tensor to file".into()));
+        };
+        let mut promised = Vec::with_capacity(weight_map.len());
+        for (tensor, file) in weight_map {
+            match file.as_str() {
+                // A name that leads out of the folder must not be opened; `:` and `\` do so on Windows.
+                Some(file)
+                    if !matches!(file, "" | "." | "..")
+                        && !file.contains(['/', '\\', ':', '\0']) =>
+                {
+                    promised.push((tensor, file));
+                }
+                _ => {
+                    return Err(wrong(format!(
+                        "tensor `{tensor}`: found {file}, expected the plain name of a file in this folder"
+                    )));
+                }
+            }
+        }
+        let mut shards: Vec<&str> = promised.iter().map(|&(_, file)| file).collect();
+        shards.sort_unstable();
+        shards.dedup();
+        for shard in shards {
+            let path = self.path.join(shard);
+            if !path.exists() {
+                return Err(wrong(format!(
+                    "names {shard}, which is not in the folder; was the download complete?"
+                )));
+            }
+            self.add(&path)?;
+        }
+        for (tensor, file) in promised {
+            match self.by_name.get(tensor).map(|&i| self.files[self.tensors[i].0].name.as_str()) {
+                Some(found) if found == file => {}
+                Some(found) => {
+                    return Err(wrong(format!(
+                        "tensor `{tensor}`: found in {found}, expected in {file}"
+                    )));
+                }
+                None => return Err(wrong(format!("tensor `{tensor}` is not in {file}"))),
+            }
+        }
+        Ok(())
+    }
+
     /// Names of all tensors, in file order.
-    pub fn names(&self) -> impl Iterator<Item = &str> { std::iter::empty() }
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.iter().map(|(_, entry)| entry.name.as_str())
+    }
+
     /// The tensor called `name`, if there is one.
-    pub fn get(&self, _name: &str) -> Option<TensorView<'_>> { todo!() }
+    pub fn get(&self, name: &str) -> Option<TensorView<'_>> {
+        let (file, entry) = &self.tensors[*self.by_name.get(name)?];
+        Some(TensorView {
+            name: &entry.name,
+            dtype: entry.dtype,
+            shape: &entry.shape,
+            bytes: &self.files[*file].map[entry.range.clone()],
+        })
+    }
+
     /// The tensor called `name`, or an error that names it and the nearest names there are.
-    pub fn tensor(&self, name: &str) -> Result<TensorView<'_>> { self.get(name).ok_or(Error::Closed) }
+    pub fn tensor(&self, name: &str) -> Result<TensorView<'_>> {
+        self.get(name).ok_or_else(|| {
+            let shared = |other: &str| {
+                let start = name.bytes().zip(other.bytes()).take_while(|(a, b)| a == b).count();
+                let end =
+                    name.bytes().rev().zip(other.bytes().rev()).take_while(|(a, b)| a == b).count();
+                start + end
+            };
+            let mut near: Vec<&str> = self.names().collect();
+            near.sort_by_key(|other| std::cmp::Reverse(shared(other)));
+            near.truncate(3);
+            let near = if near.is_empty() {
+                "it has none".into()
+            } else {
+                format!("nearest: {}", near.join(", "))
+            };
+            Error::format(&self.path, format!("no tensor `{name}`; {near}"))
+        })
+    }
+
     /// Total bytes of all files.
-    pub fn bytes(&self) -> u64 { 0 }
-    /// A key of the content: file names, sizes, headers, modification times and sampled bytes.
-    pub fn content_key(&self) -> [u8; 32] { [0; 32] }
+    pub fn bytes(&self) -> u64 {
+        self.files.iter().map(|file| file.map.len() as u64).sum()
+    }
+
+    /// A key of the content: file names, sizes, modification times, headers and sampled bytes.
+    ///
+    /// Files that were replaced, retrained or cut have another key. Not noticed: a file whose bytes were
+    /// changed in place between the sampled pieces (16 of 64 KiB per file, the ends included) with its
+    /// modification time set back. Copying a folder without its times changes the key.
+    pub fn content_key(&self) -> [u8; 32] {
+        const PIECE: usize = 64 << 10;
+        const PIECES: usize = 16;
+        let mut hash = blake3::Hasher::new_derive_key("ferrule 2026-11 checkpoint content key");
+        for (i, file) in self.files.iter().enumerate() {
+            hash.update(&(file.name.len() as u64).to_le_bytes());
+            hash.update(file.name.as_bytes());
+            hash.update(&(file.map.len() as u64).to_le_bytes());
+            let since = file.modified.and_then(|t| t.duration_since(SystemTime::UNIX_EPOCH).ok());
+            hash.update(&since.map_or(0, |t| t.as_nanos()).to_le_bytes());
+            let of_file = self.tensors.iter().filter(|(owner, _)| *owner == i);
+            let header = of_file.map(|(_, e)| e.range.start).min().unwrap_or(file.map.len());
+            let (header, data) = file.map.split_at(header);
+            hash.update(header);
+            match data.len().checked_sub(PIECE) {
+                Some(last) if data.len() > PIECES * PIECE => {
+                    for piece in 0..PIECES {
+                        // u128: the product overflows on 32-bit machines.
+                        let at = (last as u128 * piece as u128 / (PIECES - 1) as u128) as usize;
+                        hash.update(&data[at..at + PIECE]);
+                    }
+                }
+                _ => _ = hash.update(data),
+            }
+        }
+        *hash.finalize().as_bytes()
+    }
+}
+
+/// Why a folder without safetensors cannot be opened; lists what is there.
+fn nothing_to_open(folder: &Path) -> Result<Error> {
+    let mut names = Vec::new();
+    for item in fs::read_dir(folder).map_err(|e| Error::io(folder, e))?.take(10_000) {
+        let item = item.map_err(|e| Error::io(folder, e))?;
+        names.push(item.file_name().to_string_lossy().into_owned());
+    }
+    names.sort_unstable();
+    if let Some(name) = names.iter().find(|name| name.ends_with(".gguf")) {
+        return Ok(gguf(&folder.join(name)));
+    }
+    let torch = |name: &&String| [".bin", ".pt", ".pth"].iter().any(|end| name.ends_with(end));
+    let remedy = match names.iter().find(torch) {
+        Some(name) => format!("; convert {name} to safetensors"),
+        None => String::new(),
+    };
+    let found = match names.len() {
+        0 => "nothing".to_owned(),
+        1..=12 => names.join(", "),
+        n => format!("{}, ... ({n} names)", names[..12].join(", ")),
+    };
+    let what = format!(
+        "expected model.safetensors or model.safetensors.index.json, found {found}{remedy}"
+    );
+    Ok(Error::format(folder, what))
+}
+
+fn gguf(path: &Path) -> Error {
+    Error::Unsupported(format!(
+        "{}: GGUF files are not supported yet; use the model's safetensors",
+        path.display()
+    ))
+}
+
+/// Reads a file of at most `limit` bytes; `Ok(None)` if it is not there.
+pub fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
+    match fs::metadata(path) {
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(Error::io(path, e)),
+        Ok(meta) if !meta.is_file() => return Err(Error::format(path, "expected a regular file")),
+        Ok(_) => {}
+    }
+    let file = File::open(path).map_err(|e| Error::io(path, e))?;
+    let mut bytes = Vec::new();
+    file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(|e| Error::io(path, e))?;
+    if bytes.len() as u64 > limit {
+        return Err(Error::format(
+            path,
+            format!("found more than {limit} bytes, expected at most that"),
+        ));
+    }
+    Ok(Some(bytes))
 }
 
 /// Reads a JSON file of at most `limit` bytes; `Ok(None)` if it is not there.
-pub fn read_json(_path: &Path, _limit: u64) -> Result<Option<serde_json::Value>> { todo!() }
+pub fn read_json(path: &Path, limit: u64) -> Result<Option<Value>> {
+    let Some(bytes) = read(path, limit)? else { return Ok(None) };
+    let json =
+        serde_json::from_slice(&bytes).map_err(|e| Error::format(path, format!("JSON: {e}")))?;
+    Ok(Some(json))
+}

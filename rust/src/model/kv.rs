@@ -1,0 +1,391 @@
+//! Bookkeeping of the paged KV cache: which page holds which positions of which sequence.
+//! Page ids only; never touches keys or values, never reads a clock.
+//!
+//! Each group of layers (see [`KvGroup`]) has its own pages, and a sequence has one table per group.
+//! A page is in exactly one state: *free*; *owned* by the tables that refer to it; or *cached*: full,
+//! in no table, found again by the content hash of all tokens up to its end.
+//!
+//! Only full pages are shared. A full page whose content another page already holds is given up for
+//! that one: equal tokens at equal positions give equal bits, so either serves.
+//!
+//! Cached pages are evicted least recently used first. A sequence gives its pages back from the last
+//! to the first, so in a group without a window a page is never evicted before the pages that
+//! continue it. In a group with a window pages leave as the window passes them, first to last: there
+//! the pages at the end of a prefix are the ones a later sequence needs.
+
+use super::{KvGroup, NO_PAGE, PAGE};
+use std::collections::{BTreeMap, HashMap};
+
+/// Names the content of a full page: a hash of all tokens from position 0 to its end.
+pub type Key = [u8; 16];
+
+/// Appends the keys of the full pages of `tokens` that `keys` lacks.
+pub fn extend_keys(keys: &mut Vec<Key>, tokens: &[u32]) {
+    for page in tokens.chunks_exact(PAGE).skip(keys.len()) {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(keys.last().map_or(&[], |parent| parent.as_slice()));
+        for token in page {
+            hasher.update(&token.to_le_bytes());
+        }
+        let mut key = Key::default();
+        key.copy_from_slice(&hasher.finalize().as_bytes()[..size_of::<Key>()]);
+        keys.push(key);
+    }
+}
+
+/// Most pages that a sequence of `len` positions, computed `chunk` at a time, holds at once.
+pub fn pages_for(window: Option<usize>, len: usize, chunk: usize) -> usize {
+    let all = len.div_ceil(PAGE);
+    match window {
+        None => all,
+        // A chunk sees window - 1 positions before its first, and n positions lie in at most
+        // (n + 62) / 64 + 1 pages.
+        Some(window) => all.min(window.saturating_add(chunk).saturating_add(61) / PAGE + 1),
+    }
+}
+
+/// Bytes that the pages of a sequence of `len` positions take in all groups.
+pub fn bytes_for(groups: &[KvGroup], len: usize, chunk: usize) -> u64 {
+    groups.iter().fold(0, |sum: u64, g| {
+        let pages = pages_for(g.window, len, chunk) as u64;
+        sum.saturating_add(pages.saturating_mul(g.page_bytes as u64))
+    })
+}
+
+/// Pages per group within `bytes`: first for one sequence of `context` positions (or as many as
+/// fit), then for `others` more that are all as long as fits. `None`: not even one page each.
+pub fn divide(
+    groups: &[KvGroup],
+    bytes: u64,
+    context: usize,
+    chunk: usize,
+    others: usize,
+) -> Option<Vec<usize>> {
+    // Greatest n <= context, in whole pages, for which `copies` sequences of n positions fit.
+    let longest = |bytes: u64, copies: u64| {
+        let need = |n: usize| bytes_for(groups, n.saturating_mul(PAGE), chunk);
+        let fits = |n| need(n).saturating_mul(copies) <= bytes;
+        let (mut low, mut high) = (0, context.div_ceil(PAGE));
+        while low < high {
+            let middle = (low + high).div_ceil(2);
+            if fits(middle) { low = middle } else { high = middle - 1 }
+        }
+        low.saturating_mul(PAGE)
+    };
+    let first = longest(bytes, 1);
+    let rest = match first >= context {
+        true => longest(bytes - bytes_for(groups, first, chunk), others.max(1) as u64),
+        false => 0,
+    };
+    let pages =
+        |g: &KvGroup| pages_for(g.window, first, chunk) + others * pages_for(g.window, rest, chunk);
+    (first > 0).then(|| groups.iter().map(pages).collect())
+}
+
+/// The pages of one sequence. Belongs to one [`KvPool`], which must get them back by `release`.
+#[derive(Debug, Default)]
+pub struct Pages {
+    tables: Vec<Vec<u32>>, // [group][position / 64]
+    passed: Vec<usize>,    // per group: the first entries, NO_PAGE because the window passed them
+    len: usize,
+}
+
+impl Pages {
+    /// Positions whose keys and values are in the pages.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// No position is computed.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The page table of each group.
+    pub fn tables(&self) -> &[Vec<u32>] {
+        &self.tables
+    }
+}
+
+/// Pages of a group by state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageCount {
+    /// All.
+    pub total: usize,
+    /// Hold nothing.
+    pub free: usize,
+    /// Hold a prefix that no sequence uses at present.
+    pub cached: usize,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Page {
+    refs: usize,
+    key: Option<Key>,
+    stamp: u64, // when it became cached
+}
+
+#[derive(Debug)]
+struct Group {
+    window: Option<usize>,
+    pages: Vec<Page>,
+    free: Vec<u32>,
+    cached: BTreeMap<u64, u32>, // stamp -> page
+    by_key: HashMap<Key, u32>,
+    clock: u64, // counts stamps
+}
+
+impl Group {
+    fn available(&self) -> usize {
+        self.free.len() + self.cached.len()
+    }
+
+    /// A page for new content; there must be one available.
+    fn take(&mut self) -> u32 {
+        let page = self.free.pop().unwrap_or_else(|| {
+            let (_, page) = self.cached.pop_first().expect("a page is available");
+            let key = self.pages[page as usize].key.take().expect("a cached page has a key");
+            self.by_key.remove(&key);
+            page
+        });
+        self.pages[page as usize].refs = 1;
+        page
+    }
+
+    fn share(&mut self, page: u32) {
+        let entry = &mut self.pages[page as usize];
+        if entry.refs == 0 {
+            self.cached.remove(&entry.stamp);
+        }
+        entry.refs += 1;
+    }
+
+    fn give_back(&mut self, page: u32) {
+        let entry = &mut self.pages[page as usize];
+        entry.refs -= 1;
+        if entry.refs > 0 {
+            return;
+        }
+        if entry.key.is_some() {
+            self.clock += 1;
+            entry.stamp = self.clock;
+            self.cached.insert(entry.stamp, page);
+        } else {
+            self.free.push(page);
+        }
+    }
+
+    /// Makes a full page findable, or gives it up for the one that is already found under `key`.
+    fn publish(&mut self, page: &mut u32, key: Key) {
+        match self.by_key.get(&key) {
+            Some(&known) if known != *page => {
+                self.share(known);
+                self.give_back(*page);
+                *page = known;
+            }
+            Some(_) => {}
+            None => {
+                self.pages[*page as usize].key = Some(key);
+                self.by_key.insert(key, *page);
+            }
+        }
+    }
+
+    /// Index of the first page that position `next` or a later one sees.
+    fn first_visible(&self, next: usize) -> usize {
+        self.window.map_or(0, |window| (next + 1).saturating_sub(window) / PAGE)
+    }
+}
+
+/// The pages of a cache and who uses them.
+#[derive(Debug)]
+pub struct KvPool {
+    groups: Vec<Group>,
+    reuse: bool,
+}
+
+impl KvPool {
+    /// `pages[g]` pages for `groups[g]`; `reuse` keeps full pages for later sequences.
+    pub fn new(groups: &[KvGroup], pages: &[usize], reuse: bool) -> KvPool {
+        let group = |(g, &count): (&KvGroup, &usize)| Group {
+            window: g.window,
+            pages: vec![Page::default(); count],
+            free: (0..count as u32).rev().collect(),
+            cached: BTreeMap::new(),
+            by_key: HashMap::new(),
+            clock: 0,
+        };
+        KvPool { groups: groups.iter().zip(pages).map(group).collect(), reuse }
+    }
+
+    /// Whether full pages are kept for later sequences.
+    pub fn reuses(&self) -> bool {
+        self.reuse
+    }
+
+    /// Positions that one sequence may have if it has all pages.
+    pub fn capacity(&self) -> usize {
+        let endless = |g: &Group| g.pages.len() >= pages_for(g.window, usize::MAX, 1);
+        let limited = self.groups.iter().filter(|g| !endless(g));
+        limited.map(|g| g.pages.len() * PAGE).min().unwrap_or(usize::MAX)
+    }
+
+    /// Pages of each group by state.
+    pub fn counts(&self) -> Vec<PageCount> {
+        let count = |g: &Group| PageCount {
+            total: g.pages.len(),
+            free: g.free.len(),
+            cached: g.cached.len(),
+        };
+        self.groups.iter().map(count).collect()
+    }
+
+    /// How many leading pages of a sequence with these keys are present: all of them in groups
+    /// without a window, those that the next position sees in the others.
+    pub fn find(&self, keys: &[Key]) -> usize {
+        let mut longest = keys.len();
+        for group in self.groups.iter().filter(|g| g.window.is_none()) {
+            longest = keys[..longest]
+                .iter()
+                .position(|key| !group.by_key.contains_key(key))
+                .unwrap_or(longest);
+        }
+        let (mut found, mut absent_from) = (0, vec![0; self.groups.len()]);
+        for n in 1..=longest {
+            let mut valid = true;
+            for (group, absent) in self.groups.iter().zip(&mut absent_from) {
+                if group.window.is_some() && !group.by_key.contains_key(&keys[n - 1]) {
+                    *absent = n; // pages before this one are useless for prefixes beyond it
+                }
+                valid &= *absent <= group.first_visible(n * PAGE);
+            }
+            if valid {
+                found = n;
+            }
+        }
+        found
+    }
+
+    /// The pages of a new sequence whose prompt has these keys, as far as they are present.
+    pub fn adopt(&mut self, keys: &[Key]) -> Pages {
+        let count = if self.reuse { self.find(keys) } else { 0 };
+        let mut pages = Pages { len: count * PAGE, ..Pages::default() };
+        for group in &mut self.groups {
+            let first = group.first_visible(count * PAGE).min(count);
+            let mut table = vec![NO_PAGE; first];
+            for key in &keys[first..count] {
+                let page = group.by_key[key];
+                group.share(page);
+                table.push(page);
+            }
+            pages.tables.push(table);
+            pages.passed.push(first);
+        }
+        pages
+    }
+
+    /// Makes room for positions up to `end`, or as far as pages are available; returns how far.
+    /// Pages that the next position no longer sees are given back first.
+    pub fn reserve(&mut self, pages: &mut Pages, end: usize) -> usize {
+        let mut reach = end;
+        for ((group, table), passed) in
+            self.groups.iter_mut().zip(&mut pages.tables).zip(&mut pages.passed)
+        {
+            let first = group.first_visible(pages.len).min(table.len());
+            for page in &mut table[*passed..first] {
+                group.give_back(std::mem::replace(page, NO_PAGE));
+            }
+            *passed = first;
+            reach = reach.min((table.len() + group.available()) * PAGE);
+        }
+        for (group, table) in self.groups.iter_mut().zip(&mut pages.tables) {
+            while table.len() * PAGE < reach {
+                table.push(group.take());
+            }
+        }
+        reach
+    }
+
+    /// Whether the pages that a sequence of `len` positions still lacks are available.
+    pub fn has_room(&self, pages: &Pages, len: usize, chunk: usize) -> bool {
+        self.groups.iter().zip(&pages.tables).zip(&pages.passed).all(|((group, table), passed)| {
+            let held = table.len() - passed;
+            pages_for(group.window, len, chunk) <= held + group.available()
+        })
+    }
+
+    /// Positions up to `len` are computed; `keys` are those of all full pages among them.
+    pub fn commit(&mut self, pages: &mut Pages, len: usize, keys: &[Key]) {
+        if self.reuse {
+            let full = pages.len / PAGE..len / PAGE;
+            for (group, table) in self.groups.iter_mut().zip(&mut pages.tables) {
+                for (page, key) in table[full.clone()].iter_mut().zip(&keys[full.clone()]) {
+                    group.publish(page, *key);
+                }
+            }
+        }
+        pages.len = len;
+    }
+
+    /// Takes a sequence's pages back, the last first.
+    pub fn release(&mut self, pages: &mut Pages) {
+        for (group, table) in self.groups.iter_mut().zip(&pages.tables) {
+            for &page in table.iter().rev().filter(|&&page| page != NO_PAGE) {
+                group.give_back(page);
+            }
+        }
+        *pages = Pages::default();
+    }
+
+    /// For tests: what must hold whenever `sequences` are all that have pages.
+    pub fn check(&self, sequences: &[&Pages]) -> std::result::Result<(), String> {
+        for (g, group) in self.groups.iter().enumerate() {
+            let mut refs = vec![0; group.pages.len()];
+            for pages in sequences.iter().filter(|pages| !pages.tables.is_empty()) {
+                let table = &pages.tables[g];
+                if table.len() * PAGE < pages.len {
+                    return Err(format!("group {g}: {} pages for {}", table.len(), pages.len));
+                }
+                for (i, &page) in table.iter().enumerate() {
+                    if (page == NO_PAGE) != (i < pages.passed[g]) {
+                        return Err(format!("group {g}: entry {i} is {page}"));
+                    }
+                    if page != NO_PAGE {
+                        refs[page as usize] += 1;
+                        let full = i < pages.len / PAGE;
+                        if self.reuse && full != group.pages[page as usize].key.is_some() {
+                            return Err(format!("group {g}: page {page}: full {full}, key not"));
+                        }
+                    }
+                }
+                if pages.passed[g] > group.first_visible(pages.len) {
+                    return Err(format!("group {g}: a visible page was freed"));
+                }
+            }
+            let mut states = vec![0; group.pages.len()];
+            group.free.iter().chain(group.cached.values()).for_each(|&p| states[p as usize] += 1);
+            for (p, page) in group.pages.iter().enumerate() {
+                let known = page.key.is_none_or(|key| group.by_key.get(&key) == Some(&(p as u32)));
+                let in_cache = group.cached.get(&page.stamp) == Some(&(p as u32));
+                let state = usize::from(page.refs > 0) + states[p];
+                if page.refs != refs[p] || state != 1 || !known {
+                    return Err(format!("group {g}: page {p} {page:?}, {} tables", refs[p]));
+                }
+                if (page.refs == 0 && page.key.is_some()) != in_cache {
+                    return Err(format!("group {g}: page {p} {page:?}: cached {in_cache}"));
+                }
+                if page.refs > 1 && page.key.is_none() {
+                    return Err(format!("group {g}: page {p} is shared but not full"));
+                }
+            }
+            let named = group.pages.iter().filter(|page| page.key.is_some()).count();
+            if named != group.by_key.len() {
+                return Err(format!("group {g}: {named} keys, {} found", group.by_key.len()));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

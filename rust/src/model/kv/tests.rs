@@ -1,0 +1,297 @@
+//! Tests of the KV bookkeeping against a memory that holds token ids.
+
+use super::*;
+use proptest::prelude::*;
+
+const BIG: usize = 1 << 20;
+
+fn group(window: Option<usize>) -> KvGroup {
+    KvGroup { window, page_bytes: 100 }
+}
+
+fn tokens(seed: u32, len: usize) -> Vec<u32> {
+    (0..len as u32).map(|i| seed * 1000 + i).collect()
+}
+
+fn keys(tokens: &[u32]) -> Vec<Key> {
+    let mut keys = Vec::new();
+    extend_keys(&mut keys, tokens);
+    keys
+}
+
+/// A sequence of these tokens, computed in one go.
+fn run(pool: &mut KvPool, tokens: &[u32]) -> Pages {
+    let keys = keys(tokens);
+    let mut pages = pool.adopt(&keys);
+    assert_eq!(pool.reserve(&mut pages, tokens.len()), tokens.len());
+    pool.commit(&mut pages, tokens.len(), &keys);
+    pages
+}
+
+#[test]
+fn keys_name_the_whole_prefix() {
+    let (a, mut b) = (tokens(1, 200), tokens(1, 200));
+    assert_eq!(keys(&a).len(), 3);
+    b[70] = 0;
+    assert_eq!(keys(&a)[0], keys(&b)[0]);
+    assert!(keys(&a)[1] != keys(&b)[1] && keys(&a)[2] != keys(&b)[2]);
+    let mut grown = keys(&a[..100]);
+    extend_keys(&mut grown, &a);
+    assert_eq!(grown, keys(&a));
+}
+
+#[test]
+fn pages_for_a_window_is_the_most_that_a_sequence_holds() {
+    for window in [1, 2, 63, 64, 65, 100, 129] {
+        for chunk in [1, 7, 64, 100] {
+            let mut most = 0;
+            let mut pool = KvPool::new(&[group(Some(window))], &[100], false);
+            // Offsets put the chunk borders at every place in a page.
+            for offset in 1..=64 {
+                let mut pages = pool.adopt(&[]);
+                for end in (offset..1000).step_by(chunk) {
+                    pool.reserve(&mut pages, end);
+                    most = most.max(pages.tables[0].len() - pages.passed[0]);
+                    pool.commit(&mut pages, end, &[]);
+                }
+                pool.release(&mut pages);
+            }
+            let bound = pages_for(Some(window), 1000, chunk);
+            assert!(most <= bound, "window {window} chunk {chunk}: {most} > {bound}");
+            if chunk == 1 {
+                assert_eq!(most, bound, "window {window}");
+            }
+        }
+    }
+}
+
+#[test]
+fn divide_serves_one_full_context_first_and_then_the_batch() {
+    let groups = [group(None), group(Some(64))];
+    let one = bytes_for(&groups, 1024, 64);
+    assert_eq!(one, 100 * (16 + 3));
+    assert_eq!(divide(&groups, one, 1024, 64, 3), Some(vec![16, 3]));
+    assert_eq!(divide(&groups, 4 * one, 1024, 64, 3), Some(vec![64, 12]));
+    assert_eq!(divide(&groups, u64::MAX, 1024, 64, 3), Some(vec![64, 12]));
+    // Three more of two pages each take twelve.
+    assert_eq!(divide(&groups, one + 1200, 1024, 64, 3), Some(vec![22, 9]));
+    assert_eq!(divide(&groups, one - 1, 1024, 64, 3), Some(vec![15, 3]));
+    assert_eq!(divide(&groups, 200, 1024, 64, 0), Some(vec![1, 1]));
+    assert_eq!(divide(&groups, 199, 1024, 64, 0), None);
+    assert_eq!(divide(&groups, u64::MAX, usize::MAX, usize::MAX, 3).map(|p| p.len()), Some(2));
+}
+
+#[test]
+fn capacity_is_what_one_sequence_can_have() {
+    let capacity =
+        |groups: &[KvGroup], pages: &[usize]| KvPool::new(groups, pages, true).capacity();
+    assert_eq!(capacity(&[group(None), group(Some(64))], &[10, 2]), 640);
+    assert_eq!(capacity(&[group(None), group(Some(64))], &[10, 1]), 64);
+    assert_eq!(capacity(&[group(Some(64))], &[2]), usize::MAX);
+}
+
+#[test]
+fn equal_prefixes_share_pages_and_the_last_leaves_them_cached() {
+    let mut pool = KvPool::new(&[group(None)], &[8], true);
+    let a = tokens(1, 150);
+    let mut first = run(&mut pool, &a);
+    let mut second = run(&mut pool, &a);
+    assert_eq!(first.tables[0][..2], second.tables[0][..2]);
+    assert_ne!(first.tables[0][2], second.tables[0][2]);
+    assert_eq!(pool.counts()[0], PageCount { total: 8, free: 4, cached: 0 });
+    pool.check(&[&first, &second]).unwrap();
+    pool.release(&mut first);
+    pool.release(&mut second);
+    assert_eq!(pool.counts()[0], PageCount { total: 8, free: 6, cached: 2 });
+    pool.check(&[]).unwrap();
+}
+
+#[test]
+fn pages_computed_twice_at_once_become_one() {
+    let mut pool = KvPool::new(&[group(None)], &[8], true);
+    let a = tokens(1, 64);
+    let keys = keys(&a);
+    let mut both = [pool.adopt(&keys), pool.adopt(&keys)];
+    for pages in &mut both {
+        pool.reserve(pages, 64);
+    }
+    assert_ne!(both[0].tables, both[1].tables);
+    for pages in &mut both {
+        pool.commit(pages, 64, &keys);
+    }
+    assert_eq!(both[0].tables, both[1].tables);
+    assert_eq!(pool.counts()[0].free, 7);
+    pool.check(&[&both[0], &both[1]]).unwrap();
+}
+
+#[test]
+fn room_is_what_is_held_and_what_is_available() {
+    let mut pool = KvPool::new(&[group(None), group(Some(64))], &[4, 6], true);
+    let mut first = run(&mut pool, &tokens(1, 100));
+    let second = pool.adopt(&[]);
+    assert!(pool.has_room(&second, 128, 64) && !pool.has_room(&second, 129, 64));
+    pool.release(&mut first);
+    let third = pool.adopt(&keys(&tokens(1, 64)));
+    assert_eq!(third.len(), 64);
+    assert!(pool.has_room(&third, 256, 64) && !pool.has_room(&third, 257, 64));
+    // A window of 64 and chunks of 300 positions hold seven pages; there are six.
+    assert!(pool.has_room(&third, 256, 256) && !pool.has_room(&third, 1 << 20, 300));
+}
+
+#[test]
+fn without_reuse_nothing_is_kept() {
+    let mut pool = KvPool::new(&[group(None)], &[8], false);
+    let mut pages = run(&mut pool, &tokens(1, 150));
+    pool.check(&[&pages]).unwrap();
+    pool.release(&mut pages);
+    assert_eq!(pool.counts()[0], PageCount { total: 8, free: 8, cached: 0 });
+}
+
+#[test]
+fn the_tail_of_the_oldest_chain_is_evicted_first() {
+    let mut pool = KvPool::new(&[group(None)], &[6], true);
+    let (a, b, c) = (tokens(1, 192), tokens(2, 192), tokens(3, 64));
+    for tokens in [&a, &b, &c] {
+        let mut pages = run(&mut pool, tokens);
+        pool.release(&mut pages);
+    }
+    assert_eq!(pool.find(&keys(&a)), 2); // c took the third page of a
+    assert_eq!(pool.find(&keys(&b)), 3);
+    assert_eq!(pool.find(&keys(&c)), 1);
+}
+
+#[test]
+fn a_window_needs_only_the_pages_that_the_next_position_sees() {
+    let groups = [group(None), group(Some(65))];
+    let mut pool = KvPool::new(&groups, &[8, 4], true);
+    let a = tokens(1, 256);
+    let keys = keys(&a);
+    let mut pages = pool.adopt(&keys);
+    for end in (64..=256).step_by(64) {
+        assert_eq!(pool.reserve(&mut pages, end), end);
+        pool.commit(&mut pages, end, &keys);
+    }
+    // Position 192 sees 128..=192.
+    assert_eq!(pages.tables[1][..2], [NO_PAGE, NO_PAGE]);
+    pool.release(&mut pages);
+    // Two new pages in each group; the window group loses the oldest: pages 0 and 1 of a.
+    let mut other = run(&mut pool, &tokens(2, 100));
+    pool.release(&mut other);
+    let found = pool.adopt(&keys);
+    assert_eq!(found.len(), 256);
+    assert_eq!(found.tables[1][..3], [NO_PAGE; 3]);
+    // At 128 positions the next sees page 1, which is gone.
+    assert_eq!(pool.find(&keys[..2]), 0);
+    pool.check(&[&found]).unwrap();
+}
+
+#[test]
+fn reserve_goes_as_far_as_pages_are_and_takes_no_more() {
+    let groups = [group(None), group(Some(10))];
+    let mut pool = KvPool::new(&groups, &[3, 2], true);
+    let mut pages = pool.adopt(&[]);
+    assert_eq!(pool.reserve(&mut pages, 300), 128);
+    assert_eq!(pool.counts()[0].free, 1);
+    pool.commit(&mut pages, 128, &keys(&tokens(1, 128)));
+    assert_eq!(pool.reserve(&mut pages, 300), 192);
+    assert_eq!(pool.reserve(&mut pages, 300), 192);
+    pool.check(&[&pages]).unwrap();
+}
+
+/// What a test sequence is: its tokens, its pages, their keys.
+struct Sequence {
+    tokens: Vec<u32>,
+    pages: Pages,
+    keys: Vec<Key>,
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    /// A new sequence that has its first tokens in common with others of the kind.
+    Start {
+        kind: u32,
+        common: usize,
+        own: u32,
+        len: usize,
+    },
+    Grow {
+        which: usize,
+        by: usize,
+    },
+    End {
+        which: usize,
+    },
+}
+
+fn ops() -> impl Strategy<Value = Vec<Op>> {
+    let start = (0u32..3, 0usize..300, 0u32..2, 1usize..400)
+        .prop_map(|(kind, common, own, len)| Op::Start { kind, common, own, len });
+    let grow = (0usize..8, 1usize..150).prop_map(|(which, by)| Op::Grow { which, by });
+    let end = (0usize..8).prop_map(|which| Op::End { which });
+    prop::collection::vec(prop_oneof![2 => start, 4 => grow, 1 => end], 1..60)
+}
+
+proptest! {
+    #[test]
+    fn every_sequence_reads_its_own_tokens(
+        ops in ops(),
+        windows in prop::collection::vec(prop::option::of(1usize..200), 1..4),
+        sizes in prop::collection::vec(1usize..14, 3),
+        reuse in prop::bool::weighted(0.8),
+    ) {
+        let groups: Vec<KvGroup> = windows.iter().map(|&window| group(window)).collect();
+        let mut pool = KvPool::new(&groups, &sizes[..groups.len()], reuse);
+        let mut memory = vec![vec![[u32::MAX; PAGE]; 14]; groups.len()];
+        let mut parents: HashMap<Key, Key> = HashMap::new();
+        let mut all: Vec<Sequence> = Vec::new();
+        for op in ops {
+            match op {
+                Op::Start { kind, common, own, len } => {
+                    let token = |i: usize| match i < common {
+                        true => kind * BIG as u32 + i as u32,
+                        false => (3 + own) * BIG as u32 + i as u32,
+                    };
+                    let tokens: Vec<u32> = (0..len).map(token).collect();
+                    let keys = keys(&tokens);
+                    parents.extend(keys.windows(2).map(|pair| (pair[1], pair[0])));
+                    let pages = pool.adopt(&keys[..(len - 1) / PAGE]);
+                    prop_assert!(reuse || pages.is_empty());
+                    all.push(Sequence { tokens, pages, keys });
+                }
+                Op::Grow { which, by } if which < all.len() => {
+                    let s = &mut all[which];
+                    let start = s.pages.len();
+                    let want = (start + by).min(s.tokens.len());
+                    let end = pool.reserve(&mut s.pages, want);
+                    prop_assert!(start <= end && end <= want);
+                    for (table, memory) in s.pages.tables.iter().zip(&mut memory) {
+                        for i in start..end {
+                            memory[table[i / PAGE] as usize][i % PAGE] = s.tokens[i];
+                        }
+                    }
+                    pool.commit(&mut s.pages, end, &s.keys);
+                }
+                Op::End { which } if which < all.len() => {
+                    pool.release(&mut all.remove(which).pages);
+                }
+                _ => {}
+            }
+            let pages: Vec<&Pages> = all.iter().map(|s| &s.pages).collect();
+            prop_assert_eq!(pool.check(&pages), Ok(()));
+            for s in &all {
+                for (g, table) in s.pages.tables.iter().enumerate() {
+                    let next = s.pages.len();
+                    let first = groups[g].window.map_or(0, |w| (next + 1).saturating_sub(w));
+                    for i in first..next {
+                        prop_assert_eq!(memory[g][table[i / PAGE] as usize][i % PAGE], s.tokens[i]);
+                    }
+                }
+            }
+            for group in pool.groups.iter().filter(|g| g.window.is_none()) {
+                for parent in group.by_key.keys().filter_map(|key| parents.get(key)) {
+                    prop_assert!(group.by_key.contains_key(parent), "evicted before its child");
+                }
+            }
+        }
+    }
+}

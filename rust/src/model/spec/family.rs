@@ -1,0 +1,210 @@
+//! Architecture families: the TOML files under `models/families`, each a difference from its base.
+//! Knows no number of any model and no tensor; `Spec` applies a family to one `config.json`.
+
+use super::{Norm, Place, QkNorm};
+use crate::{Error, Result};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+use std::collections::{BTreeMap, HashSet};
+
+macro_rules! families {
+    ($($name:literal),* $(,)?) => {
+        /// Name and text of every family that ships with the crate.
+        pub(super) const FAMILIES: &[(&str, &str)] = &[
+            $(($name, include_str!(concat!("../../../../models/families/", $name, ".toml")))),*
+        ];
+    };
+}
+families!["llama", "mistral", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_mm"];
+
+/// One string or a list of them.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+impl From<OneOrMany> for Vec<String> {
+    fn from(x: OneOrMany) -> Vec<String> {
+        match x {
+            OneOrMany::One(x) => vec![x],
+            OneOrMany::Many(x) => x,
+        }
+    }
+}
+
+/// Alternatives for a name, in the order in which they are tried.
+#[derive(Clone, Debug, Deserialize, PartialEq)]
+#[serde(from = "OneOrMany")]
+pub(super) struct Names(pub(super) Vec<String>);
+
+impl From<OneOrMany> for Names {
+    fn from(x: OneOrMany) -> Names {
+        Names(x.into())
+    }
+}
+
+/// Where a number comes from: keys of `config.json`, then a default. No key: the default is fixed.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(try_from = "Value")]
+pub(super) struct Fact {
+    pub(super) key: Vec<String>,
+    pub(super) default: Option<Value>,
+}
+
+impl TryFrom<Value> for Fact {
+    type Error = String;
+
+    fn try_from(value: Value) -> std::result::Result<Fact, String> {
+        let Value::Object(mut table) = value else {
+            return Ok(Fact { key: Vec::new(), default: Some(value) });
+        };
+        let key = match table.remove("key") {
+            None => Vec::new(),
+            Some(x) => serde_json::from_value::<OneOrMany>(x)
+                .map_err(|_| "`key` is neither a string nor a list of strings".to_owned())?
+                .into(),
+        };
+        let default = table.remove("default");
+        match table.keys().next() {
+            None => Ok(Fact { key, default }),
+            Some(x) => Err(format!("a fact has `key` and `default`, found `{x}`")),
+        }
+    }
+}
+
+/// One architecture family, its base merged in. `models/README.md` explains every field.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Family {
+    pub(super) architectures: Vec<String>,
+    #[serde(default)]
+    pub(super) model_types: Vec<String>,
+    pub(super) section: Option<String>,
+    pub(super) norm: Norm,
+    pub(super) norms: Vec<Place>,
+    pub(super) qk_norm: QkNorm,
+    pub(super) embed_times_sqrt_hidden: bool,
+    pub(super) hidden: Fact,
+    pub(super) layers: Fact,
+    pub(super) heads: Fact,
+    pub(super) kv_heads: Fact,
+    pub(super) head_dim: Fact,
+    pub(super) ffn: Fact,
+    pub(super) vocab: Fact,
+    pub(super) eps: Fact,
+    pub(super) act: Fact,
+    pub(super) context_length: Fact,
+    pub(super) tied: Fact,
+    pub(super) qkv_bias: Fact,
+    pub(super) o_bias: Fact,
+    pub(super) mlp_bias: Fact,
+    #[serde(default)]
+    pub(super) attn_scale_rsqrt_of: Fact,
+    #[serde(default)]
+    pub(super) attn_softcap: Fact,
+    #[serde(default)]
+    pub(super) logit_softcap: Fact,
+    #[serde(default)]
+    pub(super) window: Fact,
+    pub(super) use_window: Fact,
+    pub(super) layer_types: Fact,
+    #[serde(default)]
+    pub(super) full_every: Fact,
+    #[serde(default)]
+    pub(super) full_first: Fact,
+    pub(super) rope_theta: Fact,
+    #[serde(default)]
+    pub(super) rope_theta_local: Fact,
+    pub(super) rope_scaling: Fact,
+    pub(super) model: Vec<String>,
+    pub(super) ignore: Vec<String>,
+    pub(super) names: BTreeMap<String, Names>,
+    pub(super) neutral: BTreeMap<String, Value>,
+    /// Keys of config.json that some fact reads.
+    #[serde(skip)]
+    pub(super) honoured: HashSet<String>,
+}
+
+impl Family {
+    /// The family of `architecture`, or an error that names it and the nearest known one.
+    pub(super) fn of(architecture: &str) -> Result<Family> {
+        let mut nearest = (usize::MAX, String::new());
+        for (name, text) in FAMILIES {
+            let family = Family::parse(text, name)?;
+            for known in &family.architectures {
+                if known == architecture {
+                    return Ok(family);
+                }
+                nearest = nearest.min((distance(known, architecture), known.clone()));
+            }
+        }
+        Err(Error::Unsupported(format!(
+            "config.json: architecture {architecture:?} is not known; the nearest known is {}; a \
+             family of your own can be given as TOML text (models/README.md)",
+            nearest.1
+        )))
+    }
+
+    /// Parses a family, merging its base in; `source` names the text in errors.
+    pub(super) fn parse(text: &str, source: &str) -> Result<Family> {
+        let bad = |what: String| Error::format(format!("family {source}"), what);
+        let table = merged(text, source, 0)?;
+        let facts = table.values().filter_map(|v| Fact::try_from(v.clone()).ok());
+        let honoured = facts.flat_map(|fact| fact.key).collect();
+        let mut family: Family =
+            serde_json::from_value(Value::Object(table)).map_err(|e| bad(e.to_string()))?;
+        family.honoured = honoured;
+        if family.architectures.is_empty() {
+            return Err(bad("architectures: found an empty list, expected names".to_owned()));
+        }
+        Ok(family)
+    }
+}
+
+/// The table of `text` over those of its bases.
+fn merged(text: &str, source: &str, depth: usize) -> Result<Map<String, Value>> {
+    let bad = |what: String| Error::format(format!("family {source}"), what);
+    let mut table: Map<String, Value> = toml::from_str(text).map_err(|e| bad(e.to_string()))?;
+    let Some(base) = table.remove("base") else { return Ok(table) };
+    let found = base.as_str().and_then(|name| FAMILIES.iter().find(|(n, _)| *n == name));
+    let (Some((name, text)), true) = (found, depth < 8) else {
+        return Err(bad(format!("base: found {base}, expected the name of a family that ships")));
+    };
+    let mut result = merged(text, name, depth + 1)?;
+    // What a family is called is never inherited, or two families would claim one architecture.
+    result.remove("architectures");
+    result.remove("model_types");
+    overlay(&mut result, table);
+    Ok(result)
+}
+
+/// Lays the difference over the base: tables merge, all else replaces. A fact that names its keys replaces
+/// the whole fact, so that a lone `default` keeps the keys and a lone `key` drops the default.
+fn overlay(base: &mut Map<String, Value>, difference: Map<String, Value>) {
+    for (name, value) in difference {
+        match (base.get_mut(&name), value) {
+            (Some(Value::Object(old)), Value::Object(new)) if !new.contains_key("key") => {
+                overlay(old, new);
+            }
+            (_, value) => {
+                base.insert(name, value);
+            }
+        }
+    }
+}
+
+/// Levenshtein distance, by bytes.
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut corner = i;
+        row[0] = i + 1;
+        for (j, y) in b.bytes().enumerate() {
+            let next = (corner + usize::from(x != y)).min(row[j] + 1).min(row[j + 1] + 1);
+            corner = std::mem::replace(&mut row[j + 1], next);
+        }
+    }
+    row[b.len()]
+}

@@ -1,0 +1,240 @@
+//! `Spec` from outside: every golden checkpoint of a known family has exactly the weights that its `Spec` says,
+//! and no mutation of a valid configuration makes it panic.
+
+use ferrule::Error;
+use ferrule::model::spec::Spec;
+use proptest::prelude::*;
+use safetensors::SafeTensors;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::Path;
+
+const GOLDENS: &[&str] = &[
+    "llama2-a",
+    "llama31-a",
+    "llama32-a",
+    "llama-bias-a",
+    "llama-linear-rope-a",
+    "mistral-a",
+    "mistral-nemo-a",
+    "mistral-small31-a",
+    "qwen25-a",
+    "qwen25-swa-a",
+    "qwen25-yarn-a",
+    "qwen3-a",
+    "gemma2-a",
+    "gemma2-b",
+    "gemma3-a",
+    "gemma3-mm-a",
+];
+
+fn shapes(folder: &Path) -> BTreeMap<String, Vec<usize>> {
+    let mut shapes = BTreeMap::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        if name.starts_with("model") && name.ends_with(".safetensors") {
+            let bytes = std::fs::read(&path).unwrap();
+            for (name, view) in SafeTensors::deserialize(&bytes).unwrap().tensors() {
+                shapes.insert(name, view.shape().to_vec());
+            }
+        }
+    }
+    shapes
+}
+
+#[test]
+fn golden_checkpoints_have_the_weights_of_their_spec() {
+    let Some(shared) = std::env::var_os("FERRULE_SHARED") else {
+        println!("skipped: FERRULE_SHARED does not point at the shared folder");
+        return;
+    };
+    for name in GOLDENS {
+        let folder = Path::new(&shared).join("goldens").join(name);
+        let config = std::fs::read(folder.join("config.json")).unwrap();
+        let config: Value = serde_json::from_slice(&config).unwrap();
+        let spec = Spec::new(&config, None).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let shapes = shapes(&folder);
+        let names = spec.names(|n| shapes.contains_key(n));
+        let mut used = 0;
+        let mut check = |tensor: String, shape: &[usize]| {
+            assert_eq!(shapes.get(&tensor).map(Vec::as_slice), Some(shape), "{name}: {tensor}");
+            used += 1;
+        };
+        for weight in spec.model_weights() {
+            check(names.model(weight.what), &weight.shape);
+        }
+        for l in 0..spec.layers.len() {
+            for weight in spec.layer_weights() {
+                check(names.layer(l, weight.what), &weight.shape);
+            }
+        }
+        assert_eq!(spec.unused(&names, shapes.keys().map(String::as_str)), [""; 0], "{name}");
+        let golden = std::fs::read(folder.join("golden.json")).unwrap();
+        let golden: Value = serde_json::from_slice(&golden).unwrap();
+        let ignored = golden["ignored_tensors"].as_array().unwrap().len();
+        assert_eq!(used + ignored, shapes.len(), "{name}: every tensor is used or ignored");
+    }
+}
+
+#[test]
+fn goldens_of_other_families_are_errors() {
+    let Some(shared) = std::env::var_os("FERRULE_SHARED") else {
+        println!("skipped: FERRULE_SHARED does not point at the shared folder");
+        return;
+    };
+    let mut seen = 0;
+    for entry in std::fs::read_dir(Path::new(&shared).join("goldens")).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().to_string_lossy().into_owned();
+        // gguf-*: config.json is only there for the reference program
+        if GOLDENS.contains(&name.as_str()) || name.starts_with("gguf-") {
+            continue;
+        }
+        let Ok(config) = std::fs::read(entry.path().join("config.json")) else { continue };
+        let config: Value = serde_json::from_slice(&config).unwrap();
+        match Spec::new(&config, None) {
+            Err(Error::Unsupported(_)) => seen += 1,
+            other => panic!("{name}: {other:?}"),
+        }
+    }
+    assert!(seen > 60, "{seen}");
+}
+
+fn configs() -> Vec<Value> {
+    let scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 64});
+    let size = |architecture: &str| {
+        json!({"architectures": [architecture], "hidden_size": 64, "intermediate_size": 112,
+            "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+            "vocab_size": 400, "rms_norm_eps": 1e-5, "max_position_embeddings": 512})
+    };
+    let with = |architecture: &str, more: Value| {
+        let mut config = size(architecture);
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        config
+    };
+    vec![
+        with("LlamaForCausalLM", json!({"rope_theta": 5e5, "rope_scaling": scaling})),
+        with("MistralForCausalLM", json!({"sliding_window": 16, "head_dim": 24})),
+        with(
+            "Qwen2ForCausalLM",
+            json!({"use_sliding_window": true, "max_window_layers": 2,
+            "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}}),
+        ),
+        with(
+            "Gemma3ForCausalLM",
+            json!({"query_pre_attn_scalar": 32, "sliding_window_pattern": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
+        ),
+        json!({"architectures": ["Gemma3ForConditionalGeneration"],
+            "text_config": {"head_dim": 16, "num_hidden_layers": 6, "rope_scaling": scaling}}),
+    ]
+}
+
+fn value() -> impl Strategy<Value = Value> {
+    let big = u64::MAX;
+    prop_oneof![
+        Just(json!(null)),
+        any::<bool>().prop_map(|x| json!(x)),
+        any::<i64>().prop_map(|x| json!(x)),
+        (0..200u64).prop_map(|x| json!(x)),
+        prop::num::f64::ANY.prop_map(|x| json!(x)),
+        prop::sample::select(vec![json!(0), json!(-1), json!(big), json!(1e300), json!(1e-300)]),
+        prop::sample::select(vec![json!("x"), json!(""), json!([]), json!({}), json!([[]])]),
+        prop::sample::select(vec!["default", "linear", "llama3", "yarn", "silu", "full_attention"])
+            .prop_map(|x| json!(x)),
+    ]
+}
+
+/// Puts `new` (or nothing) at the `at`-th value of `config`, counted depth first.
+fn mutate(config: &mut Value, at: &mut usize, new: &Option<Value>) -> bool {
+    let children: Vec<String> = match config {
+        Value::Object(map) => map.keys().cloned().collect(),
+        Value::Array(list) => (0..list.len()).map(|i| i.to_string()).collect(),
+        _ => return false,
+    };
+    for child in children {
+        if *at == 0 {
+            match (config, new) {
+                (Value::Object(map), Some(new)) => drop(map.insert(child, new.clone())),
+                (Value::Object(map), None) => drop(map.remove(&child)),
+                (Value::Array(list), Some(new)) => {
+                    list[child.parse::<usize>().unwrap()] = new.clone()
+                }
+                (Value::Array(list), None) => drop(list.remove(child.parse().unwrap())),
+                _ => unreachable!(),
+            }
+            return true;
+        }
+        *at -= 1;
+        let next = match config {
+            Value::Object(map) => &mut map[&child],
+            Value::Array(list) => &mut list[child.parse::<usize>().unwrap()],
+            _ => unreachable!(),
+        };
+        if mutate(next, at, new) {
+            return true;
+        }
+    }
+    false
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn a_mutated_config_is_right_or_an_error(
+        which in 0..5usize,
+        edits in prop::collection::vec((0..30usize, prop::option::of(value())), 1..4),
+    ) {
+        let mut config = configs()[which].clone();
+        for (mut at, new) in edits {
+            mutate(&mut config, &mut at, &new);
+        }
+        if let Ok(spec) = Spec::new(&config, None) {
+            prop_assert!(spec.heads % spec.kv_heads == 0 && spec.head_dim % 2 == 0);
+            prop_assert!(!spec.layers.is_empty());
+            for layer in &spec.layers {
+                let rope = &spec.ropes[layer.rope];
+                prop_assert_eq!(rope.inv_freq.len() * 2, spec.head_dim);
+                prop_assert!(rope.scale.is_finite());
+                prop_assert!(rope.inv_freq.iter().all(|f| f.is_finite()));
+                prop_assert!(layer.window != Some(0));
+            }
+            prop_assert!(spec.attn_scale > 0.0 && spec.attn_scale.is_finite() && spec.eps > 0.0);
+            let names = spec.names(|_| false);
+            for weight in spec.layer_weights() {
+                prop_assert!(names.layer(0, weight.what).ends_with(['t', 's']));
+                prop_assert!(weight.shape.iter().all(|d| *d > 0));
+            }
+        }
+    }
+
+    #[test]
+    fn a_mutated_family_is_right_or_an_error(
+        cut in 0..200usize,
+        at in 0..200usize,
+        text in "[a-z_={}\\[\\]\"\\n0-9. ]{0,12}",
+    ) {
+        let mut family = "base = \"llama\"\narchitectures = [\"LlamaForCausalLM\"]\nqk_norm = \"head\"\n\
+            tied = { key = \"tie\", default = true }\n[names]\nq_norm = \"{model}{l}.q\"\nk_norm = [\"k\"]\n"
+            .to_owned();
+        let at = at.min(family.len());
+        family.replace_range(at..(at + cut / 10).min(family.len()), &text);
+        if let Ok(spec) = Spec::new(&configs()[0], Some(&family)) {
+            let names = spec.names(|_| false);
+            prop_assert_eq!(spec.unused(&names, ["not a tensor of it"]).len(), 1);
+        }
+    }
+}
+
+#[test]
+fn the_configs_that_are_mutated_are_valid() {
+    for config in configs() {
+        Spec::new(&config, None).unwrap();
+    }
+}
