@@ -84,7 +84,9 @@ directory = "$source/library/vendor"
 END
         (
             cd "$work/std"
-            RUSTC=$work/rustc RUSTC_BOOTSTRAP=1 CARGO_HOME=$work/std/home CARGO_TARGET_DIR=target \
+            # Bitcode, because the release profile has thin LTO.
+            RUSTFLAGS="-C embed-bitcode=yes" RUSTC=$work/rustc RUSTC_BOOTSTRAP=1 \
+                CARGO_HOME=$work/std/home CARGO_TARGET_DIR=target \
                 "$real/bin/cargo" build -q --offline --release --target $target \
                 -Zbuild-std=std,panic_abort,test
         )
