@@ -104,62 +104,64 @@ static CONFIG: Config = Config {
 struct Scratch {
     /// Two panels of unpacked weights, of two row blocks each: one in use, one in the making.
     panels: [[[u8; ROWS * BLOCK]; 2]; 2],
-    /// Two buffers of the integers of 32 tokens: tile `[tokens / 16][row block]`, then `[token][row]`.
-    sums: [[[i32; 16 * ROWS]; 4]; 2],
+    /// Two buffers of the integers of 32 tokens by two row blocks.
+    sums: [[[i32; 2 * ROWS]; 32]; 2],
 }
 
-/// Integers of up to 32 tokens by two row blocks that wait for their float step.
-#[derive(Clone, Copy)]
+/// Integers of up to 32 tokens by two row blocks that wait for their float step. The pointers are those
+/// of the next token.
 struct Waiting {
+    left: usize,
     sums: *const i32,
-    /// Scales of the tokens, and of the rows of both row blocks.
+    /// The token's scale, and the scales of both row blocks.
     s: *const f32,
     d: [*const f32; 2],
-    /// Where the first token's sums go; the next token's are `ld` further on.
+    /// Where the token's sums go; the next token's are `ld` further on.
     y: *mut f32,
     /// The first block of K, which starts from zero.
     first: bool,
-    /// Tokens still to do.
-    next: usize,
-    end: usize,
 }
 
 impl Waiting {
     const NOTHING: Waiting = Waiting {
+        left: 0,
         sums: std::ptr::null(),
         s: std::ptr::null(),
         d: [std::ptr::null(); 2],
         y: std::ptr::null_mut(),
         first: true,
-        next: 0,
-        end: 0,
     };
 
     /// The float step of the next `n` tokens, or of those that are left.
     ///
     /// # Safety
-    /// The pointers are valid for tokens `next..end`, and `y` for rows `ld` apart of two row blocks.
+    /// The pointers are valid for `left` tokens, `y` for rows `ld` apart of two row blocks.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
     unsafe fn run(&mut self, n: usize, ld: usize) {
-        let to = self.end.min(self.next + n);
+        let n = n.min(self.left);
+        if n == 0 {
+            return;
+        }
+        self.left -= n;
         // A mask instead of a branch: the old value, or zero for the first block.
         let keep = if self.first { 0 } else { 0xffff };
         // SAFETY: the caller's promise.
         unsafe {
-            for t in self.next..to {
-                let s = _mm512_set1_ps(*self.s.add(t));
-                let sums = self.sums.add(t / 16 * 2 * 16 * ROWS + t % 16 * ROWS);
+            let d = [_mm512_loadu_ps(self.d[0]), _mm512_loadu_ps(self.d[1])];
+            for _ in 0..n {
+                let s = _mm512_set1_ps(*self.s);
                 for h in 0..2 {
-                    let y = self.y.add(t * ld + h * ROWS);
-                    let scale = _mm512_mul_ps(_mm512_loadu_ps(self.d[h]), s);
-                    let dot = _mm512_load_si512(sums.add(h * 16 * ROWS).cast());
+                    let y = self.y.add(h * ROWS);
+                    let dot = _mm512_cvtepi32_ps(_mm512_load_si512(self.sums.add(h * ROWS).cast()));
                     let acc = _mm512_maskz_loadu_ps(keep, y);
-                    _mm512_storeu_ps(y, _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), scale, acc));
+                    _mm512_storeu_ps(y, _mm512_fmadd_ps(dot, _mm512_mul_ps(d[h], s), acc));
                 }
+                self.s = self.s.add(1);
+                self.sums = self.sums.add(2 * ROWS);
+                self.y = self.y.wrapping_add(ld);
             }
         }
-        self.next = to;
     }
 }
 
@@ -274,7 +276,7 @@ unsafe fn gemm<const Q4: bool>(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
                 let tokens = if a.m - t > 16 && a.m >= 32 { 32 } else { 16 };
                 let start = t.min(a.m - tokens);
                 let q = a.q.as_ptr().add(b * BLOCK * a.m + start * len);
-                let finish = (waiting.end - waiting.next).div_ceil(steps);
+                let finish = waiting.left.div_ceil(steps);
                 zero();
                 for step in 0..steps {
                     let tiles = tiles.map(|tile| tile.add(1024 * step));
@@ -286,16 +288,16 @@ unsafe fn gemm<const Q4: bool>(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
                     waiting.run(finish, ld);
                     next.prepare::<Q4>(share);
                 }
-                let sums = buffers.cast::<i32>().add(buffer * 4 * 16 * ROWS);
+                let sums: *mut i32 = buffers.cast::<[[i32; 2 * ROWS]; 32]>().add(buffer).cast();
                 store(sums);
+                let skip = t - start;
                 waiting = Waiting {
-                    sums,
-                    s: a.s.as_ptr().add(b * a.m + start),
+                    left: tokens - skip,
+                    sums: sums.add(skip * 2 * ROWS),
+                    s: a.s.as_ptr().add(b * a.m + t),
                     d: now.blocks.map(|block| block.cast()),
-                    y: y.add(start * ld + rb * ROWS),
+                    y: y.add(t * ld + rb * ROWS),
                     first: b == 0,
-                    next: t - start,
-                    end: tokens,
                 };
                 buffer ^= 1;
                 t = start + tokens;
@@ -371,20 +373,21 @@ unsafe fn multiply_16(q: *const i8, stride: usize, w: [*const u8; 2]) {
     }
 }
 
-/// Writes tiles 0 to 3.
+/// Writes tiles 0 to 3 as the sums of 32 tokens by 32 rows.
 ///
 /// # Safety
-/// Tiles are configured; `sums` has room for four of 1024 bytes.
+/// Tiles are configured; `sums` has room for 32 times 32.
 #[inline(always)]
 unsafe fn store(sums: *mut i32) {
     // SAFETY: the caller's promise.
     unsafe {
         asm!(
-            "tilestored [{sums} + {line}], tmm0",
-            "tilestored [{sums} + {line} + 1024], tmm1",
-            "tilestored [{sums} + {line} + 2048], tmm2",
-            "tilestored [{sums} + {line} + 3072], tmm3",
-            sums = in(reg) sums, line = in(reg) 64usize,
+            "tilestored [{sums} + {token}], tmm0",
+            "tilestored [{sums} + {token} + 64], tmm1",
+            "tilestored [{more} + {token}], tmm2",
+            "tilestored [{more} + {token} + 64], tmm3",
+            sums = in(reg) sums, more = in(reg) sums.add(16 * 2 * ROWS),
+            token = in(reg) 4 * 2 * ROWS,
             options(nostack, preserves_flags),
         );
     }
