@@ -63,6 +63,8 @@ fn what_does_not_fit_is_refused_with_the_numbers() {
         }
         other => panic!("{other:?}"),
     }
+    let long = Request { max_tokens: None, min_tokens: 57, ..greedy(ids(1, 200), 1) };
+    assert!(matches!(engine.submit(long), Err(Error::OutOfMemory { .. })));
     engine.submit(greedy(ids(1, 200), 56)).unwrap();
     engine.submit(Request { max_tokens: None, ..greedy(ids(1, 250), 1) }).unwrap();
     let lengths = finish(&mut engine).iter().map(|o| o.ids.len()).collect::<Vec<_>>();

@@ -1,13 +1,16 @@
-//! The engine as its callers see it, on a fake model and the tokenizer of models/tales-4m.
+//! The engine as its callers see it: on a fake model with the tokenizer of models/tales-4m, and on real
+//! models.
 
 mod checks;
 mod fake;
+mod real;
 mod same_answers;
 
 use fake::{Fake, PAGE_BYTES, VOCAB};
 use ferrule::engine::{
     Engine, EngineConfig, Event, FinishReason, LogitsProcessor, Request, RequestId, TokenLogprobs,
 };
+use ferrule::model::Forward;
 use ferrule::sample::{self, Sampling, Scratch};
 use ferrule::tokenizer::Tokenizer;
 use ferrule::{Error, Result};
@@ -133,7 +136,7 @@ impl Outcomes {
 }
 
 /// Steps until nothing is left.
-fn finish(engine: &mut Engine<Fake>) -> Vec<Outcome> {
+fn finish<M: Forward>(engine: &mut Engine<M>) -> Vec<Outcome> {
     let mut outcomes = Outcomes::default();
     for _ in 0..100_000 {
         if engine.is_idle() {

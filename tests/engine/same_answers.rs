@@ -3,7 +3,6 @@
 
 use super::*;
 use fake::Trouble;
-use ferrule::model::Forward;
 use proptest::prelude::*;
 
 /// Text that tokens of the fake's vocabulary spell now and then.

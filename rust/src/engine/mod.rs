@@ -20,7 +20,7 @@ use crate::sample::Scratch;
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 use answer::{Answer, End};
-use scheduler::{Scheduler, Slot};
+use scheduler::{Scheduler, Slot, Work};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -103,7 +103,8 @@ impl<M: Forward> Engine<M> {
             return Err(Error::QueueFull { queued: present - self.config.max_batch, limit });
         }
         request.check(self.model.vocab(), self.config.context_length)?;
-        let tokens = request.prompt.len() + request.max_tokens.unwrap_or(1);
+        let least = request.max_tokens.unwrap_or(request.min_tokens.max(1));
+        let tokens = request.prompt.len() + least;
         let context = self.context_length();
         if tokens > context {
             let pages = self.scheduler.pool.counts().into_iter().zip(&self.groups);
@@ -145,6 +146,11 @@ impl<M: Forward> Engine<M> {
         self.scheduler.slots.is_empty() && self.pending.is_empty()
     }
 
+    /// Whether a request waits for pages: its own first ones, or new ones after a preemption.
+    pub fn is_waiting(&self, id: RequestId) -> bool {
+        self.scheduler.slots.iter().any(|slot| slot.id == id && !slot.running)
+    }
+
     /// What it is busy with.
     pub fn stats(&self) -> EngineStats {
         let running = self.scheduler.slots.iter().filter(|slot| slot.running).count();
@@ -164,31 +170,23 @@ impl<M: Forward> Engine<M> {
             return events;
         }
         let slots = &self.scheduler.slots;
-        let wanted = |work: &scheduler::Work| {
+        let chunk = |work: &Work| {
             let slot = &slots[work.slot];
-            match work.end == slot.tokens.len() {
+            let wanted = match work.end == slot.tokens.len() {
                 _ if slot.data.scores_prompt() => Wanted::All,
                 true => Wanted::Last,
                 false => Wanted::None,
-            }
+            };
+            let (tokens, start) = (&slot.tokens[work.start..work.end], work.start);
+            Chunk { tokens, start, pages: slot.pages.tables(), wanted }
         };
-        let batch: Vec<Chunk<'_>> = plan
-            .iter()
-            .map(|work| Chunk {
-                tokens: &slots[work.slot].tokens[work.start..work.end],
-                start: work.start,
-                pages: slots[work.slot].pages.tables(),
-                wanted: wanted(work),
-            })
-            .collect();
-        let rows: Vec<usize> = batch
-            .iter()
-            .map(|chunk| match chunk.wanted {
-                Wanted::None => 0,
-                Wanted::Last => 1,
-                Wanted::All => chunk.tokens.len(),
-            })
-            .collect();
+        let batch: Vec<Chunk<'_>> = plan.iter().map(chunk).collect();
+        let rows = |chunk: &Chunk<'_>| match chunk.wanted {
+            Wanted::None => 0,
+            Wanted::Last => 1,
+            Wanted::All => chunk.tokens.len(),
+        };
+        let rows: Vec<usize> = batch.iter().map(rows).collect();
         let mut logits = match self.model.forward(&mut self.kv, &batch, &self.interrupt) {
             Ok(logits) => logits,
             Err(Error::Interrupted) => {

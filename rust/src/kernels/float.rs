@@ -361,7 +361,7 @@ pub(super) fn gate(act: Activation, gate: &mut [f32], up: &[f32]) {
         }
         Activation::GeluTanh => {
             // 0.5 * (1 + tanh(z)) = sigmoid(2 z)
-            const TWICE: f32 = 1.595_769_1; // 2 * sqrt(2 / pi)
+            const TWICE: f32 = 1.595_769; // 2 * sqrt(2 / pi)
             for (g, &u) in gate.iter_mut().zip(up) {
                 let cube = *g * *g * *g;
                 *g = *g * sigmoid(TWICE * cube.mul_add(0.044_715, *g)) * u;

@@ -5,6 +5,8 @@
 //! specification; every other set gives the same bits (`tests.rs`). Holding a `&Kernels` proves that the
 //! CPU has its instructions, because only [`available`] hands them out.
 
+#[cfg(target_arch = "aarch64")]
+mod arm;
 mod attention;
 mod float;
 pub mod layout;
@@ -74,9 +76,19 @@ pub struct Kernels {
 /// Every set compiled into this build, best first.
 static ALL: &[&Kernels] = &[
     #[cfg(target_arch = "x86_64")]
+    &x86::amx::KERNELS,
+    #[cfg(target_arch = "x86_64")]
     &x86::avx512vnni::KERNELS,
     #[cfg(target_arch = "x86_64")]
+    &x86::avxvnni::KERNELS,
+    #[cfg(target_arch = "x86_64")]
     &x86::avx2::KERNELS,
+    #[cfg(target_arch = "aarch64")]
+    &arm::i8mm::KERNELS,
+    #[cfg(target_arch = "aarch64")]
+    &arm::dotprod::KERNELS,
+    #[cfg(target_arch = "aarch64")]
+    &arm::neon::KERNELS,
     &scalar::KERNELS,
 ];
 

@@ -110,6 +110,33 @@ fn normed<'a, B: Backend>(
     a
 }
 
+impl Model<crate::backend::cpu::Cpu> {
+    /// Numbers that were trained.
+    pub fn parameters(&self) -> u64 {
+        let s = &self.spec;
+        let count = |weights: Vec<super::spec::Weight>| -> u64 {
+            weights.iter().map(|w| w.shape.iter().map(|&n| n as u64).product::<u64>()).sum()
+        };
+        count(s.model_weights()) + s.layers.len() as u64 * count(s.layer_weights())
+    }
+
+    /// Bytes of the packed matrices.
+    pub fn weight_bytes(&self) -> u64 {
+        let w = &self.weights;
+        let layer = |l: &Layer<crate::backend::cpu::Cpu>| {
+            [&l.qkv, &l.o, &l.gate_up, &l.down].map(|m| m.bytes().len())
+        };
+        let layers = w.layers.iter().flat_map(layer);
+        let ends = std::iter::once(&w.embed).chain(&w.head).map(|m| m.bytes().len());
+        layers.chain(ends).sum::<usize>() as u64
+    }
+
+    /// How the weights of the layers are stored.
+    pub fn form(&self) -> &'static str {
+        self.weights.layers[0].down.form().name()
+    }
+}
+
 impl<B: Backend> Forward for Model<B> {
     type Kv = Kv<B>;
 

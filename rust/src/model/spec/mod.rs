@@ -224,7 +224,7 @@ impl Spec {
         }
         let file_context = facts.need_count(&family.context_length, MAX_POSITIONS)?;
         let (ropes, local, reach) = ropes(&family, facts, head_dim, file_context)?;
-        let scale_of = facts.number(&family.attn_scale_rsqrt_of, f64::MIN_POSITIVE, 1e9)?;
+        let scale_of = facts.number(&family.attn_scale_rsqrt_of, 1e-9, 1e9)?;
         let softcap =
             |fact| -> Result<Option<f32>> { Ok(facts.number(fact, 1e-6, 1e9)?.map(|x| x as f32)) };
         let has = |place| family.norms.contains(&place);

@@ -1,0 +1,213 @@
+//! Baseline NEON (Cortex-A72 and older: no dot product instruction): 16 rows are four registers.
+//!
+//! `smull`/`smlal` multiply bytes to i16, four sums a row. int4: the eight products of a group fit
+//! (15 * 127 * 8 = 15240), and so do pairs of these sums (30480); `smlal` with the group's scale makes
+//! i32. int8: two products fit (127 * 127 * 2 = 32258), then `sadalp` adds pairs to i32.
+
+use super::super::layout::Q4_HEADER;
+use super::super::simd::F32x16;
+use super::super::{Acts, Form, Kernels, float};
+use super::{QUADS, Step, finish, offsets, prefetch, scales, unpack, walk};
+use std::arch::aarch64::*;
+
+float::instantiate!(Lanes4);
+
+pub(in super::super) const KERNELS: Kernels = Kernels {
+    name: "neon",
+    supported: || std::arch::is_aarch64_feature_detected!("neon"),
+    gemm_q4,
+    gemm_q8,
+    float: FLOATS,
+};
+
+/// Sixteen f32 in four registers.
+#[derive(Clone, Copy)]
+pub(super) struct Lanes4([float32x4_t; 4]);
+
+// SAFETY (for every block of this impl): NEON is part of every aarch64 target that we build for, and
+// the loads and stores are of whole arrays behind references, lane `i` of register `h` at `4 * h + i`.
+impl F32x16 for Lanes4 {
+    const WIDE: bool = false;
+
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        // SAFETY: see above.
+        Lanes4([unsafe { vdupq_n_f32(x) }; 4])
+    }
+    #[inline(always)]
+    fn load(x: &[f32; 16]) -> Self {
+        // SAFETY: see above.
+        Lanes4(std::array::from_fn(|h| unsafe { vld1q_f32(x.as_ptr().add(4 * h)) }))
+    }
+    #[inline(always)]
+    fn load_f16(x: &[u16; 16]) -> Self {
+        // SAFETY: see above.
+        Lanes4(std::array::from_fn(|h| unsafe {
+            vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x.as_ptr().add(4 * h))))
+        }))
+    }
+    #[inline(always)]
+    fn load_bf16(x: &[u16; 16]) -> Self {
+        // SAFETY: see above.
+        Lanes4(std::array::from_fn(|h| unsafe {
+            vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(x.as_ptr().add(4 * h))))
+        }))
+    }
+    #[inline(always)]
+    fn load_i8(x: &[i8; 16]) -> Self {
+        // SAFETY: see above.
+        unsafe {
+            let x = vld1q_s8(x.as_ptr());
+            let (low, high) = (vmovl_s8(vget_low_s8(x)), vmovl_high_s8(x));
+            Lanes4([
+                vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))),
+                vcvtq_f32_s32(vmovl_high_s16(low)),
+                vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))),
+                vcvtq_f32_s32(vmovl_high_s16(high)),
+            ])
+        }
+    }
+    #[inline(always)]
+    fn store(self, out: &mut [f32; 16]) {
+        for (h, x) in self.0.into_iter().enumerate() {
+            // SAFETY: see above.
+            unsafe { vst1q_f32(out.as_mut_ptr().add(4 * h), x) }
+        }
+    }
+    #[inline(always)]
+    fn store_f16(self, out: &mut [u16; 16]) {
+        for (h, x) in self.0.into_iter().enumerate() {
+            // SAFETY: see above.
+            unsafe {
+                let half = vreinterpret_u16_f16(vcvt_f16_f32(x));
+                vst1_u16(out.as_mut_ptr().add(4 * h), half);
+            }
+        }
+    }
+    #[inline(always)]
+    fn fma(self, a: Self, b: Self) -> Self {
+        // SAFETY: see above.
+        Lanes4(std::array::from_fn(|h| unsafe { vfmaq_f32(b.0[h], self.0[h], a.0[h]) }))
+    }
+    #[inline(always)]
+    fn mul(self, a: Self) -> Self {
+        // SAFETY: see above.
+        Lanes4(std::array::from_fn(|h| unsafe { vmulq_f32(self.0[h], a.0[h]) }))
+    }
+}
+
+/// Tokens up to which unpacking costs more than the direct kernel's group scales.
+const DIRECT: usize = 8;
+
+unsafe fn gemm_q4(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
+    // SAFETY: the shapes were checked by `Kernels::gemm`; the forms agree.
+    unsafe {
+        if a.m <= DIRECT {
+            walk(Form::Q4, None, tile_q4, w, a, y)
+        } else {
+            walk(Form::Q4, Some(unpack::<false>), tile_q8::<false>, w, a, y)
+        }
+    }
+}
+
+unsafe fn gemm_q8(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
+    // SAFETY: the shapes were checked by `Kernels::gemm`; the forms agree.
+    unsafe { walk(Form::Q8, None, tile_q8::<true>, w, a, y) }
+}
+
+/// Four consecutive int8 in every 32-bit lane.
+///
+/// # Safety
+/// Four bytes from `p` on can be read.
+#[inline]
+#[target_feature(enable = "neon")]
+unsafe fn four(p: *const i8) -> int8x16_t {
+    // SAFETY: the caller's promise; the read may be unaligned.
+    vreinterpretq_s8_s32(vdupq_n_s32(unsafe { p.cast::<i32>().read_unaligned() }))
+}
+
+/// One token against a stored int4 block.
+///
+/// # Safety
+/// As [`super::Tile`].
+#[target_feature(enable = "neon")]
+unsafe fn tile_q4(step: &Step<'_>, t: usize) -> usize {
+    let zero = [[vdupq_n_s16(0); 2]; QUADS];
+    let nibble = vdupq_n_u8(0x0f);
+    // Two sums a row.
+    let mut sum = [[vdupq_n_s32(0); 2]; QUADS];
+    // SAFETY: every address lies in the block or among its activations.
+    let dots = unsafe {
+        for s in 0..step.len() / 64 {
+            let q = step.q(t).add(64 * s);
+            let lines = step.block.add(Q4_HEADER + 512 * s);
+            let mut c = [zero; 2];
+            for j in 0..8 {
+                prefetch(lines.add(64 * j));
+                let x = [four(q.add(4 * j)), four(q.add(32 + 4 * j))];
+                for h in 0..QUADS {
+                    let v = vld1q_u8(lines.add(64 * j + 16 * h));
+                    let v = [vandq_u8(v, nibble), vshrq_n_u8::<4>(v)];
+                    for g in 0..2 {
+                        let v = vreinterpretq_s8_u8(v[g]);
+                        c[g][h][0] = vmlal_s8(c[g][h][0], vget_low_s8(v), vget_low_s8(x[g]));
+                        c[g][h][1] = vmlal_high_s8(c[g][h][1], v, x[g]);
+                    }
+                }
+            }
+            for (c, sc) in c.iter().zip(scales(step.block, s)) {
+                // Each scale twice, as there are two sums a row.
+                let sc = [vzip1q_u8(sc, sc), vzip2q_u8(sc, sc)];
+                for (h, sum) in sum.iter_mut().enumerate() {
+                    let sc = if h % 2 == 0 {
+                        vmovl_u8(vget_low_u8(sc[h / 2]))
+                    } else {
+                        vmovl_high_u8(sc[h / 2])
+                    };
+                    let sc = vreinterpretq_s16_u16(sc);
+                    let pairs = vpaddq_s16(c[h][0], c[h][1]);
+                    sum[0] = vmlal_s16(sum[0], vget_low_s16(pairs), vget_low_s16(sc));
+                    sum[1] = vmlal_high_s16(sum[1], pairs, sc);
+                }
+            }
+        }
+        let offsets = offsets(step, t);
+        std::array::from_fn(|h| vaddq_s32(offsets[h], vpaddq_s32(sum[h][0], sum[h][1])))
+    };
+    // SAFETY: the caller's promise.
+    unsafe { finish(step, t, &dots) };
+    1
+}
+
+/// One token against int8 lines; `STORED` if they come from memory.
+///
+/// # Safety
+/// As [`super::Tile`].
+#[target_feature(enable = "neon")]
+unsafe fn tile_q8<const STORED: bool>(step: &Step<'_>, t: usize) -> usize {
+    // Two sums a row.
+    let mut sum = [[vdupq_n_s32(0); 2]; QUADS];
+    // SAFETY: every address lies in the lines or among the block's activations.
+    unsafe {
+        let q = step.q(t);
+        for j in (0..step.len() / 4).step_by(2) {
+            let lines = step.lines.add(64 * j);
+            if STORED {
+                prefetch(lines);
+                prefetch(lines.add(64));
+            }
+            let x = [four(q.add(4 * j)), four(q.add(4 * j + 4))];
+            for (h, sum) in sum.iter_mut().enumerate() {
+                let v0 = vld1q_s8(lines.add(16 * h).cast());
+                let v1 = vld1q_s8(lines.add(64 + 16 * h).cast());
+                let low = vmull_s8(vget_low_s8(v0), vget_low_s8(x[0]));
+                let low = vmlal_s8(low, vget_low_s8(v1), vget_low_s8(x[1]));
+                let high = vmlal_high_s8(vmull_high_s8(v0, x[0]), v1, x[1]);
+                sum[0] = vpadalq_s16(sum[0], low);
+                sum[1] = vpadalq_s16(sum[1], high);
+            }
+        }
+        finish(step, t, &sum.map(|[a, b]| vpaddq_s32(a, b)));
+    }
+    1
+}
