@@ -145,7 +145,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repetitions", type=int, default=1, help="in each process")
-    parser.add_argument("--bound", type=_numbers, metavar="1=GB/S,2=GB/S", help="do not measure it")
+    parser.add_argument("--bound", type=_numbers, default={}, metavar="1=GB/S,2=GB/S")
     parser.add_argument("--peak", type=_numbers, default={}, metavar="1=TOP/S,2=TOP/S")
     parser.add_argument(
         "--disturbed", type=float, default=0.06, help="share of the CPUs' time that others may take"
@@ -161,15 +161,15 @@ def main() -> None:
         "machine": machine(),
         "commit": _output("git", "-C", str(ROOT), "describe", "--always", "--dirty"),
         "ferrule": _output(*shlex.split(args.ferrule), "--version"),
-        "bandwidth": {"method": "given", "gb_per_s": args.bound or {}},
-        "peak_tops": args.peak,
+        "isa": isa(args),
+        "bandwidth": {"method": "given", "gb_per_s": args.bound},
+        "peak": {"method": "given", "tops": args.peak},
         "samples": [],
     }
     for engine in contestants:  # fills the caches: packed weights, pages of the files
         run(engine, Test.parse("tg1"), max(args.threads))
     for number in range(args.rounds):
-        if not args.bound:
-            measure_bandwidth(report["bandwidth"], args.threads)
+        measure_limits(report, args)
         order = contestants[::-1] if number % 2 else contestants
         for threads in args.threads:
             for test in args.tests:
@@ -257,27 +257,30 @@ def bound(
     return tops * 1e12 / (product + 4 * layers * config["num_attention_heads"] * dim * keys)
 
 
-def measure_bandwidth(found: dict[str, Any], threads: list[int]) -> None:
-    """Keep the best reading of each number of threads: the kernel bench's, else memchr's."""
-    found["method"] = method = "cargo bench --bench kernels -- bw"
-    readings: dict[int, float] = {}
-    if (ROOT / "benches" / "kernels.rs").exists():
-        out = _output(*method.split(), cwd=ROOT)
-        for count, speed in re.findall(r"(\d+) threads?\b.*?([\d.]+) GB/s", out):
-            readings[int(count)] = max(readings.get(int(count), 0.0), float(speed))
-    if not set(threads) <= set(readings):
-        found["method"] = "memchr over 1.5 GB (fallback: may be below what a tuned loop reads)"
-        # In a process of its own: a child's peak memory counts from that of its parent.
-        call = "import compare; print(compare.memchr_gb_per_s({}))"
-        readings = {
-            count: float(
-                _output(sys.executable, "-c", call.format(count), cwd=Path(__file__).parent)
-            )
-            for count in threads
-        }
-    for count in threads:
-        best = max(found["gb_per_s"].get(count, 0.0), readings[count])
-        found["gb_per_s"][count] = round(best, 2)
+def measure_limits(report: dict[str, Any], args: argparse.Namespace) -> None:
+    """Keep the best reading of the kernel bench for each number of threads; memchr's without it."""
+    memory, peak = report["bandwidth"], report["peak"]
+    for count in args.threads:
+        if not args.bound:
+            memory["method"] = "kernels.rs bw"
+            found = kernel_bench("bw", "scalar", count, r"([\d.]+) GB/s")
+            if not found:
+                memory["method"] = "memchr over 1.5 GB (fallback: a tuned loop may read more)"
+                # In a process of its own: a child's peak memory counts from that of its parent.
+                call = f"import compare; print(compare.memchr_gb_per_s({count}))"
+                found = [float(_output(sys.executable, "-c", call, cwd=Path(__file__).parent))]
+            memory["gb_per_s"][count] = max([memory["gb_per_s"].get(count, 0.0), *found])
+        if not args.peak and report["isa"]:
+            found = kernel_bench("peak", report["isa"], count, r"([\d.]+) GOP/s")
+            if found:
+                peak["tops"][count] = max(peak["tops"].get(count, 0.0), found[0] / 1e3)
+                peak["method"] = f"kernels.rs peak {report['isa']}"
+
+
+def kernel_bench(what: str, kernels: str, threads: int, pattern: str) -> list[float]:
+    """The rates that `benches/kernels.rs` prints; none if it does not run."""
+    command = f"cargo bench --bench kernels -- {what} {kernels} {threads}"
+    return list(map(float, re.findall(pattern, _output(*command.split(), cwd=ROOT))))
 
 
 def memchr_gb_per_s(threads: int, total: int = 1_536_000_000) -> float:
@@ -326,7 +329,7 @@ def rows(
                 clean = [s for s in all_ if s["clean"]]
                 kept = clean or all_
                 speeds = [s["tokens_per_s"] for s in kept]
-                limits = (report["bandwidth"]["gb_per_s"], report["peak_tops"])
+                limits = (report["bandwidth"]["gb_per_s"], report["peak"]["tops"])
                 limit = bound(engine, test, config, *(each.get(threads) for each in limits))
                 median = statistics.median(speeds)
                 group.append(
@@ -352,16 +355,16 @@ def rows(
 
 def markdown(report: dict[str, Any], model: str) -> str:
     """The report as text."""
-    bandwidth = report["bandwidth"]
-    speeds = ", ".join(f"{s} GB/s ({t} thread)" for t, s in bandwidth["gb_per_s"].items())
-    peaks = ", ".join(f"{s} TOP/s ({t} thread)" for t, s in report["peak_tops"].items())
+    memory, peak = report["bandwidth"], report["peak"]
+    speeds = ", ".join(f"{s:.1f} GB/s with {t}" for t, s in memory["gb_per_s"].items())
+    peaks = ", ".join(f"{s:.2f} TOP/s with {t}" for t, s in peak["tops"].items())
     lines = [
         f"# {model}, {report['date']}",
         "",
         f"- machine: {', '.join(f'{k} {v}' for k, v in report['machine'].items())}",
-        f"- ferrule: {report['ferrule']}, commit {report['commit']}",
-        f"- memory: {speeds}, by {bandwidth['method']}",
-        f"- multipliers: {peaks or 'no peak given'}",
+        f"- ferrule: {report['ferrule']}, {report['isa']}, commit {report['commit']}",
+        f"- memory, by threads: {speeds} ({memory['method']})",
+        f"- multipliers, by threads: {peaks or 'not measured'} ({peak['method']})",
         f"- command: `{report['command']}`",
         "",
         "Tokens per second. The commands of the engines are in the JSON file of the same name.",
@@ -401,6 +404,12 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
     }
+
+
+def isa(args: argparse.Namespace) -> str | None:
+    """The kernel set that ferrule chooses here."""
+    text = _output(*shlex.split(args.ferrule), "info", "--json")
+    return json.loads(text)["kernels"] if text else None
 
 
 def _output(*command: str, cwd: Path | None = None) -> str:

@@ -4,10 +4,11 @@
 
 Without MODEL: tales-4m, and stories260K where FERRULE_SHARED names the folder that has it. A
 document of the text (they are parted by two empty lines; in .jsonl, one "text" a line) is one
-context, cut at the model's length. Columns: bits per weight (bytes in memory, norms, scales
-and padding included, over parameters); perplexity; KL, the mean over tokens of the Kullback-Leibler divergence
-from quantization="none" in nats, and its 99th percentile; and how often the likeliest token is the
-same.
+context, cut at the model's length.
+
+Columns: bits per weight (bytes in memory with norms, scales and padding, over parameters);
+perplexity; KL, the Kullback-Leibler divergence from quantization="none" in nats, mean and 99th
+percentile over tokens; how often the likeliest token is the same.
 """
 
 from __future__ import annotations
