@@ -265,7 +265,7 @@ def measure_limits(report: dict[str, Any], args: argparse.Namespace) -> None:
             memory["method"] = "kernels.rs bw"
             found = kernel_bench("bw", "scalar", count, r"([\d.]+) GB/s")
             if not found:
-                memory["method"] = "memchr over 1.5 GB (fallback: a tuned loop may read more)"
+                memory["method"] = "fallback: memchr over 1.5 GB; a tuned loop may read more"
                 # In a process of its own: a child's peak memory counts from that of its parent.
                 call = f"import compare; print(compare.memchr_gb_per_s({count}))"
                 found = [float(_output(sys.executable, "-c", call, cwd=Path(__file__).parent))]
@@ -362,7 +362,7 @@ def markdown(report: dict[str, Any], model: str) -> str:
         f"# {model}, {report['date']}",
         "",
         f"- machine: {', '.join(f'{k} {v}' for k, v in report['machine'].items())}",
-        f"- ferrule: {report['ferrule']}, {report['isa']}, commit {report['commit']}",
+        f"- ferrule: {report['ferrule']}, {report['isa'] or 'kernel set unknown'}, commit {report['commit']}",
         f"- memory, by threads: {speeds} ({memory['method']})",
         f"- multipliers, by threads: {peaks or 'not measured'} ({peak['method']})",
         f"- command: `{report['command']}`",
@@ -406,10 +406,11 @@ def machine() -> dict[str, Any]:
     }
 
 
-def isa(args: argparse.Namespace) -> str | None:
-    """The kernel set that ferrule chooses here."""
+def isa(args: argparse.Namespace) -> str:
+    """The kernel set that ferrule chooses here; empty if it does not say."""
     text = _output(*shlex.split(args.ferrule), "info", "--json")
-    return json.loads(text)["kernels"] if text else None
+    kernels: str = json.loads(text)["kernels"] if text else ""
+    return kernels
 
 
 def _output(*command: str, cwd: Path | None = None) -> str:
