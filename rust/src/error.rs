@@ -71,6 +71,8 @@ pub enum Error {
     Interrupted,
     /// A Python logits processor raised; the text of its exception.
     Processor(String),
+    /// A defect in this library: the text of a panic.
+    Internal(String),
 }
 
 impl Error {
@@ -124,6 +126,10 @@ impl fmt::Display for Error {
             }
             Error::Closed => write!(f, "the engine is closed"),
             Error::Interrupted => write!(f, "cancelled"),
+            Error::Internal(what) => write!(
+                f,
+                "a defect in ferrule: {what}; the engine is closed, please report this message"
+            ),
         }
     }
 }

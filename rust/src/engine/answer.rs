@@ -3,7 +3,7 @@
 
 use super::text::{Piece, Text};
 use super::{Event, FinishReason, Request, RequestId, TokenLogprobs};
-use crate::sample;
+use crate::sample::{self, Scratch};
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 use std::ops::Range;
@@ -16,6 +16,7 @@ pub(super) struct End {
 }
 
 pub(super) struct Answer {
+    id: RequestId,
     request: Request, // without the prompt
     prompt_tokens: usize,
     vocab: usize,
@@ -30,6 +31,7 @@ pub(super) struct Answer {
 impl Answer {
     /// The prompt and its answer; `context`: tokens that both may have together.
     pub(super) fn new(
+        id: RequestId,
         mut request: Request,
         context: usize,
         eos: &[u32],
@@ -50,6 +52,7 @@ impl Answer {
             })?;
         }
         let answer = Answer {
+            id,
             prompt_tokens: prompt.len(),
             vocab,
             limit: request.max_tokens.unwrap_or(context - prompt.len()),
@@ -73,11 +76,11 @@ impl Answer {
     /// last, or none if more of `tokens` is to be computed. Draws the next token if all is.
     pub(super) fn advance(
         &mut self,
-        id: RequestId,
         tokens: &mut Vec<u32>,
         positions: Range<usize>,
         logits: &mut [f32],
         tokenizer: &Tokenizer,
+        scratch: &mut Scratch,
         events: &mut Vec<Event>,
     ) -> Result<Option<End>> {
         if self.scores_prompt() {
@@ -90,32 +93,28 @@ impl Answer {
             return Ok(Some(End { reason: FinishReason::Length, stop_match: None }));
         }
         let last = logits.len() - self.vocab;
-        let (token, logprobs) = self.draw(tokens, &mut logits[last..])?;
+        let (token, logprobs) = self.draw(tokens, &mut logits[last..], scratch)?;
         tokens.push(token);
         let (text, end) = self.extend(token, tokens.len() - self.prompt_tokens, tokenizer)?;
         let logprobs = logprobs.into_iter().collect();
-        events.push(Event::Chunk { id, text, token_ids: vec![token], logprobs });
+        events.push(Event::Chunk { id: self.id, text, token_ids: vec![token], logprobs });
         Ok(end)
     }
 
     /// Gives out the text held back.
-    pub(super) fn cancel(
-        &mut self,
-        id: RequestId,
-        tokenizer: &Tokenizer,
-        events: &mut Vec<Event>,
-    ) -> Result<End> {
+    pub(super) fn cancel(&mut self, tokenizer: &Tokenizer, events: &mut Vec<Event>) -> Result<End> {
         let Piece { text, stop } = self.text.finish(tokenizer)?;
         if !text.is_empty() {
-            events.push(Event::Chunk { id, text, token_ids: Vec::new(), logprobs: Vec::new() });
+            let (token_ids, logprobs) = (Vec::new(), Vec::new());
+            events.push(Event::Chunk { id: self.id, text, token_ids, logprobs });
         }
         Ok(End { reason: FinishReason::Cancelled, stop_match: stop })
     }
 
     /// The event that ends a request with so many tokens in all.
-    pub(super) fn done(self, id: RequestId, end: End, tokens: usize, cached: usize) -> Event {
+    pub(super) fn done(self, end: End, tokens: usize, cached: usize) -> Event {
         Event::Done {
-            id,
+            id: self.id,
             reason: end.reason,
             stop_match: end.stop_match,
             prompt_tokens: self.prompt_tokens,
@@ -152,31 +151,30 @@ impl Answer {
     }
 
     /// The token after `tokens`, whose last has these logits.
-    fn draw(&mut self, tokens: &[u32], logits: &mut [f32]) -> Result<(u32, Option<TokenLogprobs>)> {
+    fn draw(
+        &mut self,
+        tokens: &[u32],
+        logits: &mut [f32],
+        scratch: &mut Scratch,
+    ) -> Result<(u32, Option<TokenLogprobs>)> {
         check_finite(logits, tokens.len() - 1)?;
         let raw = self.request.logprobs.map(|count| (logits.to_vec(), count));
         let (prompt, answer) = tokens.split_at(self.prompt_tokens);
         let banned = if answer.len() < self.request.min_tokens { &self.ends[..] } else { &[] };
         let sampling = &self.request.sampling;
-        sample::adjust(sampling, logits, prompt, answer, banned);
+        sample::adjust(sampling, logits, prompt, answer, banned, scratch);
         for processor in &mut self.request.processors {
             processor.process(tokens, logits)?;
         }
-        if let Some(id) = logits.iter().position(|x| x.is_nan() || *x == f32::INFINITY) {
+        let processed = !self.request.processors.is_empty();
+        if processed && let Some(id) = logits.iter().position(|x| x.is_nan()) {
             return Err(Error::Processor(format!(
-                "logit of id {id} for token {} of the answer: found {}, expected a number",
-                answer.len(),
-                logits[id]
-            )));
-        }
-        if logits.iter().all(|&x| x == f32::NEG_INFINITY) {
-            return Err(Error::Processor(format!(
-                "token {} of the answer: every id is banned",
+                "the logits processors left NaN for id {id} of token {} of the answer",
                 answer.len()
             )));
         }
-        let token =
-            sample::draw(sampling, logits, sample::coin(sampling.seed, answer.len() as u64));
+        let coin = sample::coin(sampling.seed, answer.len() as u64);
+        let token = sample::draw(sampling, logits, coin, scratch)?;
         let logprobs = raw.map(|(raw, count)| {
             let (token, top) = sample::logprobs(&raw, token, count);
             TokenLogprobs { token, top }
@@ -215,6 +213,10 @@ impl Answer {
 
 /// A model's logits are numbers; -inf may stand for "never".
 fn check_finite(logits: &[f32], position: usize) -> Result<()> {
+    // Without an early exit, so that it vectorizes.
+    if logits.iter().fold(true, |good, x| good & (*x < f32::INFINITY)) {
+        return Ok(());
+    }
     match logits.iter().position(|x| x.is_nan() || *x == f32::INFINITY) {
         Some(id) => Err(Error::Unsupported(format!(
             "the logits after the token at position {position}: found {} for id {id}, expected a \

@@ -16,10 +16,11 @@ pub use request::{
 
 use crate::model::kv::{self, KvPool, PageCount};
 use crate::model::{Chunk, Forward, KvGroup, Wanted};
+use crate::sample::Scratch;
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 use answer::{Answer, End};
-use scheduler::{Scheduler, Slot};
+use scheduler::{Scheduler, Slot, Work};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -45,6 +46,7 @@ pub struct Engine<M: Forward> {
     groups: Vec<KvGroup>,
     kv: M::Kv,
     scheduler: Scheduler<Answer>,
+    scratch: Scratch,
     next_id: RequestId,
     interrupt: Arc<AtomicBool>,
     pending: Vec<Event>, // of cancelled requests, for the next step
@@ -82,6 +84,7 @@ impl<M: Forward> Engine<M> {
             groups,
             kv,
             scheduler,
+            scratch: Scratch::default(),
             next_id: 0,
             interrupt: Arc::default(),
             pending: Vec::new(),
@@ -95,12 +98,13 @@ impl<M: Forward> Engine<M> {
 
     /// Takes a request after all checks; what it says comes out of later steps.
     pub fn submit(&mut self, request: Request) -> Result<RequestId> {
-        let queued = self.scheduler.slots.len().saturating_sub(self.config.max_batch);
-        if self.scheduler.slots.len() >= self.config.max_batch + self.config.max_queue {
-            return Err(Error::QueueFull { queued, limit: self.config.max_queue });
+        let (present, limit) = (self.scheduler.slots.len(), self.config.max_queue);
+        if present >= self.config.max_batch.saturating_add(limit) {
+            return Err(Error::QueueFull { queued: present - self.config.max_batch, limit });
         }
         request.check(self.model.vocab(), self.config.context_length)?;
-        let tokens = request.prompt.len() + request.max_tokens.unwrap_or(1);
+        let least = request.max_tokens.unwrap_or(request.min_tokens.max(1));
+        let tokens = request.prompt.len() + least;
         let context = self.context_length();
         if tokens > context {
             let pages = self.scheduler.pool.counts().into_iter().zip(&self.groups);
@@ -116,7 +120,7 @@ impl<M: Forward> Engine<M> {
         }
         let id = self.next_id;
         self.next_id += 1;
-        let (prompt, answer) = Answer::new(request, context, &self.eos, self.model.vocab())?;
+        let (prompt, answer) = Answer::new(id, request, context, &self.eos, self.model.vocab())?;
         self.scheduler.push(id, prompt, answer.scores_prompt(), answer);
         Ok(id)
     }
@@ -125,7 +129,7 @@ impl<M: Forward> Engine<M> {
     /// False: there is no such request any more.
     pub fn cancel(&mut self, id: RequestId) -> bool {
         let Some(mut slot) = self.scheduler.remove(id) else { return false };
-        let end = slot.data.cancel(id, &self.tokenizer, &mut self.pending);
+        let end = slot.data.cancel(&self.tokenizer, &mut self.pending);
         self.pending.push(over(slot, end));
         true
     }
@@ -140,6 +144,11 @@ impl<M: Forward> Engine<M> {
     /// Nothing to do and nothing to say.
     pub fn is_idle(&self) -> bool {
         self.scheduler.slots.is_empty() && self.pending.is_empty()
+    }
+
+    /// Whether a request waits for pages: its own first ones, or new ones after a preemption.
+    pub fn is_waiting(&self, id: RequestId) -> bool {
+        self.scheduler.slots.iter().any(|slot| slot.id == id && !slot.running)
     }
 
     /// What it is busy with.
@@ -161,31 +170,23 @@ impl<M: Forward> Engine<M> {
             return events;
         }
         let slots = &self.scheduler.slots;
-        let wanted = |work: &scheduler::Work| {
+        let chunk = |work: &Work| {
             let slot = &slots[work.slot];
-            match work.end == slot.tokens.len() {
+            let wanted = match work.end == slot.tokens.len() {
                 _ if slot.data.scores_prompt() => Wanted::All,
                 true => Wanted::Last,
                 false => Wanted::None,
-            }
+            };
+            let (tokens, start) = (&slot.tokens[work.start..work.end], work.start);
+            Chunk { tokens, start, pages: slot.pages.tables(), wanted }
         };
-        let batch: Vec<Chunk<'_>> = plan
-            .iter()
-            .map(|work| Chunk {
-                tokens: &slots[work.slot].tokens[work.start..work.end],
-                start: work.start,
-                pages: slots[work.slot].pages.tables(),
-                wanted: wanted(work),
-            })
-            .collect();
-        let rows: Vec<usize> = batch
-            .iter()
-            .map(|chunk| match chunk.wanted {
-                Wanted::None => 0,
-                Wanted::Last => 1,
-                Wanted::All => chunk.tokens.len(),
-            })
-            .collect();
+        let batch: Vec<Chunk<'_>> = plan.iter().map(chunk).collect();
+        let rows = |chunk: &Chunk<'_>| match chunk.wanted {
+            Wanted::None => 0,
+            Wanted::Last => 1,
+            Wanted::All => chunk.tokens.len(),
+        };
+        let rows: Vec<usize> = batch.iter().map(rows).collect();
         let mut logits = match self.model.forward(&mut self.kv, &batch, &self.interrupt) {
             Ok(logits) => logits,
             Err(Error::Interrupted) => {
@@ -210,14 +211,13 @@ impl<M: Forward> Engine<M> {
             let slot = &mut self.scheduler.slots[work.slot];
             let positions = work.start..work.end;
             let result = slot.data.advance(
-                slot.id,
                 &mut slot.tokens,
                 positions,
                 mine,
                 &self.tokenizer,
+                &mut self.scratch,
                 &mut events,
             );
-            slot.computes_all = slot.data.scores_prompt();
             match result {
                 Ok(None) => {}
                 Ok(Some(end)) => ended.push((slot.id, Ok(end))),
@@ -235,7 +235,7 @@ impl<M: Forward> Engine<M> {
 fn over(slot: Slot<Answer>, end: Result<End>) -> Event {
     let cached = slot.cached.unwrap_or(0);
     match end {
-        Ok(end) => slot.data.done(slot.id, end, slot.tokens.len(), cached),
+        Ok(end) => slot.data.done(end, slot.tokens.len(), cached),
         Err(error) => Event::Failed { id: slot.id, error },
     }
 }

@@ -18,11 +18,11 @@ pub trait LogitsProcessor: Send {
 pub struct Request {
     /// Token ids; not empty.
     pub prompt: Vec<u32>,
-    /// At most this many tokens; `None` = the rest of the context. 0 only with `prompt_logprobs` or
+    /// At most this many tokens; `None` = the rest of the engine's context. 0 only with `prompt_logprobs` or
     /// `prompt_logits`: the prompt is scored and nothing is generated.
     pub max_tokens: Option<usize>,
-    /// End tokens are banned before this many tokens, and text before that is not searched for stop
-    /// strings.
+    /// End tokens are banned before this many tokens, and stop strings that are complete before that
+    /// do not count.
     pub min_tokens: usize,
     /// How to draw.
     pub sampling: Sampling,

@@ -24,7 +24,7 @@ impl Text {
         Text { decoder: Decoder::new(skip_special), stops, held: String::new() }
     }
 
-    /// The next token's text; with `search` false it is not looked at for stop strings.
+    /// The next token's text; with `search` false it may begin a stop string but not complete one.
     pub(super) fn push(&mut self, tokenizer: &Tokenizer, id: u32, search: bool) -> Result<Piece> {
         let text = self.decoder.push(tokenizer, id)?;
         Ok(self.give(&text, search))
@@ -40,10 +40,7 @@ impl Text {
 
     fn give(&mut self, text: &str, search: bool) -> Piece {
         self.held.push_str(text);
-        if !search {
-            return Piece { text: std::mem::take(&mut self.held), stop: None };
-        }
-        if let Some((start, stop)) = first_stop(&self.held, &self.stops) {
+        if search && let Some((start, stop)) = first_stop(&self.held, &self.stops) {
             self.held.truncate(start);
             return Piece { text: std::mem::take(&mut self.held), stop: Some(stop) };
         }
@@ -104,10 +101,10 @@ mod tests {
     }
 
     #[test]
-    fn unsearched_text_takes_no_part_in_a_match() {
+    fn a_stop_string_counts_when_it_is_complete() {
         let mut text = Text::new(true, stops(&["ab"]));
-        assert_eq!(text.give("xab a", false).text, "xab a");
-        assert_eq!(text.give("b ab", true), Piece { text: "b ".into(), stop: Some("ab".into()) });
+        assert_eq!(text.give("xab a", false).text, "xab ");
+        assert_eq!(text.give("b ab", true), Piece { text: "".into(), stop: Some("ab".into()) });
     }
 
     #[test]

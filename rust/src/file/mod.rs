@@ -137,10 +137,7 @@ impl Checkpoint {
             return Err(Error::format(path, "expected a regular file")); // opening a pipe would wait
         }
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
-        // SAFETY: the map is read-only and private to this value. That no other program changes the
-        // file meanwhile is the documented condition of `Checkpoint`; a change can give other numbers
-        // or SIGBUS, but no reference to a value with an invalid bit pattern: only bytes are read.
-        let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io(path, e))?;
+        let map = map(&file).map_err(|e| Error::io(path, e))?;
         let entries = safetensors::parse(&map).map_err(|what| Error::format(path, what))?;
         for entry in entries {
             let next = self.tensors.len();
@@ -244,6 +241,24 @@ impl Checkpoint {
         })
     }
 
+    /// Tells the system that a tensor's bytes are not needed soon, so that reading a whole checkpoint does not
+    /// fill the memory with it. They can still be read.
+    pub fn release(&self, tensor: &TensorView<'_>) {
+        #[cfg(unix)]
+        for Mapped { map, .. } in &self.files {
+            let Some(at) = tensor.bytes.as_ptr().addr().checked_sub(map.as_ptr().addr()) else {
+                continue;
+            };
+            if at + tensor.bytes.len() <= map.len() {
+                // SAFETY: the map is of a file and read-only: dropped pages come back unchanged from it.
+                let _ = unsafe {
+                    let advice = memmap2::UncheckedAdvice::DontNeed;
+                    map.unchecked_advise_range(advice, at, tensor.bytes.len())
+                };
+            }
+        }
+    }
+
     /// Total bytes of all files.
     pub fn bytes(&self) -> u64 {
         self.files.iter().map(|file| file.map.len() as u64).sum()
@@ -315,6 +330,12 @@ fn gguf(path: &Path) -> Error {
         "{}: GGUF files are not supported yet; use the model's safetensors",
         path.display()
     ))
+}
+
+/// Maps a whole file for reading. As with [`Checkpoint`], the file must not be cut short while it is mapped.
+pub fn map(file: &File) -> std::io::Result<Mmap> {
+    // SAFETY: the map is read-only, and only bytes are read from it, for which any value is valid.
+    unsafe { Mmap::map(file) }
 }
 
 /// Reads a file of at most `limit` bytes; `Ok(None)` if it is not there.

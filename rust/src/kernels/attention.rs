@@ -3,7 +3,7 @@
 //! A page holds [`PAGE`] positions of one key/value head:
 //!
 //! ```text
-//! f16    K: 4 x [d][16] | V: [64][dp]                                         dp = d rounded up to 16
+//! f32, f16   K: 4 x [d][16] | V: [64][dp]                                     dp = d rounded up to 16
 //! int8   K: 4 x [d][16] | V: [64][dp] | f32 K scale [64] | f32 V scale [64]
 //! ```
 //!
@@ -27,6 +27,8 @@ pub const MAX_ROWS: usize = 16;
 /// How keys and values are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KvDtype {
+    /// Single precision: as computed.
+    F32,
     /// IEEE half precision.
     F16,
     /// int8 with one f32 scale per position and head, `amax / 127`.
@@ -38,6 +40,7 @@ impl KvDtype {
     pub fn page_bytes(self, d: usize) -> usize {
         let values = PAGE * (d + d.next_multiple_of(16));
         match self {
+            KvDtype::F32 => 4 * values,
             KvDtype::F16 => 2 * values,
             KvDtype::Int8 => values + 2 * 4 * PAGE,
         }
@@ -77,8 +80,18 @@ pub(super) trait Stored {
     const WIDTH: usize;
     fn load<V: F32x16>(line: &[u8]) -> V;
 }
+pub(super) struct F32;
 pub(super) struct F16;
 pub(super) struct Int8;
+
+impl Stored for F32 {
+    const DTYPE: KvDtype = KvDtype::F32;
+    const WIDTH: usize = 4;
+    #[inline(always)]
+    fn load<V: F32x16>(line: &[u8]) -> V {
+        V::load(cast(line))
+    }
+}
 
 impl Stored for F16 {
     const DTYPE: KvDtype = KvDtype::F16;
@@ -203,7 +216,7 @@ pub(super) fn attend<V: F32x16, S: Stored>(a: &Attend<'_>, out: &mut [f32], scra
     }
 }
 
-/// Scores of rows `r..r + R` with the blocks of a chunk. Gives `R`.
+/// Scores of rows `r..r + R` with the blocks of a chunk, at most `B` blocks at a time. Gives `R`.
 #[inline(always)]
 fn score<V: F32x16, S: Stored, const R: usize, const B: usize>(
     a: &Attend<'_>,
@@ -212,51 +225,56 @@ fn score<V: F32x16, S: Stored, const R: usize, const B: usize>(
     chunk: usize,
     blocks: &std::ops::Range<usize>,
 ) -> usize {
-    let queries: [&[f32]; R] = std::array::from_fn(|i| &a.q[(r + i) * a.d..][..a.d]);
-    let line = 16 * S::WIDTH;
     let mut key = blocks.start;
     while key < blocks.end {
         let page = page::<S>(a, (chunk + key) / PAGE);
         let first = key % PAGE / 16;
-        // Blocks of this page, at most B of them.
-        let n = B.min(4 - first).min((blocks.end - key) / 16);
-        let mut acc = [[V::splat(0.0); B]; R];
-        if n == B {
-            let lines: [&[u8]; B] =
-                std::array::from_fn(|b| &page.keys[(first + b) * a.d * line..][..a.d * line]);
-            for i in 0..a.d {
-                let k: [V; B] = std::array::from_fn(|b| S::load(&lines[b][i * line..][..line]));
-                for (acc, q) in acc.iter_mut().zip(queries) {
-                    let q = V::splat(q[i]);
-                    for b in 0..B {
-                        acc[b] = k[b].fma(q, acc[b]);
-                    }
-                }
-            }
-        } else {
-            for b in 0..n {
-                let lines = &page.keys[(first + b) * a.d * line..][..a.d * line];
-                for i in 0..a.d {
-                    let k: V = S::load(&lines[i * line..][..line]);
-                    for (acc, q) in acc.iter_mut().zip(queries) {
-                        acc[b] = k.fma(V::splat(q[i]), acc[b]);
-                    }
-                }
-            }
-        }
-        let scale = V::splat(a.scale);
-        for (i, acc) in acc.iter().enumerate() {
-            for (b, &acc) in acc.iter().enumerate().take(n) {
-                let acc = match S::DTYPE {
-                    KvDtype::F16 => acc,
-                    KvDtype::Int8 => acc.mul(scales(page.key_scales, first + b)),
-                };
-                acc.mul(scale).store(array_mut(scores, (r + i) * CHUNK + key + 16 * b));
-            }
-        }
-        key += 16 * n;
+        key += 16
+            * if first + B <= 4 && key + 16 * B <= blocks.end {
+                keys::<V, S, R, B>(a, r, &page, first, scores, key)
+            } else {
+                keys::<V, S, R, 1>(a, r, &page, first, scores, key)
+            };
     }
     R
+}
+
+/// Scores of rows `r..r + R` with blocks `first..first + B` of a page, whose keys are `key` and on in the
+/// chunk. Gives `B`.
+#[inline(always)]
+fn keys<V: F32x16, S: Stored, const R: usize, const B: usize>(
+    a: &Attend<'_>,
+    r: usize,
+    page: &Page<'_>,
+    first: usize,
+    scores: &mut [f32],
+    key: usize,
+) -> usize {
+    let queries: [&[f32]; R] = std::array::from_fn(|i| &a.q[(r + i) * a.d..][..a.d]);
+    let line = 16 * S::WIDTH;
+    let lines: [&[u8]; B] =
+        std::array::from_fn(|b| &page.keys[(first + b) * a.d * line..][..a.d * line]);
+    let mut acc = [[V::splat(0.0); B]; R];
+    for i in 0..a.d {
+        let k: [V; B] = std::array::from_fn(|b| S::load(&lines[b][i * line..][..line]));
+        for (acc, q) in acc.iter_mut().zip(queries) {
+            let q = V::splat(q[i]);
+            for b in 0..B {
+                acc[b] = k[b].fma(q, acc[b]);
+            }
+        }
+    }
+    let scale = V::splat(a.scale);
+    for (i, acc) in acc.iter().enumerate() {
+        for (b, &acc) in acc.iter().enumerate() {
+            let acc = match S::DTYPE {
+                KvDtype::F32 | KvDtype::F16 => acc,
+                KvDtype::Int8 => acc.mul(scales(page.key_scales, first + b)),
+            };
+            acc.mul(scale).store(array_mut(scores, (r + i) * CHUNK + key + 16 * b));
+        }
+    }
+    B
 }
 
 /// Sixteen scales of a page.
@@ -300,27 +318,31 @@ fn strips<V: F32x16, S: Stored, const R: usize, const N: usize>(
 ) -> usize {
     let dp = a.d.next_multiple_of(16);
     let mut acc = [[V::splat(0.0); N]; R];
-    let weights: [&[f32]; R] = std::array::from_fn(|i| &scores[(r + i) * CHUNK..][..CHUNK]);
     let mut key = keys.start;
     while key < keys.end {
         let page = page::<S>(a, key / PAGE);
-        let end = keys.end.min((key / PAGE + 1) * PAGE);
-        while key < end {
-            let row = &page.values[(key % PAGE * dp + d) * S::WIDTH..][..16 * N * S::WIDTH];
+        let n = (PAGE - key % PAGE).min(keys.end - key);
+        let weights: [&[f32]; R] =
+            std::array::from_fn(|i| &scores[(r + i) * CHUNK + key - chunk..][..n]);
+        let rows = page.values.chunks_exact(dp * S::WIDTH).skip(key % PAGE);
+        for (i, row) in (0..n).zip(rows) {
+            let row = &row[d * S::WIDTH..][..16 * N * S::WIDTH];
             let v: [V; N] =
                 std::array::from_fn(|i| S::load(&row[16 * i * S::WIDTH..][..16 * S::WIDTH]));
             let scale = match S::DTYPE {
-                KvDtype::F16 => 1.0,
-                KvDtype::Int8 => f32::from_le_bytes(*array(page.value_scales, key % PAGE * 4)),
+                KvDtype::F32 | KvDtype::F16 => 1.0,
+                KvDtype::Int8 => {
+                    f32::from_le_bytes(*array(page.value_scales, (key % PAGE + i) * 4))
+                }
             };
             for (acc, weights) in acc.iter_mut().zip(weights) {
-                let w = V::splat(weights[key - chunk] * scale);
-                for i in 0..N {
-                    acc[i] = v[i].fma(w, acc[i]);
+                let w = V::splat(weights[i] * scale);
+                for n in 0..N {
+                    acc[n] = v[n].fma(w, acc[n]);
                 }
             }
-            key += 1;
         }
+        key += n;
     }
     for (i, acc) in acc.iter().enumerate() {
         for (n, acc) in acc.iter().enumerate() {
@@ -352,6 +374,22 @@ pub(super) fn write_f16<V: F32x16>(k: &[f32], v: &[f32], slot: usize, page: &mut
         for (row, half) in row[i * 2..].chunks_exact_mut(2).zip(half) {
             row.copy_from_slice(&half.to_le_bytes());
         }
+    }
+}
+
+/// As [`write_f16`], in f32.
+#[inline(always)]
+pub(super) fn write_f32(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
+    let (d, dp) = (k.len(), k.len().next_multiple_of(16));
+    let (keys, values) = page.split_at_mut(PAGE * d * 4);
+    for (i, x) in k.iter().enumerate() {
+        let at = ((slot / 16 * d + i) * 16 + slot % 16) * 4;
+        keys[at..at + 4].copy_from_slice(&x.to_le_bytes());
+    }
+    let row = &mut values[slot * dp * 4..][..dp * 4];
+    row.fill(0);
+    for (row, x) in row.chunks_exact_mut(4).zip(v) {
+        row.copy_from_slice(&x.to_le_bytes());
     }
 }
 

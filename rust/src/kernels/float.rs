@@ -31,8 +31,10 @@ pub(super) struct Floats {
     pub(super) gate: unsafe fn(Activation, &mut [f32], &[f32]),
     pub(super) add: unsafe fn(&mut [f32], &[f32]),
     pub(super) softcap: unsafe fn(&mut [f32], f32),
+    pub(super) attend_f32: unsafe fn(&super::Attend<'_>, &mut [f32], &mut [f32]),
     pub(super) attend_f16: unsafe fn(&super::Attend<'_>, &mut [f32], &mut [f32]),
     pub(super) attend_i8: unsafe fn(&super::Attend<'_>, &mut [f32], &mut [f32]),
+    pub(super) write_f32: unsafe fn(&[f32], &[f32], usize, &mut [u8]),
     pub(super) write_f16: unsafe fn(&[f32], &[f32], usize, &mut [u8]),
     pub(super) write_i8: unsafe fn(&[f32], &[f32], usize, &mut [u8]),
 }
@@ -92,12 +94,20 @@ macro_rules! instantiate {
                 float::softcap(x, cap)
             }
             $(#[target_feature(enable = $features)])?
+            unsafe fn attend_f32(a: &Attend<'_>, out: &mut [f32], scratch: &mut [f32]) {
+                attention::attend::<$v, attention::F32>(a, out, scratch)
+            }
+            $(#[target_feature(enable = $features)])?
             unsafe fn attend_f16(a: &Attend<'_>, out: &mut [f32], scratch: &mut [f32]) {
                 attention::attend::<$v, attention::F16>(a, out, scratch)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn attend_i8(a: &Attend<'_>, out: &mut [f32], scratch: &mut [f32]) {
                 attention::attend::<$v, attention::Int8>(a, out, scratch)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn write_f32(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
+                attention::write_f32(k, v, slot, page)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn write_f16(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
@@ -119,8 +129,10 @@ macro_rules! instantiate {
                 gate,
                 add,
                 softcap,
+                attend_f32,
                 attend_f16,
                 attend_i8,
+                write_f32,
                 write_f16,
                 write_i8,
             }
@@ -349,7 +361,7 @@ pub(super) fn gate(act: Activation, gate: &mut [f32], up: &[f32]) {
         }
         Activation::GeluTanh => {
             // 0.5 * (1 + tanh(z)) = sigmoid(2 z)
-            const TWICE: f32 = 1.595_769_1; // 2 * sqrt(2 / pi)
+            const TWICE: f32 = 1.595_769; // 2 * sqrt(2 / pi)
             for (g, &u) in gate.iter_mut().zip(up) {
                 let cube = *g * *g * *g;
                 *g = *g * sigmoid(TWICE * cube.mul_add(0.044_715, *g)) * u;

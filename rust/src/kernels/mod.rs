@@ -76,7 +76,11 @@ pub struct Kernels {
 /// Every set compiled into this build, best first.
 static ALL: &[&Kernels] = &[
     #[cfg(target_arch = "x86_64")]
+    &x86::amx::KERNELS,
+    #[cfg(target_arch = "x86_64")]
     &x86::avx512vnni::KERNELS,
+    #[cfg(target_arch = "x86_64")]
+    &x86::avxvnni::KERNELS,
     #[cfg(target_arch = "x86_64")]
     &x86::avx2::KERNELS,
     #[cfg(target_arch = "aarch64")]
@@ -216,6 +220,7 @@ impl Kernels {
         let offsets = a.kv.as_ptr().addr() | a.page_stride | a.head_offset;
         assert!(offsets.is_multiple_of(4), "pages hold f32 scales");
         let attend = match dtype {
+            KvDtype::F32 => self.float.attend_f32,
             KvDtype::F16 => self.float.attend_f16,
             KvDtype::Int8 => self.float.attend_i8,
         };
@@ -227,6 +232,7 @@ impl Kernels {
     pub fn write_kv(&self, dtype: KvDtype, k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
         assert!(k.len() == v.len() && slot < PAGE && page.len() == dtype.page_bytes(k.len()));
         let write = match dtype {
+            KvDtype::F32 => self.float.write_f32,
             KvDtype::F16 => self.float.write_f16,
             KvDtype::Int8 => self.float.write_i8,
         };

@@ -336,55 +336,6 @@ impl KvPool {
         }
         *pages = Pages::default();
     }
-
-    /// For tests: what must hold whenever `sequences` are all that have pages.
-    pub fn check(&self, sequences: &[&Pages]) -> std::result::Result<(), String> {
-        for (g, group) in self.groups.iter().enumerate() {
-            let mut refs = vec![0; group.pages.len()];
-            for pages in sequences.iter().filter(|pages| !pages.tables.is_empty()) {
-                let table = &pages.tables[g];
-                if table.len() * PAGE < pages.len {
-                    return Err(format!("group {g}: {} pages for {}", table.len(), pages.len));
-                }
-                for (i, &page) in table.iter().enumerate() {
-                    if (page == NO_PAGE) != (i < pages.passed[g]) {
-                        return Err(format!("group {g}: entry {i} is {page}"));
-                    }
-                    if page != NO_PAGE {
-                        refs[page as usize] += 1;
-                        let full = i < pages.len / PAGE;
-                        if self.reuse && full != group.pages[page as usize].key.is_some() {
-                            return Err(format!("group {g}: page {page}: full {full}, key not"));
-                        }
-                    }
-                }
-                if pages.passed[g] > group.first_visible(pages.len) {
-                    return Err(format!("group {g}: a visible page was freed"));
-                }
-            }
-            let mut states = vec![0; group.pages.len()];
-            group.free.iter().chain(group.cached.values()).for_each(|&p| states[p as usize] += 1);
-            for (p, page) in group.pages.iter().enumerate() {
-                let known = page.key.is_none_or(|key| group.by_key.get(&key) == Some(&(p as u32)));
-                let in_cache = group.cached.get(&page.stamp) == Some(&(p as u32));
-                let state = usize::from(page.refs > 0) + states[p];
-                if page.refs != refs[p] || state != 1 || !known {
-                    return Err(format!("group {g}: page {p} {page:?}, {} tables", refs[p]));
-                }
-                if (page.refs == 0 && page.key.is_some()) != in_cache {
-                    return Err(format!("group {g}: page {p} {page:?}: cached {in_cache}"));
-                }
-                if page.refs > 1 && page.key.is_none() {
-                    return Err(format!("group {g}: page {p} is shared but not full"));
-                }
-            }
-            let named = group.pages.iter().filter(|page| page.key.is_some()).count();
-            if named != group.by_key.len() {
-                return Err(format!("group {g}: {named} keys, {} found", group.by_key.len()));
-            }
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]

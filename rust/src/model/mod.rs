@@ -1,13 +1,19 @@
 //! A model: architecture as data (`spec`), weights, the one forward pass, the paged KV cache.
 
+mod cache;
+mod forward;
 pub mod kv;
 pub mod spec;
+mod weights;
 
-use crate::Result;
+pub use crate::backend::{KvDtype, PAGE};
+pub use forward::{Kv, Model};
+
+use crate::backend::cpu::Cpu;
+use crate::{Error, Result, file};
+use spec::Spec;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
-
-/// Positions a KV page holds.
-pub const PAGE: usize = 64;
 
 /// Stands in a page table where a page was freed because no later position sees it.
 pub const NO_PAGE: u32 = u32::MAX;
@@ -65,4 +71,82 @@ pub trait Forward {
         batch: &[Chunk<'_>],
         interrupt: &AtomicBool,
     ) -> Result<Vec<f32>>;
+}
+
+/// How weights are kept in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Quantization {
+    /// The bits that the file has.
+    #[default]
+    Auto,
+    /// 4.5 bits a weight, int8 activations.
+    Int4,
+    /// 8.125 bits a weight, int8 activations.
+    Int8,
+    /// As stored, f32 arithmetic.
+    None,
+}
+
+/// How to load a model.
+pub struct LoadOptions {
+    /// How weights are kept.
+    pub quantization: Quantization,
+    /// Threads; `None` = as [`topology::auto`](crate::backend::cpu::topology::auto) says.
+    pub threads: Option<usize>,
+    /// The kernel set to use; `None` = the best one.
+    pub isa: Option<String>,
+    /// How keys and values are kept.
+    pub kv_dtype: KvDtype,
+    /// Where packed weights are kept for the next load; `None` = nowhere.
+    pub cache_dir: Option<PathBuf>,
+    /// The TOML text of a family to use instead of the one that ships for the architecture.
+    pub family: Option<String>,
+    /// Called with the bytes packed so far and in all.
+    pub progress: Option<Box<dyn FnMut(u64, u64) + Send>>,
+}
+
+impl Default for LoadOptions {
+    fn default() -> LoadOptions {
+        LoadOptions {
+            quantization: Quantization::Auto,
+            threads: None,
+            isa: None,
+            kv_dtype: KvDtype::F16,
+            cache_dir: None,
+            family: None,
+            progress: None,
+        }
+    }
+}
+
+impl LoadOptions {
+    fn report(&mut self, done: u64, total: u64) {
+        if let Some(progress) = &mut self.progress {
+            progress(done, total);
+        }
+    }
+}
+
+/// config.json is read up to this many bytes.
+const MAX_CONFIG: u64 = 16 << 20;
+
+/// Loads the model in `folder` onto the CPU.
+pub fn load(folder: &Path, mut options: LoadOptions) -> Result<Model<Cpu>> {
+    let path = folder.join("config.json");
+    let config = file::read_json(&path, MAX_CONFIG)?.ok_or_else(|| {
+        Error::ModelNotFound(format!("{}: no such file, expected a model folder", path.display()))
+    })?;
+    let spec = Spec::new(&config, options.family.as_deref())?;
+    let threads = options.threads.unwrap_or_else(|| crate::backend::cpu::topology::auto().count);
+    let backend = Cpu::new(threads, options.isa.as_deref())?;
+    let weights = weights::load(folder, &spec, &backend, &mut options)?;
+    let mut windows: Vec<Option<usize>> = Vec::new();
+    let group_of = spec.layers.iter().map(|layer| {
+        windows.iter().position(|w| *w == layer.window).unwrap_or_else(|| {
+            windows.push(layer.window);
+            windows.len() - 1
+        })
+    });
+    let group_of = group_of.collect();
+    Ok(Model { spec, backend, weights, kv_dtype: options.kv_dtype, group_of, windows })
 }

@@ -102,7 +102,7 @@ const FAR: usize = 18_432;
 const DIRECT: usize = 4;
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn gemm_q4(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
+pub(super) unsafe fn gemm_q4(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
     // SAFETY: the shapes were checked by `Kernels::gemm`.
     unsafe {
         match a.m {
@@ -116,7 +116,7 @@ unsafe fn gemm_q4(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn gemm_q8(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
+pub(super) unsafe fn gemm_q8(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
     // SAFETY: the shapes were checked by `Kernels::gemm`.
     unsafe {
         match a.m {
@@ -276,7 +276,7 @@ unsafe fn direct_q8<const M: usize>(w: &[u8], a: &Acts<'_>, y: &mut [f32], t0: u
 /// # Safety
 /// The CPU has SSE. Any address may be asked for.
 #[inline(always)]
-unsafe fn prefetch(p: *const u8) {
+pub(super) unsafe fn prefetch(p: *const u8) {
     // SAFETY: a prefetch reads nothing that the program sees and never faults.
     unsafe {
         _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(NEAR).cast());
@@ -311,29 +311,27 @@ unsafe fn panels<const Q4: bool>(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
                 for h in 0..pair {
                     let block = w.as_ptr().add((rb + h) * size + block_offset(form, b));
                     d[h] = _mm512_load_ps(block.cast());
-                    if Q4 {
-                        unpack::<0x80>(block, a.len(b), panel.0[h].as_mut_ptr().cast());
-                    } else {
-                        flip(block, a.len(b), panel.0[h].as_mut_ptr().cast());
+                    let out: *mut u8 = panel.0[h].as_mut_ptr().cast();
+                    for t in 0..a.len(b) / 64 {
+                        if Q4 {
+                            unpack::<0x80>(block, t, out.add(1024 * t));
+                        } else {
+                            flip(block.add(Q8_HEADER + 1024 * t), out.add(1024 * t));
+                        }
                     }
                 }
                 let mut t = 0;
                 while t < a.m {
                     let out = y.as_mut_ptr().add((t * row_blocks + rb) * ROWS);
                     let ld = row_blocks * ROWS;
-                    if pair == 2 && a.m - t >= TILE {
-                        tile::<TILE, 2>(&panel, a, b, t, &d, out, ld);
-                        t += TILE;
-                    } else if pair == 2 {
-                        tile::<1, 2>(&panel, a, b, t, &d, out, ld);
-                        t += 1;
-                    } else if a.m - t >= TILE {
-                        tile::<TILE, 1>(&panel, a, b, t, &d, out, ld);
-                        t += TILE;
-                    } else {
-                        tile::<1, 1>(&panel, a, b, t, &d, out, ld);
-                        t += 1;
-                    }
+                    t += match (pair, a.m - t) {
+                        (2, TILE..) => tile::<TILE, 2>(&panel, a, b, t, &d, out, ld),
+                        (2, 4..) => tile::<4, 2>(&panel, a, b, t, &d, out, ld),
+                        (2, 2..) => tile::<2, 2>(&panel, a, b, t, &d, out, ld),
+                        (2, _) => tile::<1, 2>(&panel, a, b, t, &d, out, ld),
+                        (_, TILE..) => tile::<TILE, 1>(&panel, a, b, t, &d, out, ld),
+                        _ => tile::<1, 1>(&panel, a, b, t, &d, out, ld),
+                    };
                 }
             }
             rb += pair;
@@ -341,13 +339,14 @@ unsafe fn panels<const Q4: bool>(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
     }
 }
 
-/// Unpacks one int4 block of 16 rows and `len` k to int8, xor `FLIP`: line `j` at `out + 64 * j`.
+/// Unpacks sub-block `t` (64 k) of an int4 block of 16 rows to int8, xor `FLIP`: 16 lines from `out` on.
 ///
 /// # Safety
-/// `block` is an int4 block of `len` k; `out` has room for `16 * len` bytes; both are 64-byte aligned.
+/// `block` is an int4 block with more than `64 * t` k; `out` has room for 1024 bytes; both are 64-byte
+/// aligned.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-pub(super) unsafe fn unpack<const FLIP: u8>(block: *const u8, len: usize, out: *mut u8) {
+pub(super) unsafe fn unpack<const FLIP: u8>(block: *const u8, t: usize, out: *mut u8) {
     let nibble = _mm512_set1_epi8(0x0f);
     // Times this, the low byte of a lane stands in all four.
     let all = _mm512_set1_epi32(0x0101_0101);
@@ -355,47 +354,49 @@ pub(super) unsafe fn unpack<const FLIP: u8>(block: *const u8, len: usize, out: *
     let flip = _mm512_set1_epi8(FLIP as i8);
     // SAFETY: the caller's promise.
     unsafe {
-        for t in 0..len / 64 {
-            let codes = _mm512_cvtepu8_epi32(_mm_load_si128(block.add(64 + 16 * t).cast()));
-            let low = _mm512_and_si512(codes, _mm512_set1_epi32(15));
-            let high = _mm512_srli_epi32::<4>(codes);
-            // sc <= 16 and q <= 15: both products of a 16-bit half stay in their bytes.
-            let s0 = _mm512_add_epi32(low, one);
-            let s0 = _mm512_or_si512(s0, _mm512_slli_epi32::<16>(s0));
-            let s1 = _mm512_add_epi32(high, one);
-            let s1 = _mm512_or_si512(s1, _mm512_slli_epi32::<16>(s1));
-            let mn = _mm512_cvtepu16_epi32(_mm256_load_si256(block.add(128 + 32 * t).cast()));
-            let m0 = _mm512_and_si512(mn, _mm512_set1_epi32(255));
-            let m1 = _mm512_srli_epi32::<8>(mn);
-            // Byte offsets, all four bytes of a lane alike; 0xff * 0x01010101 does not overflow.
-            let m0 = _mm512_xor_si512(_mm512_mullo_epi32(m0, all), flip);
-            let m1 = _mm512_xor_si512(_mm512_mullo_epi32(m1, all), flip);
-            for j in 0..8 {
-                let v = _mm512_load_si512(block.add(Q4_HEADER + 512 * t + 64 * j).cast());
-                let lo = _mm512_and_si512(v, nibble);
-                let hi = _mm512_and_si512(_mm512_srli_epi16::<4>(v), nibble);
-                // Modulo 256: subtracting mn ^ 0x80 is subtracting mn and adding 128.
-                let lo = _mm512_sub_epi8(_mm512_mullo_epi16(lo, s0), m0);
-                let hi = _mm512_sub_epi8(_mm512_mullo_epi16(hi, s1), m1);
-                let out = out.add(1024 * t + 64 * j);
-                _mm512_store_si512(out.cast(), lo);
-                _mm512_store_si512(out.add(512).cast(), hi);
-            }
+        // A quarter of the header.
+        prefetch(block.add(64 * t));
+        let codes = _mm512_cvtepu8_epi32(_mm_load_si128(block.add(64 + 16 * t).cast()));
+        let low = _mm512_and_si512(codes, _mm512_set1_epi32(15));
+        let high = _mm512_srli_epi32::<4>(codes);
+        // sc <= 16 and q <= 15: both products of a 16-bit half stay in their bytes.
+        let s0 = _mm512_add_epi32(low, one);
+        let s0 = _mm512_or_si512(s0, _mm512_slli_epi32::<16>(s0));
+        let s1 = _mm512_add_epi32(high, one);
+        let s1 = _mm512_or_si512(s1, _mm512_slli_epi32::<16>(s1));
+        let mn = _mm512_cvtepu16_epi32(_mm256_load_si256(block.add(128 + 32 * t).cast()));
+        let m0 = _mm512_and_si512(mn, _mm512_set1_epi32(255));
+        let m1 = _mm512_srli_epi32::<8>(mn);
+        // Byte offsets, all four bytes of a lane alike; 0xff * 0x01010101 does not overflow.
+        let m0 = _mm512_xor_si512(_mm512_mullo_epi32(m0, all), flip);
+        let m1 = _mm512_xor_si512(_mm512_mullo_epi32(m1, all), flip);
+        for j in 0..8 {
+            let line = block.add(Q4_HEADER + 512 * t + 64 * j);
+            prefetch(line);
+            let v = _mm512_load_si512(line.cast());
+            let lo = _mm512_and_si512(v, nibble);
+            let hi = _mm512_and_si512(_mm512_srli_epi16::<4>(v), nibble);
+            // Modulo 256: subtracting mn ^ 0x80 is subtracting mn and adding 128.
+            let lo = _mm512_sub_epi8(_mm512_mullo_epi16(lo, s0), m0);
+            let hi = _mm512_sub_epi8(_mm512_mullo_epi16(hi, s1), m1);
+            _mm512_store_si512(out.add(64 * j).cast(), lo);
+            _mm512_store_si512(out.add(64 * j + 512).cast(), hi);
         }
     }
 }
 
-/// Copies the lines of an int8 block, plus 128.
+/// Copies 16 lines of an int8 block, plus 128.
 ///
 /// # Safety
-/// As [`unpack`], for an int8 block.
+/// As [`unpack`], for int8 lines.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn flip(block: *const u8, len: usize, out: *mut u8) {
+unsafe fn flip(lines: *const u8, out: *mut u8) {
     // SAFETY: the caller's promise.
     unsafe {
-        for j in 0..len / 4 {
-            let v = _mm512_load_si512(block.add(Q8_HEADER + 64 * j).cast());
+        for j in 0..16 {
+            prefetch(lines.add(64 * j));
+            let v = _mm512_load_si512(lines.add(64 * j).cast());
             let v = _mm512_xor_si512(v, _mm512_set1_epi8(-128));
             _mm512_store_si512(out.add(64 * j).cast(), v);
         }
@@ -403,7 +404,7 @@ unsafe fn flip(block: *const u8, len: usize, out: *mut u8) {
 }
 
 /// `T` tokens against `R` row blocks of the panel: one block's exact integers, then the float step into
-/// `y`. Block 0 starts from zero.
+/// `y`. Block 0 starts from zero. Gives `T`.
 ///
 /// # Safety
 /// `t + T <= a.m`; `y` has `T` rows `ld` apart with `16 * R` values each.
@@ -417,7 +418,7 @@ unsafe fn tile<const T: usize, const R: usize>(
     d: &[__m512; 2],
     y: *mut f32,
     ld: usize,
-) {
+) -> usize {
     let len = a.len(b);
     // SAFETY: the caller's promise, and the panel has `len / 4` lines for each row block.
     unsafe {
@@ -448,4 +449,5 @@ unsafe fn tile<const T: usize, const R: usize>(
             }
         }
     }
+    T
 }

@@ -222,6 +222,6 @@ fn range(low: f64, high: f64) -> String {
     if low == f64::MIN_POSITIVE {
         format!("a positive number up to {high:e}")
     } else {
-        format!("a number from {low} to {high:e}")
+        format!("a number from {low:e} to {high:e}")
     }
 }

@@ -224,7 +224,7 @@ impl Spec {
         }
         let file_context = facts.need_count(&family.context_length, MAX_POSITIONS)?;
         let (ropes, local, reach) = ropes(&family, facts, head_dim, file_context)?;
-        let scale_of = facts.number(&family.attn_scale_rsqrt_of, f64::MIN_POSITIVE, 1e9)?;
+        let scale_of = facts.number(&family.attn_scale_rsqrt_of, 1e-9, 1e9)?;
         let softcap =
             |fact| -> Result<Option<f32>> { Ok(facts.number(fact, 1e-6, 1e9)?.map(|x| x as f32)) };
         let has = |place| family.norms.contains(&place);
@@ -493,7 +493,7 @@ fn ropes(
     head_dim: usize,
     max_position: usize,
 ) -> Result<(Vec<Rope>, usize, Option<usize>)> {
-    const RANGE: (f64, f64) = (1.0 + f64::EPSILON, 1e18);
+    const RANGE: (f64, f64) = (1.0, 1e18);
     // The base is outside (old spelling), inside (new) or both; two that disagree are an error.
     let base = |params: Option<&Object<'_>>, fact: &family::Fact| -> Result<rope::Base> {
         let outside = facts.need_number(fact, RANGE.0, RANGE.1);

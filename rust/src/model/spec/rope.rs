@@ -72,8 +72,10 @@ impl Base {
             }
         };
         for key in params.keys() {
-            let known = ["rope_type", "type", "rope_theta"].contains(&key) || own.contains(&key);
-            if !known && !(key == "partial_rotary_factor" && params.number(key)? == Some(1.0)) {
+            let known = ["rope_type", "type", "rope_theta"].contains(&key)
+                || own.contains(&key)
+                || key == "partial_rotary_factor" && params.number(key)? == Some(1.0);
+            if !known {
                 return Err(Error::Unsupported(format!(
                     "config.json: {} is not supported with rope type {kind:?}",
                     params.label(key)

@@ -274,7 +274,7 @@ fn errors_say_what_where_and_what_was_expected() {
         (json!({"hidden_act": "relu2"}), "config.json: activation \"relu2\" is not supported"),
         (
             json!({"rms_norm_eps": 0}),
-            "config.json: rms_norm_eps: found 0, expected a number from 0.0000",
+            "config.json: rms_norm_eps: found 0, expected a number from 1e-12 to 1e0",
         ),
         (json!({"rope_theta": -1.0}), "config.json: rope_theta: found -1.0, expected"),
         (

@@ -1,0 +1,154 @@
+"""The command `ferrule`. Data goes to stdout, progress and errors to stderr.
+
+Exit status: 0 good, 1 an error of `ferrule`, 2 wrong usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from .. import __version__
+from ..errors import FerruleError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: this process's) and give the exit status."""
+    args = _parser().parse_args(argv)
+    try:
+        status: int = args.run(args)
+        sys.stdout.flush()
+    except FerruleError as error:
+        print(f"ferrule: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader has had enough. Python flushes stdout once more at exit: let that succeed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ferrule", description="Run language models on CPUs and small devices."
+    )
+    parser.add_argument("--version", action="version", version=f"ferrule {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="run|bench|info")
+
+    run = commands.add_parser(
+        "run",
+        help="answer a prompt, or chat",
+        description="Answer a prompt and stop; without a prompt, read it from a pipe, or chat on "
+        "a terminal. One argument is the model if it is an existing path, an embedded name or of "
+        "the form org/repo; else it is the prompt, and the embedded model answers. The prompt is "
+        "a chat message if the model has a chat template, else text to continue.",
+    )
+    run.add_argument("words", nargs="*", metavar="[MODEL] [PROMPT]", help="see above")
+    run.add_argument("-m", "--model", help="the model; then the one argument is the prompt")
+    run.add_argument("-s", "--system", metavar="TEXT", help="a system message to begin with")
+    run.add_argument("--raw", action="store_true", help="continue the prompt as plain text")
+    run.add_argument("--stats", action="store_true", help="print counts and speed to stderr")
+    sampling = run.add_argument_group("sampling (default: what the model's files say)")
+    for name, kind in _SAMPLING.items():
+        sampling.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=kind.__name__[0])
+    sampling.add_argument("--stop", action="append", metavar="TEXT", help="may be repeated")
+    sampling.add_argument("--ignore-eos", action="store_true")
+    _model_options(run)
+    run.add_argument("-t", "--threads", type=int, metavar="N", help="default: what there is")
+    run.set_defaults(run=_lazy("run"))
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure speed",
+        description="Tokens per second of reading a prompt (pp) and of generating (tg), mean and "
+        "standard deviation over repetitions after a warm-up. Prompts are random token ids. "
+        "Tokenizing is excluded; scheduling, greedy sampling and detokenizing are included. "
+        "Options marked * take several values, separated by commas.",
+    )
+    bench.add_argument("model", nargs="?", default="tales-4m", metavar="MODEL")
+    bench.add_argument("-p", "--n-prompt", type=_numbers, default=[512], help="* 0 = no such test")
+    bench.add_argument("-n", "--n-gen", type=_numbers, default=[128], help="* 0 = no such test")
+    bench.add_argument("-d", "--depth", type=_numbers, default=[0], help="* tokens before the test")
+    bench.add_argument("-b", "--batch", type=_numbers, default=[1], help="* sequences at once")
+    bench.add_argument(
+        "-t", "--threads", type=_numbers, metavar="N", help="* default: what there is"
+    )
+    bench.add_argument("-r", "--repetitions", type=int, default=5, metavar="N")
+    bench.add_argument("-o", "--output", choices=["md", "csv", "json", "jsonl"], default="md")
+    _model_options(bench)
+    bench.set_defaults(run=_lazy("bench"))
+
+    info = commands.add_parser(
+        "info",
+        help="show what this machine and a model offer",
+        description="Show versions, CPU "
+        "features, kernels and threads; with MODEL, load it and show what it is.",
+    )
+    info.add_argument("model", nargs="?", metavar="MODEL")
+    _model_options(info)
+    info.set_defaults(run=_lazy("info"))
+    return parser
+
+
+_SAMPLING: dict[str, type] = {
+    "max_tokens": int,
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "min_p": float,
+    "typical_p": float,
+    "repetition_penalty": float,
+    "presence_penalty": float,
+    "frequency_penalty": float,
+    "min_tokens": int,
+    "seed": int,
+}
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("-q", "--quantization", choices=["auto", "int4", "int8", "none"])
+    group.add_argument("-c", "--context-length", type=int, metavar="N")
+    group.add_argument("--kv-cache-dtype", choices=["f16", "int8"])
+    group.add_argument("--revision", metavar="REV", help="of a hub repository")
+    group.add_argument("--offline", action="store_true", help="use only what is downloaded")
+    group.add_argument("--no-weight-cache", action="store_true", help="keep no packed weights")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def model_keywords(args: argparse.Namespace) -> dict[str, Any]:
+    """Keywords for `LLM` from the options of `_model_options`."""
+    names = ("quantization", "context_length", "kv_cache_dtype", "revision")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return given | {"offline": args.offline, "weight_cache": not args.no_weight_cache}
+
+
+def sampling_keywords(args: argparse.Namespace) -> dict[str, Any]:
+    """Keywords for `SamplingParams` from the options of `run`."""
+    given = {name: getattr(args, name) for name in (*_SAMPLING, "stop")}
+    fields = {name: value for name, value in given.items() if value is not None}
+    return fields | {"ignore_eos": args.ignore_eos}
+
+
+def _numbers(text: str) -> list[int]:
+    numbers = [int(part) for part in text.split(",")]
+    if min(numbers) < 0:
+        raise argparse.ArgumentTypeError(f"found {min(numbers)}, expected no negative number")
+    return numbers
+
+
+def _lazy(name: str) -> Any:
+    """The function `main` of a sibling module, imported when it is called."""
+
+    def run(args: argparse.Namespace) -> int:
+        from importlib import import_module
+
+        status: int = import_module(f".{name}", __name__).main(args)
+        return status
+
+    return run

@@ -1,0 +1,167 @@
+"""Sampling parameters, and their defaults from a model's generation_config.json.
+
+Ranges are checked in one place, the Rust core, when a request is submitted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from .errors import ModelFormatError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    LogitsProcessor = Callable[[list[int], NDArray[np.float32]], NDArray[np.float32] | None]
+    """f(token_ids, logits): the ids of prompt and answer so far, and logits f32 [vocab], to be
+    changed in place (give None) or replaced (give the new array). Costs the GIL and a copy of the
+    logits for every token."""
+else:
+    LogitsProcessor = Callable
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens and when to stop. Each field is also a keyword of `generate`.
+
+    None means: the model's generation_config.json, else the value in the comment.
+    """
+
+    max_tokens: int | None = None  # the rest of the context
+    temperature: float | None = None  # 1.0; 0 = greedy, ties to the lowest id
+    top_p: float | None = None  # 1.0 = off
+    top_k: int | None = None  # 0 = off
+    min_p: float | None = None  # 0.0 = off
+    typical_p: float | None = None  # 1.0 = off
+    repetition_penalty: float | None = None  # 1.0 = off
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    seed: int | None = None  # from LLM's seed and the request's number; the one used is reported
+    logprobs: int | None = None  # None = none; k = of each token, and of the k likeliest
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    logits_processors: Sequence[LogitsProcessor] = ()
+
+
+class Fields(TypedDict, total=False):
+    """The fields of `SamplingParams` as keywords."""
+
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    typical_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    min_tokens: int
+    ignore_eos: bool
+    seed: int | None
+    logprobs: int | None
+    prompt_logprobs: int | None
+    skip_special_tokens: bool
+    logits_processors: Sequence[LogitsProcessor]
+
+
+BUILT_IN: dict[str, float | int | None] = {
+    "max_tokens": None,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+}
+"""Values of fields that neither the request nor the model gives."""
+
+_CONFIG_NAMES = {"max_tokens": "max_new_tokens"}
+_CONFIG = "generation_config.json"
+
+
+class Defaults:
+    """What a model folder says about generating: values for open fields, and its end tokens."""
+
+    def __init__(self, folder: Path) -> None:
+        config = _read(folder / _CONFIG)
+        self.sources: dict[str, tuple[object, str]] = {}
+        for field, value in BUILT_IN.items():
+            name = _CONFIG_NAMES.get(field, field)
+            found = config.get(name)
+            if found is None:
+                self.sources[field] = (value, "built in")
+                continue
+            whole = field in ("max_tokens", "top_k")
+            if isinstance(found, bool) or not isinstance(found, int if whole else (int, float)):
+                kind = "a whole number" if whole else "a number"
+                raise ModelFormatError(
+                    f"{folder / _CONFIG}: {name} is {found!r}, expected {kind}",
+                    file=str(folder / _CONFIG),
+                )
+            self.sources[field] = (found, _CONFIG)
+        # As in transformers, a model that says `"do_sample": false` is greedy unless asked.
+        if config.get("do_sample") is False:
+            self.sources["temperature"] = (0.0, f"{_CONFIG} (do_sample is false)")
+        self.eos = _eos(config, folder / _CONFIG) or _eos_of_model(folder)
+
+    def fill(self, params: SamplingParams) -> dict[str, Any]:
+        """The fields of `params`, open ones filled, as keywords for the core's `submit`."""
+        out = {field.name: getattr(params, field.name) for field in fields(params)}
+        for field, (value, _) in self.sources.items():
+            if out[field] is None:
+                out[field] = value
+        out["logit_bias"] = list((params.logit_bias or {}).items())
+        out["stop"] = [params.stop] if isinstance(params.stop, str) else list(params.stop)
+        out["stop_token_ids"] = list(params.stop_token_ids)
+        out["logits_processors"] = list(params.logits_processors)
+        return out
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    except UnicodeDecodeError as error:
+        raise ModelFormatError(f"{path}: not UTF-8: {error}", file=str(path)) from None
+    try:
+        value = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ModelFormatError(f"{path}: not JSON: {error}", file=str(path)) from None
+    if not isinstance(value, dict):
+        raise ModelFormatError(
+            f"{path}: found {type(value).__name__}, expected a JSON object", file=str(path)
+        )
+    return value
+
+
+def _eos(config: dict[str, Any], path: Path) -> list[int]:
+    found = config.get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    for value in ids:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ModelFormatError(
+                f"{path}: eos_token_id is {found!r}, expected a token id or a list of them",
+                file=str(path),
+            )
+    return ids
+
+
+def _eos_of_model(folder: Path) -> list[int]:
+    path = folder / "config.json"
+    config = _read(path)
+    nested = config.get("text_config")
+    return _eos(config, path) or (_eos(nested, path) if isinstance(nested, dict) else [])

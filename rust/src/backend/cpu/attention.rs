@@ -1,0 +1,172 @@
+//! The pages of keys and values, and attention cut into pieces for the threads.
+
+use super::memory::Disjoint;
+use super::{Attention, Buf, Bytes, Cpu, KvDtype, Span};
+use crate::Result;
+use crate::kernels::{Attend, MAX_ROWS, PAGE, scratch_len};
+
+/// Pages of keys and values of every layer.
+pub struct Kv {
+    dtype: KvDtype,
+    layers: Vec<Layer>,
+}
+
+struct Layer {
+    bytes: Bytes,
+    /// Bytes of one head's part of a page.
+    head: usize,
+    /// Bytes from a page to the next.
+    stride: usize,
+}
+
+impl Kv {
+    /// `layers`: pages, key/value heads, dimensions of a head.
+    pub(super) fn new(dtype: KvDtype, layers: &[(usize, usize, usize)]) -> Result<Kv> {
+        let layer = |&(pages, heads, d): &(usize, usize, usize)| {
+            let head = dtype.page_bytes(d);
+            let stride = heads * head;
+            let bytes = Bytes::zeroed(pages * stride, "pages of keys and values")?;
+            Ok(Layer { bytes, head, stride })
+        };
+        Ok(Kv { dtype, layers: layers.iter().map(layer).collect::<Result<_>>()? })
+    }
+}
+
+impl Cpu {
+    /// Norms and rotates every query and key head.
+    pub(super) fn rotate(
+        &self,
+        qkv: &mut Buf,
+        how: &Attention,
+        norms: Option<(&Vec<f32>, &Vec<f32>, f32)>,
+        table: &Buf,
+    ) {
+        let (rows, width, d) = (qkv.rows, qkv.width, how.head_dim);
+        let values = Disjoint::new(qkv.values_mut());
+        self.each(rows, 4, |r| {
+            // SAFETY: each row is claimed by one thread.
+            let row = unsafe { values.part(r * width..(r + 1) * width) };
+            let mut normed = vec![0.0; if norms.is_some() { d } else { 0 }];
+            for (h, head) in row.chunks_exact_mut(d).take(how.heads + how.kv_heads).enumerate() {
+                if let Some((q, k, eps)) = norms {
+                    let gain = if h < how.heads { q } else { k };
+                    self.kernels.rms_norm(head, gain, eps, &mut normed);
+                    head.copy_from_slice(&normed);
+                }
+                self.kernels.rope(head, table.row(r));
+            }
+        });
+    }
+
+    /// Writes keys and values into their pages.
+    pub(super) fn store(
+        &self,
+        qkv: &Buf,
+        how: &Attention,
+        kv: &mut Kv,
+        layer: usize,
+        spans: &[Span<'_>],
+    ) {
+        let dtype = kv.dtype;
+        let Layer { bytes, head, stride } = &mut kv.layers[layer];
+        let pages = Disjoint::new(bytes.get_mut());
+        let d = how.head_dim;
+        for span in spans {
+            // A head's page is one piece: positions of one page share lines of keys.
+            let first = span.start / PAGE;
+            let count = (span.start + span.len).div_ceil(PAGE) - first;
+            self.each(count * how.kv_heads, 1, |piece| {
+                let (page, h) = (first + piece / how.kv_heads, piece % how.kv_heads);
+                let at = span.table[page] as usize * *stride + h * *head;
+                // SAFETY: `(page, h)` names this range, and each piece is claimed by one thread.
+                let bytes = unsafe { pages.part(at..at + *head) };
+                let end = (span.start + span.len).min((page + 1) * PAGE);
+                for position in span.start.max(page * PAGE)..end {
+                    let row = qkv.row(span.first_row + position - span.start);
+                    let k = &row[(how.heads + h) * d..][..d];
+                    let v = &row[(how.heads + how.kv_heads + h) * d..][..d];
+                    self.kernels.write_kv(dtype, k, v, position % PAGE, bytes);
+                }
+            });
+        }
+    }
+
+    /// Attention for every row and head.
+    pub(super) fn attention(
+        &self,
+        qkv: &Buf,
+        how: &Attention,
+        kv: &Kv,
+        layer: usize,
+        spans: &[Span<'_>],
+        out: &mut Buf,
+    ) {
+        let Layer { bytes, head, stride } = &kv.layers[layer];
+        let (d, dp) = (how.head_dim, how.head_dim.next_multiple_of(16));
+        let group = how.heads / how.kv_heads;
+        let width = how.heads * d;
+        out.shape(qkv.rows, width);
+        let values = Disjoint::new(out.values_mut());
+        // Query heads of a piece, and positions of a piece.
+        let heads = group.min(MAX_ROWS);
+        let positions = (MAX_ROWS / heads).max(1);
+        let parts = group.div_ceil(heads);
+        // Pieces of a span: a key/value head, a part of its query heads, some positions.
+        let mut ends = Vec::with_capacity(spans.len());
+        let mut total = 0;
+        for span in spans {
+            total += how.kv_heads * parts * span.len.div_ceil(positions);
+            ends.push(total);
+        }
+        let work = |piece: usize| {
+            let s = ends.partition_point(|&end| end <= piece);
+            let span = &spans[s];
+            let piece = piece - if s == 0 { 0 } else { ends[s - 1] };
+            let tiles = span.len.div_ceil(positions);
+            let (h, part, tile) = (piece / tiles / parts, piece / tiles % parts, piece % tiles);
+            let first_head = h * group + part * heads;
+            let heads = heads.min((h + 1) * group - first_head);
+            let tile = tile * positions..span.len.min((tile + 1) * positions);
+            let rows = tile.len() * heads;
+            let mut q = Vec::with_capacity(rows * d);
+            let mut seen = Vec::with_capacity(rows);
+            for i in tile.clone() {
+                let row = qkv.row(span.first_row + i);
+                q.extend_from_slice(&row[first_head * d..][..heads * d]);
+                let to = span.start + i + 1;
+                let from = how.window.map_or(0, |w| to.saturating_sub(w));
+                seen.extend(std::iter::repeat_n((from as u32, to as u32), heads));
+            }
+            let attend = Attend {
+                q: &q,
+                d,
+                scale: how.scale,
+                softcap: how.softcap,
+                seen: &seen,
+                kv: bytes.get(),
+                table: span.table,
+                page_stride: *stride,
+                head_offset: h * head,
+            };
+            let mut result = vec![0.0; rows * dp];
+            let mut scratch = vec![0.0; scratch_len(rows, d)];
+            self.kernels.attend(kv.dtype, &attend, &mut result, &mut scratch);
+            for (row, i) in tile.enumerate() {
+                let at = (span.first_row + i) * width + first_head * d;
+                // SAFETY: these heads of this row belong to the claimed piece.
+                let out = unsafe { values.part(at..at + heads * d) };
+                for (j, out) in out.chunks_exact_mut(d).enumerate() {
+                    out.copy_from_slice(&result[(row * heads + j) * dp..][..d]);
+                }
+            }
+        };
+        // One position reads its keys once: even a single token is worth all threads once the context is long.
+        if self.pool.threads() == 1
+            || spans.iter().all(|s| s.len == 1 && s.start < 2 * PAGE) && total < 64
+        {
+            return (0..total).for_each(work);
+        }
+        let claims = super::Claims::new(total, self.pool.threads(), 1);
+        self.pool.run(&|thread| claims.each(thread, |run| run.for_each(&work)));
+    }
+}

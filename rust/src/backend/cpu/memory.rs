@@ -1,0 +1,74 @@
+//! Memory of packed weights and KV pages: page-aligned, zero at first, private or a part of a mapped file; and a
+//! way to let threads write disjoint parts of one slice.
+
+use crate::{Error, Result};
+use memmap2::{Mmap, MmapMut};
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Bytes that start at a multiple of 64.
+pub enum Bytes {
+    /// Private memory.
+    Owned(MmapMut, usize),
+    /// A range of a mapped file, starting at a multiple of 64.
+    Mapped(Arc<Mmap>, Range<usize>),
+}
+
+impl Bytes {
+    /// `len` zero bytes. Pages are given by the system when they are first written.
+    pub fn zeroed(len: usize, what: &str) -> Result<Bytes> {
+        let map = MmapMut::map_anon(len.max(1)).map_err(|_| Error::OutOfMemory {
+            what: what.to_owned(),
+            requested: len as u64,
+            available: super::topology::available_memory(),
+        })?;
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage); // speed only: fewer TLB misses
+        Ok(Bytes::Owned(map, len))
+    }
+
+    /// The bytes.
+    pub fn get(&self) -> &[u8] {
+        match self {
+            Bytes::Owned(map, len) => &map[..*len],
+            Bytes::Mapped(map, range) => &map[range.clone()],
+        }
+    }
+
+    /// The bytes, if they are private memory.
+    pub fn get_mut(&mut self) -> &mut [u8] {
+        match self {
+            Bytes::Owned(map, len) => &mut map[..*len],
+            Bytes::Mapped(..) => &mut [],
+        }
+    }
+}
+
+/// A slice of which several threads write disjoint parts.
+pub(super) struct Disjoint<'a, T> {
+    start: *mut T,
+    len: usize,
+    slice: PhantomData<&'a mut [T]>,
+}
+
+// SAFETY: the threads only get disjoint parts (the promise made to `part`), each of which is a `&mut [T]`.
+unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
+
+impl<'a, T> Disjoint<'a, T> {
+    pub(super) fn new(slice: &'a mut [T]) -> Disjoint<'a, T> {
+        Disjoint { start: slice.as_mut_ptr(), len: slice.len(), slice: PhantomData }
+    }
+
+    /// A part of the slice.
+    ///
+    /// # Safety
+    /// While it is used, no other thread has a part that overlaps it.
+    #[allow(clippy::mut_from_ref)] // that is the point
+    pub(super) unsafe fn part(&self, range: Range<usize>) -> &mut [T] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: the range is inside the slice, which is borrowed mutably for 'a; the caller promises that
+        // parts in use do not overlap.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
+    }
+}

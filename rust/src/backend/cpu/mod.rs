@@ -1,0 +1,561 @@
+//! The CPU back end: owns the threads and the packed weights, cuts each operation into pieces, and calls the
+//! kernels. Knows no family and no file.
+
+mod attention;
+mod memory;
+mod pool;
+pub mod topology;
+
+pub use attention::Kv;
+pub use memory::Bytes;
+
+use super::{Activation, Attention, Backend, KvDtype, NotFinite, Part, Parts, Span};
+use crate::kernels::{Acts, Form, Kernels, layout};
+use crate::quant::{BLOCK, GROUPS};
+use crate::{Error, Result};
+use layout::ROWS;
+use memory::Disjoint;
+use pool::{Claims, Pool};
+use std::sync::Mutex;
+
+/// Tokens from which an operation on rows is worth a parallel region.
+const MANY: usize = 8;
+/// Tokens of a tile of a matrix product: its f32 sums (128 bytes a token) stay in L2.
+const TOKENS: usize = 512;
+/// Bytes of weights that a thread claims at once when they are read once: long streams, small remainders.
+const CLAIM: usize = 128 << 10;
+
+/// The CPU: one kernel set and one pool of threads.
+pub struct Cpu {
+    kernels: &'static Kernels,
+    pool: Pool,
+    acts: Mutex<ActBuf>,
+}
+
+/// Quantized activations of the operation that runs.
+#[derive(Default)]
+struct ActBuf {
+    q: Vec<i8>,
+    s: Vec<f32>,
+    sums: Vec<[i16; GROUPS]>,
+    totals: Vec<i32>,
+}
+
+/// Activations `[rows, width]`.
+#[derive(Clone, Debug, Default)]
+pub struct Buf {
+    data: Vec<f32>,
+    rows: usize,
+    width: usize,
+}
+
+impl Buf {
+    /// Activations with these values.
+    pub fn new(data: Vec<f32>, width: usize) -> Buf {
+        Buf { rows: data.len() / width, data, width }
+    }
+    /// Makes room; the values are unspecified.
+    fn shape(&mut self, rows: usize, width: usize) {
+        (self.rows, self.width) = (rows, width);
+        if self.data.len() < rows * width {
+            self.data.resize(rows * width, 0.0);
+        }
+    }
+    /// All values.
+    pub fn values(&self) -> &[f32] {
+        &self.data[..self.rows * self.width]
+    }
+    fn values_mut(&mut self) -> &mut [f32] {
+        &mut self.data[..self.rows * self.width]
+    }
+    fn row(&self, r: usize) -> &[f32] {
+        &self.data[r * self.width..][..self.width]
+    }
+}
+
+/// A packed matrix `[n, k]`.
+pub struct Mat {
+    form: Form,
+    n: usize,
+    k: usize,
+    bytes: Bytes,
+}
+
+impl Mat {
+    /// A matrix from bytes in the packed order, as [`Mat::bytes`] gave them.
+    pub fn new(form: Form, n: usize, k: usize, bytes: Bytes) -> Result<Mat> {
+        let (found, expected) = (bytes.get().len(), form.bytes(n, k));
+        if found != expected || n == 0 || k == 0 {
+            let value = format!("{found} bytes for a {} matrix [{n}, {k}]", form.name());
+            return Err(Error::parameter("packed matrix", value, format!("{expected} bytes")));
+        }
+        Ok(Mat { form, n, k, bytes })
+    }
+    /// How the weights are stored.
+    pub fn form(&self) -> Form {
+        self.form
+    }
+    /// Rows and inputs.
+    pub fn shape(&self) -> (usize, usize) {
+        (self.n, self.k)
+    }
+    /// The packed bytes.
+    pub fn bytes(&self) -> &[u8] {
+        self.bytes.get()
+    }
+    /// Row `r` as f32.
+    pub fn unpack_row(&self, r: usize, out: &mut [f32]) {
+        layout::unpack_row(self.form, self.bytes(), r, out);
+    }
+}
+
+/// What happens to a finished tile of a product.
+#[derive(Clone, Copy)]
+enum Into {
+    Store,
+    Add,
+    /// Gate and up are interleaved; their columns, padding left out, are as many as this.
+    Gate(Activation, usize),
+}
+
+impl Cpu {
+    /// A CPU with `threads` threads and the set that `isa` names (the best one if `None`).
+    pub fn new(threads: usize, isa: Option<&str>) -> Result<Cpu> {
+        if threads == 0 || threads > 4096 {
+            return Err(Error::parameter("threads", threads, "1 to 4096, or \"auto\""));
+        }
+        let pool = Pool::new(threads).map_err(|e| Error::io("threads", e))?;
+        Ok(Cpu { kernels: crate::kernels::choose(isa)?, pool, acts: Mutex::default() })
+    }
+
+    /// The kernel set in use.
+    pub fn kernels(&self) -> &'static Kernels {
+        self.kernels
+    }
+
+    /// The threads in use.
+    pub fn threads(&self) -> usize {
+        self.pool.threads()
+    }
+
+    /// Runs `work` on each of `0..total`, in parallel if there are many.
+    fn each(&self, total: usize, grain: usize, work: impl Fn(usize) + Sync) {
+        if total < MANY || self.pool.threads() == 1 {
+            return (0..total).for_each(work);
+        }
+        let claims = Claims::new(total, self.pool.threads(), grain);
+        self.pool.run(&|thread| claims.each(thread, |run| run.for_each(&work)));
+    }
+
+    /// Rows `first..first + m` of `x`, quantized, in `buf`.
+    fn quantize<'a>(&self, x: &Buf, first: usize, m: usize, buf: &'a mut ActBuf) -> Acts<'a> {
+        let k = layout::padded_k(x.width);
+        let blocks = k.div_ceil(BLOCK);
+        buf.q.resize(m * k, 0);
+        buf.s.resize(m * blocks, 0.0);
+        buf.sums.resize(m * blocks, [0; GROUPS]);
+        buf.totals.resize(m * blocks, 0);
+        let (q, s) = (Disjoint::new(&mut buf.q), Disjoint::new(&mut buf.s));
+        let (sums, totals) = (Disjoint::new(&mut buf.sums), Disjoint::new(&mut buf.totals));
+        self.each(m, 4, |t| {
+            for b in 0..blocks {
+                let len = BLOCK.min(k - b * BLOCK);
+                let start = (b * BLOCK).min(x.width);
+                let x = &x.row(first + t)[start..(start + len).min(x.width)];
+                let (at, i) = (b * BLOCK * m + t * len, b * m + t);
+                // SAFETY: `(b, t)` names these ranges, and each `t` is claimed by one thread.
+                let (q, s, sums, totals) = unsafe {
+                    (
+                        q.part(at..at + len),
+                        s.part(i..i + 1),
+                        sums.part(i..i + 1),
+                        totals.part(i..i + 1),
+                    )
+                };
+                (s[0], totals[0]) = self.kernels.quantize(x, q, &mut sums[0]);
+            }
+        });
+        Acts { m, k, q: &buf.q, s: &buf.s, sums: &buf.sums, totals: &buf.totals }
+    }
+
+    /// One matrix product: `out` takes `x w^T + bias` as `into` says.
+    fn product(&self, w: &Mat, bias: Option<&Vec<f32>>, x: &Buf, into: Into, out: &mut Buf) {
+        assert_eq!(x.width, w.k, "inputs of the matrix");
+        match into {
+            Into::Store => out.shape(x.rows, w.n),
+            Into::Add => assert!(out.rows == x.rows && out.width == w.n),
+            Into::Gate(_, width) => out.shape(x.rows, width),
+        }
+        let width = out.width;
+        let mut guard = self.acts.lock().unwrap_or_else(|e| e.into_inner());
+        let size = w.form.row_block_bytes(w.k);
+        // Pairs of row blocks: gate and up stand side by side, and AMX takes two.
+        let pairs = w.n.div_ceil(2 * ROWS);
+        let grain = if x.rows <= 4 { (CLAIM / (2 * size)).clamp(1, 64) } else { 1 };
+        for t in (0..x.rows).step_by(TOKENS) {
+            let m = TOKENS.min(x.rows - t);
+            let acts = w.form.is_quantized().then(|| self.quantize(x, t, m, &mut guard));
+            let claims = Claims::new(pairs, self.pool.threads(), grain);
+            let values = Disjoint::new(&mut out.values_mut()[t * width..]);
+            self.pool.run(&|thread| {
+                let mut tile = Vec::new();
+                claims.each(thread, |run| {
+                    let columns = run.len() * 2 * ROWS;
+                    tile.resize(m * columns, 0.0);
+                    let weights = &w.bytes()[run.start * 2 * size..run.end * 2 * size];
+                    match &acts {
+                        Some(acts) => self.kernels.gemm(w.form, weights, acts, &mut tile),
+                        None => {
+                            let x = &x.values()[t * x.width..(t + m) * x.width];
+                            self.kernels.gemm_float(w.form, weights, w.k, x, &mut tile);
+                        }
+                    }
+                    for (i, tile) in tile.chunks_mut(columns).enumerate() {
+                        self.finish(
+                            into,
+                            w.n,
+                            bias,
+                            run.start * 2 * ROWS,
+                            tile,
+                            &values,
+                            i * width,
+                        );
+                    }
+                });
+            });
+        }
+    }
+
+    /// Takes one row of a tile, columns `first..` of the matrix, into the row of `out` that begins at `row`.
+    fn finish(
+        &self,
+        into: Into,
+        n: usize,
+        bias: Option<&Vec<f32>>,
+        first: usize,
+        tile: &mut [f32],
+        out: &Disjoint<'_, f32>,
+        row: usize,
+    ) {
+        let last = n.min(first + tile.len());
+        let tile = &mut tile[..last - first];
+        if let Some(bias) = bias {
+            self.kernels.add(tile, &bias[first..last]);
+        }
+        match into {
+            Into::Store | Into::Add => {
+                // SAFETY: columns `first..last` of this row belong to the claimed run of row blocks.
+                let out = unsafe { out.part(row + first..row + last) };
+                match into {
+                    Into::Add => self.kernels.add(out, tile),
+                    _ => out.copy_from_slice(tile),
+                }
+            }
+            Into::Gate(act, width) => {
+                for (i, pair) in tile.chunks_mut(2 * ROWS).enumerate() {
+                    let (gate, up) = pair.split_at_mut(ROWS);
+                    self.kernels.gate(act, gate, up);
+                    let column = first / 2 + i * ROWS;
+                    let n = ROWS.min(width - column);
+                    // SAFETY: as above; a pair of row blocks gives half as many columns.
+                    unsafe { out.part(row + column..row + column + n) }.copy_from_slice(&gate[..n]);
+                }
+            }
+        }
+    }
+
+    /// Packs `parts` into `out`, which is as long as the packed matrix and zero.
+    pub fn pack_into(
+        &self,
+        form: Form,
+        parts: &Parts<'_>,
+        out: &mut [u8],
+    ) -> std::result::Result<(), NotFinite> {
+        let (n, k) = (parts.n(), parts.k);
+        assert_eq!(out.len(), form.bytes(n, k));
+        let size = form.row_block_bytes(k);
+        let bad = Mutex::new(None);
+        let blocks = n.div_ceil(ROWS);
+        let out = Disjoint::new(out);
+        let claims = Claims::new(blocks, self.pool.threads(), 4);
+        self.pool.run(&|thread| {
+            claims.each(thread, |run| {
+                for rb in run {
+                    // SAFETY: each row block is claimed by one thread.
+                    let out = unsafe { out.part(rb * size..(rb + 1) * size) };
+                    if let Err(at) = self.pack_row_block(form, parts, rb, out) {
+                        let mut bad = bad.lock().unwrap_or_else(|e| e.into_inner());
+                        *bad = Some(bad.map_or(at, |b: NotFinite| b.min(at)));
+                    }
+                }
+            });
+        });
+        bad.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)
+    }
+
+    fn pack_row_block(
+        &self,
+        form: Form,
+        parts: &Parts<'_>,
+        rb: usize,
+        out: &mut [u8],
+    ) -> std::result::Result<(), NotFinite> {
+        let k = parts.k;
+        let row = |r: usize| parts.locate(rb * ROWS + r);
+        if !form.is_quantized() {
+            let width = Part::width(form);
+            let bytes = |r: usize| row(r).map(|(p, i)| parts.parts[p].row(i, k));
+            layout::pack_float(width, bytes, out);
+            // Checked like quantized weights: a NaN would spread over every answer.
+            let mut values = [0.0; BLOCK];
+            for (p, i) in (0..ROWS).filter_map(row) {
+                for b in (0..k).step_by(BLOCK) {
+                    let len = BLOCK.min(k - b);
+                    parts.parts[p].values(i, k, b, &mut values[..len]);
+                    finite(&values[..len]).map_err(|c| (p, i, b + c))?;
+                }
+            }
+            return Ok(());
+        }
+        let mut rows = [[0.0f32; BLOCK]; ROWS];
+        let mut done = 0;
+        for b in (0..k).step_by(BLOCK) {
+            let len = BLOCK.min(k - b);
+            for (r, values) in rows.iter_mut().enumerate() {
+                let Some((p, i)) = row(r) else { continue };
+                parts.parts[p].values(i, k, b, &mut values[..len]);
+                finite(&values[..len]).map_err(|c| (p, i, b + c))?;
+            }
+            let bytes = form.row_block_bytes(len);
+            self.kernels.pack(form, &rows, len, &mut out[done..done + bytes]);
+            done += bytes;
+        }
+        Ok(())
+    }
+}
+
+/// `Err` with the index of the first number that is not finite.
+fn finite(x: &[f32]) -> std::result::Result<(), usize> {
+    // The sum of x * 0 is 0 unless something is not finite; vectors make that cheap.
+    let mut lanes = [0.0f32; 16];
+    for x in x.chunks(16) {
+        for (lane, x) in lanes.iter_mut().zip(x) {
+            *lane += x * 0.0;
+        }
+    }
+    if lanes.iter().all(|&l| l == 0.0) {
+        return Ok(());
+    }
+    x.iter().position(|x| !x.is_finite()).map_or(Ok(()), Err)
+}
+
+impl Backend for Cpu {
+    type Buf = Buf;
+    type Mat = Mat;
+    type Row = Vec<f32>;
+    type Kv = Kv;
+
+    fn buf(&self) -> Buf {
+        Buf::default()
+    }
+
+    fn row(&self, values: &[f32]) -> Vec<f32> {
+        values.to_vec()
+    }
+
+    fn pack(&self, form: Form, parts: &Parts<'_>) -> Result<std::result::Result<Mat, NotFinite>> {
+        let (n, k) = (parts.n(), parts.k);
+        let mut bytes = Bytes::zeroed(form.bytes(n, k), "packed weights")?;
+        if let Err(at) = self.pack_into(form, parts, bytes.get_mut()) {
+            return Ok(Err(at));
+        }
+        Mat::new(form, n, k, bytes).map(Ok)
+    }
+
+    fn kv(&self, dtype: KvDtype, layers: &[(usize, usize, usize)]) -> Result<Kv> {
+        Kv::new(dtype, layers)
+    }
+
+    fn embed(&self, table: &Mat, ids: &[u32], scale: f32, out: &mut Buf) {
+        out.shape(ids.len(), table.k);
+        let width = table.k;
+        let values = Disjoint::new(out.values_mut());
+        self.each(ids.len(), 4, |r| {
+            // SAFETY: each row is claimed by one thread.
+            let row = unsafe { values.part(r * width..(r + 1) * width) };
+            table.unpack_row(ids[r] as usize, row);
+            if scale != 1.0 {
+                row.iter_mut().for_each(|x| *x *= scale);
+            }
+        });
+    }
+
+    fn rms_norm(&self, x: &Buf, gain: &Vec<f32>, eps: f32, out: &mut Buf) {
+        out.shape(x.rows, x.width);
+        let width = x.width;
+        let values = Disjoint::new(out.values_mut());
+        self.each(x.rows, 4, |r| {
+            // SAFETY: each row is claimed by one thread.
+            let out = unsafe { values.part(r * width..(r + 1) * width) };
+            self.kernels.rms_norm(x.row(r), gain, eps, out);
+        });
+    }
+
+    fn linear(&self, w: &Mat, bias: Option<&Vec<f32>>, x: &Buf, out: &mut Buf) {
+        self.product(w, bias, x, Into::Store, out);
+    }
+
+    fn linear_add(&self, w: &Mat, bias: Option<&Vec<f32>>, x: &Buf, out: &mut Buf) {
+        self.product(w, bias, x, Into::Add, out);
+    }
+
+    fn gated(
+        &self,
+        w: &Mat,
+        bias: Option<&Vec<f32>>,
+        act: Activation,
+        width: usize,
+        x: &Buf,
+        out: &mut Buf,
+    ) {
+        assert_eq!(w.n, width.next_multiple_of(ROWS) * 2, "gate and up, interleaved");
+        self.product(w, bias, x, Into::Gate(act, width), out);
+    }
+
+    fn add(&self, x: &mut Buf, y: &Buf) {
+        let width = x.width;
+        let values = Disjoint::new(x.values_mut());
+        self.each(y.rows, 4, |r| {
+            // SAFETY: each row is claimed by one thread.
+            self.kernels.add(unsafe { values.part(r * width..(r + 1) * width) }, y.row(r));
+        });
+    }
+
+    fn rope_table(&self, positions: &[u32], inv_freq: &[f32], scale: f32) -> Buf {
+        let half = inv_freq.len();
+        let mut out = Buf::default();
+        out.shape(positions.len(), 2 * half);
+        let values = Disjoint::new(out.values_mut());
+        self.each(positions.len(), 4, |r| {
+            // SAFETY: each row is claimed by one thread.
+            let row = unsafe { values.part(r * 2 * half..(r + 1) * 2 * half) };
+            for (i, &f) in inv_freq.iter().enumerate() {
+                // The product is rounded to f32, as in the models' own code; sine and cosine are the
+                // `libm` crate's, the same on every machine.
+                let (sin, cos) = libm::sincos(f64::from(positions[r] as f32 * f));
+                (row[i], row[half + i]) = (cos as f32 * scale, sin as f32 * scale);
+            }
+        });
+        out
+    }
+
+    fn rotate_and_store(
+        &self,
+        qkv: &mut Buf,
+        how: &Attention,
+        norms: Option<(&Vec<f32>, &Vec<f32>, f32)>,
+        table: &Buf,
+        kv: &mut Kv,
+        layer: usize,
+        spans: &[Span<'_>],
+    ) {
+        self.rotate(qkv, how, norms, table);
+        self.store(qkv, how, kv, layer, spans);
+    }
+
+    fn attend(
+        &self,
+        qkv: &Buf,
+        how: &Attention,
+        kv: &Kv,
+        layer: usize,
+        spans: &[Span<'_>],
+        out: &mut Buf,
+    ) {
+        self.attention(qkv, how, kv, layer, spans, out);
+    }
+
+    fn select(&self, x: &Buf, rows: &[usize], out: &mut Buf) {
+        out.shape(rows.len(), x.width);
+        for (i, &r) in rows.iter().enumerate() {
+            out.data[i * x.width..][..x.width].copy_from_slice(x.row(r));
+        }
+    }
+
+    fn softcap(&self, x: &mut Buf, cap: f32) {
+        let width = x.width;
+        let rows = x.rows;
+        let values = Disjoint::new(x.values_mut());
+        self.each(rows, 1, |r| {
+            // SAFETY: each row is claimed by one thread.
+            self.kernels.softcap(unsafe { values.part(r * width..(r + 1) * width) }, cap);
+        });
+    }
+
+    fn read(&self, x: &Buf) -> Vec<f32> {
+        x.values().to_vec()
+    }
+}
+
+impl Part<'_> {
+    /// Bytes of one stored number.
+    fn width(stored: Form) -> usize {
+        if stored == Form::F32 { 4 } else { 2 }
+    }
+
+    /// The bytes of row `i`.
+    fn row(&self, i: usize, k: usize) -> &[u8] {
+        let width = k * Part::width(self.stored);
+        &self.bytes[i * width..][..width]
+    }
+
+    /// Numbers `from..from + out.len()` of row `i`.
+    fn values(&self, i: usize, k: usize, from: usize, out: &mut [f32]) {
+        let width = Part::width(self.stored);
+        let bytes = &self.row(i, k)[from * width..][..out.len() * width];
+        match self.stored {
+            Form::F32 => {
+                for (out, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                    *out = f32::from_le_bytes(*b);
+                }
+            }
+            Form::F16 => {
+                for (out, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *out = half::f16::from_le_bytes(*b).to_f32();
+                }
+            }
+            _ => {
+                for (out, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *out = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
+                }
+            }
+        }
+    }
+}
+
+impl Parts<'_> {
+    /// Rows of the packed matrix.
+    pub fn n(&self) -> usize {
+        let n = self.parts.iter().map(|p| p.n).sum::<usize>();
+        if self.interleaved { 2 * (n / 2).next_multiple_of(ROWS) } else { n }
+    }
+
+    /// Part and row that packed row `r` comes from; `None` for padding.
+    fn locate(&self, r: usize) -> Option<(usize, usize)> {
+        if self.interleaved {
+            let (part, row) = (r / ROWS % 2, r / (2 * ROWS) * ROWS + r % ROWS);
+            return (row < self.parts[part].n).then_some((part, row));
+        }
+        let mut row = r;
+        for (p, part) in self.parts.iter().enumerate() {
+            if row < part.n {
+                return Some((p, row));
+            }
+            row -= part.n;
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,197 @@
+//! How many threads to use and how much memory there is: affinity, cgroup quota, SMT siblings, big and little
+//! cores. Reads the system, changes nothing.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+/// Threads for this process, and why.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Threads {
+    /// How many.
+    pub count: usize,
+    /// The limit that decided, for `ferrule info`.
+    pub why: String,
+}
+
+/// The number of threads that `threads="auto"` means now: one for each physical core that the process may run on,
+/// big cores only where there are big and little ones, and no more than the cgroup's CPU quota (rounded up).
+pub fn auto() -> Threads {
+    let allowed = allowed_cpus();
+    let root = Path::new("/sys/devices/system/cpu");
+    let mut threads = physical(root, &allowed);
+    if let Some(quota) = quota(Path::new("/sys/fs/cgroup"), &own_cgroup()) {
+        let limit = (quota.ceil() as usize).max(1);
+        if limit < threads.count {
+            threads = Threads { count: limit, why: format!("cgroup quota of {quota:.2} CPUs") };
+        }
+    }
+    threads
+}
+
+/// The CPUs this process may run on; empty if that is not known.
+#[cfg(target_os = "linux")]
+fn allowed_cpus() -> Vec<usize> {
+    // SAFETY: an all-zero cpu_set_t is a valid empty set; the kernel writes at most the given size into it.
+    let set = unsafe {
+        let mut set: libc::cpu_set_t = std::mem::zeroed();
+        if libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set) != 0 {
+            return Vec::new(); // more CPUs than cpu_set_t holds
+        }
+        set
+    };
+    let all = 0..8 * size_of::<libc::cpu_set_t>();
+    // SAFETY: every index is within the set.
+    all.filter(|&i| unsafe { libc::CPU_ISSET(i, &set) }).collect()
+}
+
+/// The CPUs this process may run on; empty if that is not known.
+#[cfg(not(target_os = "linux"))]
+fn allowed_cpus() -> Vec<usize> {
+    Vec::new()
+}
+
+fn number(path: &Path) -> Option<u64> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// Physical cores among `allowed`, big ones only.
+fn physical(root: &Path, allowed: &[usize]) -> Threads {
+    if allowed.is_empty() {
+        let count = std::thread::available_parallelism().map_or(1, |n| n.get());
+        return Threads { count, why: "CPUs the system reports".to_owned() };
+    }
+    let capacity = |cpu: usize| number(&root.join(format!("cpu{cpu}/cpu_capacity")));
+    let most = allowed.iter().filter_map(|&c| capacity(c)).max();
+    // Cores with less than half the capacity of the biggest would be waited for.
+    let big = |&cpu: &usize| match (most, capacity(cpu)) {
+        (Some(most), Some(own)) => 2 * own >= most,
+        _ => true,
+    };
+    let big: Vec<usize> = allowed.iter().copied().filter(big).collect();
+    let cores: BTreeSet<String> = big
+        .iter()
+        .map(|cpu| {
+            let siblings = root.join(format!("cpu{cpu}/topology/thread_siblings_list"));
+            fs::read_to_string(siblings).unwrap_or_else(|_| cpu.to_string())
+        })
+        .collect();
+    let mut why = format!("{} physical cores of {} allowed CPUs", cores.len(), allowed.len());
+    if big.len() < allowed.len() {
+        why = format!("{} big cores of {} allowed CPUs", cores.len(), allowed.len());
+    }
+    Threads { count: cores.len().max(1), why }
+}
+
+/// This process's cgroup path (v2), or "/".
+fn own_cgroup() -> String {
+    let text = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    text.lines().find_map(|l| l.strip_prefix("0::")).unwrap_or("/").to_owned()
+}
+
+/// The CPU quota in CPUs: the least along the cgroup's path (v2), or of v1's controller.
+fn quota(root: &Path, own: &str) -> Option<f64> {
+    let v2 = |folder: &Path| -> Option<f64> {
+        let text = fs::read_to_string(folder.join("cpu.max")).ok()?;
+        let mut words = text.split_whitespace();
+        let (quota, period) =
+            (words.next()?.parse::<f64>().ok()?, words.next()?.parse::<f64>().ok()?);
+        (period > 0.0).then_some(quota / period)
+    };
+    let mut least: Option<f64> = None;
+    let mut folder = root.join(own.trim_start_matches('/'));
+    while folder.starts_with(root) {
+        if let Some(q) = v2(&folder) {
+            least = Some(least.map_or(q, |l| l.min(q)));
+        }
+        if !folder.pop() {
+            break;
+        }
+    }
+    least.or_else(|| {
+        let quota = number(&root.join("cpu/cpu.cfs_quota_us"))?; // -1 (none) does not parse
+        let period = number(&root.join("cpu/cpu.cfs_period_us")).filter(|&p| p > 0)?;
+        Some(quota as f64 / period as f64)
+    })
+}
+
+/// Bytes of memory that can be had without swapping: the system's, or less if the cgroup has a limit.
+pub fn available_memory() -> u64 {
+    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = info.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
+    let free = line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok());
+    let free = free.map_or(u64::MAX, |kib| kib * 1024);
+    let mut folder = Path::new("/sys/fs/cgroup").join(own_cgroup().trim_start_matches('/'));
+    let mut least = free;
+    while folder.starts_with("/sys/fs/cgroup") {
+        let (max, used) = (folder.join("memory.max"), folder.join("memory.current"));
+        if let (Some(max), Some(used)) = (number(&max), number(&used)) {
+            least = least.min(max.saturating_sub(used));
+        }
+        if !folder.pop() {
+            break;
+        }
+    }
+    if least == u64::MAX { 4 << 30 } else { least } // not Linux: assume 4 GiB
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tree(name: &str, files: &[(&str, &str)]) -> std::path::PathBuf {
+        let root = std::env::temp_dir().join(format!("ferrule-{name}-{}", std::process::id()));
+        for (path, text) in files {
+            let path = root.join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+        root
+    }
+
+    #[test]
+    fn siblings_count_once_and_little_cores_not_at_all() {
+        let root = tree(
+            "cores",
+            &[
+                ("cpu0/topology/thread_siblings_list", "0,4\n"),
+                ("cpu4/topology/thread_siblings_list", "0,4\n"),
+                ("cpu1/topology/thread_siblings_list", "1\n"),
+                ("cpu2/topology/thread_siblings_list", "2\n"),
+                ("cpu0/cpu_capacity", "1024\n"),
+                ("cpu4/cpu_capacity", "1024\n"),
+                ("cpu1/cpu_capacity", "900\n"),
+                ("cpu2/cpu_capacity", "400\n"),
+            ],
+        );
+        assert_eq!(physical(&root, &[0, 1, 4]).count, 2);
+        assert_eq!(physical(&root, &[0, 1, 2, 4]).count, 2);
+        assert_eq!(physical(&root, &[2]).count, 1);
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn the_least_quota_on_the_path_counts() {
+        let root = tree(
+            "quota",
+            &[
+                ("a/cpu.max", "150000 100000\n"),
+                ("a/b/cpu.max", "max 100000\n"),
+                ("cpu.max", "max 1"),
+            ],
+        );
+        assert_eq!(quota(&root, "/a/b"), Some(1.5));
+        assert_eq!(quota(&root, "/"), None);
+        fs::remove_dir_all(root).unwrap();
+        let root =
+            tree("v1", &[("cpu/cpu.cfs_quota_us", "50000"), ("cpu/cpu.cfs_period_us", "100000")]);
+        assert_eq!(quota(&root, "/"), Some(0.5));
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn there_is_at_least_one_thread_and_some_memory() {
+        assert!(auto().count >= 1);
+        assert!(available_memory() > 0);
+    }
+}

@@ -1,0 +1,137 @@
+//! A model for tests of the engine: cheap, deterministic, and as sensitive as a real one to what is
+//! in which page.
+//!
+//! Its "keys and values" of a position are a hash of the token and of all values that the position
+//! sees, read through the page table; its logits are a hash of the position's values. So they depend
+//! on every token before (in a group with a window through the values inside it), and any page that
+//! is wrong, stale, shared by mistake or freed too early changes them.
+
+use ferrule::model::{Chunk, Forward, KvGroup, NO_PAGE, PAGE, Wanted};
+use ferrule::{Error, Result};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+pub(crate) const VOCAB: usize = 400;
+/// The logits after this token are NaN; it is never drawn.
+pub(crate) const NAN_TOKEN: u32 = 399;
+pub(crate) const PAGE_BYTES: usize = 1000;
+
+/// What a forward pass does instead of its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Trouble {
+    Interrupted,
+    Error,
+}
+
+pub(crate) struct Fake {
+    pub(crate) windows: Vec<Option<usize>>,
+    pub(crate) context: usize,
+    /// (call, trouble): what goes wrong at which forward pass.
+    pub(crate) trouble: Vec<(usize, Trouble)>,
+    /// Sizes of the chunks of each call.
+    pub(crate) calls: Mutex<Vec<Vec<usize>>>,
+}
+
+impl Fake {
+    pub(crate) fn new(windows: &[Option<usize>], context: usize) -> Fake {
+        let windows = windows.to_vec();
+        Fake { windows, context, trouble: Vec::new(), calls: Mutex::default() }
+    }
+}
+
+fn mix(a: u64, b: u64) -> u64 {
+    let x = (a ^ b.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    x ^ (x >> 29)
+}
+
+/// Values in pages: [group][page][position % PAGE].
+pub(crate) struct Memory(Vec<Vec<[u64; PAGE]>>);
+
+impl Forward for Fake {
+    type Kv = Memory;
+
+    fn vocab(&self) -> usize {
+        VOCAB
+    }
+
+    fn context_length(&self) -> usize {
+        self.context
+    }
+
+    fn kv_groups(&self) -> Vec<KvGroup> {
+        self.windows.iter().map(|&window| KvGroup { window, page_bytes: PAGE_BYTES }).collect()
+    }
+
+    fn new_kv(&self, pages: &[usize]) -> Result<Memory> {
+        Ok(Memory(pages.iter().map(|&n| vec![[u64::MAX; PAGE]; n]).collect()))
+    }
+
+    fn forward(
+        &self,
+        kv: &mut Memory,
+        batch: &[Chunk<'_>],
+        interrupt: &AtomicBool,
+    ) -> Result<Vec<f32>> {
+        let mut calls = self.calls.lock().unwrap();
+        let trouble = self.trouble.iter().find(|(call, _)| *call == calls.len()).map(|(_, t)| *t);
+        calls.push(batch.iter().map(|chunk| chunk.tokens.len()).collect());
+        assert!(!batch.is_empty() && batch.iter().all(|chunk| !chunk.tokens.is_empty()));
+        check_tables(batch);
+        let interrupted = interrupt.load(Ordering::SeqCst) || trouble == Some(Trouble::Interrupted);
+        let mut logits = Vec::new();
+        for chunk in batch {
+            for (i, &token) in chunk.tokens.iter().enumerate() {
+                assert!((token as usize) < VOCAB);
+                let position = chunk.start + i;
+                let mut state = 0;
+                for (g, pages) in chunk.pages.iter().enumerate() {
+                    let first = self.windows[g].map_or(0, |w| (position + 1).saturating_sub(w));
+                    let mut value = mix(g as u64, u64::from(token));
+                    for p in first..position {
+                        value = mix(value, kv.0[g][pages[p / PAGE] as usize][p % PAGE]);
+                    }
+                    if interrupted {
+                        value = 13; // undefined
+                    }
+                    kv.0[g][pages[position / PAGE] as usize][position % PAGE] = value;
+                    state = mix(state, value);
+                }
+                let wanted = match chunk.wanted {
+                    Wanted::None => false,
+                    Wanted::Last => i + 1 == chunk.tokens.len(),
+                    Wanted::All => true,
+                };
+                if wanted {
+                    let logit = |id| match (token, id as u32) {
+                        (NAN_TOKEN, _) => f32::NAN,
+                        (_, NAN_TOKEN) => f32::NEG_INFINITY,
+                        _ => (mix(state, id) >> 40) as f32 * (8.0 / (1 << 24) as f32) - 4.0,
+                    };
+                    logits.extend((0..VOCAB as u64).map(logit));
+                }
+            }
+        }
+        if interrupted {
+            return Err(Error::Interrupted);
+        }
+        match trouble {
+            Some(_) => Err(Error::Unsupported("the fake broke".into())),
+            None => Ok(logits),
+        }
+    }
+}
+
+/// A page that one chunk writes is in no other chunk's table.
+fn check_tables(batch: &[Chunk<'_>]) {
+    for (a, chunk) in batch.iter().enumerate() {
+        let end = chunk.start + chunk.tokens.len();
+        for (g, pages) in chunk.pages.iter().enumerate() {
+            for written in &pages[chunk.start / PAGE..end.div_ceil(PAGE)] {
+                assert_ne!(*written, NO_PAGE);
+                for (b, other) in batch.iter().enumerate() {
+                    assert!(a == b || !other.pages[g].contains(written), "page {written}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! Every family against the reference logits of its golden checkpoint, in f32; and the same bits whatever the
+//! chunks, the batch, the threads and the kernel set.
+
+use ferrule::file::Checkpoint;
+use ferrule::kernels;
+use ferrule::model::{
+    Chunk, Forward, KvDtype, LoadOptions, Model, PAGE, Quantization, Wanted, load,
+};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+type Cpu = ferrule::backend::cpu::Cpu;
+
+/// Golden folders of the supported families: those in the repository, and all if `FERRULE_SHARED` is set.
+fn goldens() -> Vec<PathBuf> {
+    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let mut all: Vec<PathBuf> = ["llama31-a", "mistral-a", "qwen25-a", "qwen3-a", "gemma3-a"]
+        .iter()
+        .map(|name| own.join(name))
+        .collect();
+    match std::env::var_os("FERRULE_SHARED") {
+        Some(shared) => all.extend(
+            [
+                "llama2-a",
+                "llama32-a",
+                "llama-bias-a",
+                "llama-linear-rope-a",
+                "mistral-nemo-a",
+                "mistral-small31-a",
+                "qwen25-swa-a",
+                "qwen25-yarn-a",
+                "gemma2-a",
+                "gemma2-b",
+                "gemma3-mm-a",
+            ]
+            .iter()
+            .map(|name| Path::new(&shared).join("goldens").join(name)),
+        ),
+        None => {
+            println!("FERRULE_SHARED is not set: only the goldens in the repository are tested")
+        }
+    }
+    all
+}
+
+fn options(quantization: Quantization) -> LoadOptions {
+    LoadOptions {
+        quantization,
+        kv_dtype: KvDtype::F32,
+        isa: std::env::var("FERRULE_ISA").ok(),
+        ..LoadOptions::default()
+    }
+}
+
+struct Golden(Checkpoint);
+
+impl Golden {
+    fn open(folder: &Path) -> Golden {
+        Golden(Checkpoint::open(&folder.join("golden.safetensors")).unwrap())
+    }
+    fn ints(&self, name: &str) -> Option<Vec<u32>> {
+        let tensor = self.0.get(name)?;
+        Some(tensor.bytes.chunks(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect())
+    }
+    fn floats(&self, name: &str) -> Vec<f32> {
+        let tensor = self.0.tensor(name).unwrap();
+        tensor.bytes.chunks(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+    }
+}
+
+/// Runs one sequence; pages lie in descending order.
+struct Session<'a> {
+    model: &'a Model<Cpu>,
+    kv: <Model<Cpu> as Forward>::Kv,
+    pages: Vec<Vec<u32>>,
+    len: usize,
+}
+
+impl<'a> Session<'a> {
+    fn new(model: &'a Model<Cpu>) -> Session<'a> {
+        let groups = model.kv_groups().len();
+        let pages = vec![(0..4u32).rev().collect(); groups];
+        Session { model, kv: model.new_kv(&vec![4; groups]).unwrap(), pages, len: 0 }
+    }
+    fn feed(&mut self, tokens: &[u32], wanted: Wanted) -> Vec<f32> {
+        let chunk = Chunk { tokens, start: self.len, pages: &self.pages, wanted };
+        self.len += tokens.len();
+        assert!(self.len <= 4 * PAGE);
+        self.model.forward(&mut self.kv, &[chunk], &AtomicBool::new(false)).unwrap()
+    }
+}
+
+fn argmax(logits: &[f32]) -> u32 {
+    (0..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best }) as u32
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn reference_logits_and_greedy_ids() {
+    for folder in goldens() {
+        let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+        let golden = Golden::open(&folder);
+        let model = load(&folder, options(Quantization::None)).unwrap();
+        // Soft caps sharpen rounding; 3e-4 is what goldens/README.md gives for dense models.
+        let tolerance = if name.starts_with("gemma2") { 3e-3 } else { 3e-4 };
+        for prompt in ["p1", "p7", "p33", "p130"] {
+            let ids = golden.ints(&format!("{prompt}.ids")).unwrap();
+            let positions = golden.ints(&format!("{prompt}.positions")).unwrap();
+            let expected = golden.floats(&format!("{prompt}.logits"));
+            let mut session = Session::new(&model);
+            let logits = session.feed(&ids, Wanted::All);
+            let vocab = model.vocab();
+            for (row, &position) in positions.iter().enumerate() {
+                let found = &logits[position as usize * vocab..][..vocab];
+                for (i, (f, e)) in found.iter().zip(&expected[row * vocab..][..vocab]).enumerate() {
+                    assert!(
+                        (f - e).abs() <= tolerance,
+                        "{name} {prompt} position {position} logit {i}: found {f}, expected {e}"
+                    );
+                }
+            }
+            let Some(greedy) = golden.ints(&format!("{prompt}.greedy")) else { continue };
+            let mut next = argmax(&logits[(ids.len() - 1) * vocab..]);
+            for (step, &expected) in greedy.iter().enumerate() {
+                assert_eq!(next, expected, "{name} {prompt} greedy step {step}");
+                next = argmax(&session.feed(&[next], Wanted::Last));
+            }
+        }
+    }
+}
+
+#[test]
+fn chunks_batches_threads_and_sets_do_not_change_a_bit() {
+    for folder in goldens() {
+        let golden = Golden::open(&folder);
+        let ids = golden.ints("p130.ids").unwrap();
+        for quantization in [Quantization::None, Quantization::Int8, Quantization::Int4] {
+            for kv_dtype in [KvDtype::F16, KvDtype::Int8] {
+                let open = |threads, isa: &str| {
+                    let isa = Some(isa.to_owned());
+                    let options = LoadOptions {
+                        kv_dtype,
+                        threads: Some(threads),
+                        isa,
+                        ..options(quantization)
+                    };
+                    load(&folder, options).unwrap()
+                };
+                let sets: Vec<_> = kernels::available().map(|k| k.name()).collect();
+                let model = open(1, sets[0]);
+                let whole = bits(&Session::new(&model).feed(&ids, Wanted::All));
+                let mut session = Session::new(&model);
+                let single: Vec<u32> =
+                    ids.iter().flat_map(|&id| bits(&session.feed(&[id], Wanted::All))).collect();
+                assert!(single == whole, "{folder:?} {quantization:?}: token by token");
+                let mut session = Session::new(&model);
+                let parts: Vec<u32> =
+                    ids.chunks(37).flat_map(|c| bits(&session.feed(c, Wanted::All))).collect();
+                assert!(parts == whole, "{folder:?} {quantization:?}: chunks of 37");
+                // Another sequence in the same batch, its pages among the first one's.
+                let groups = model.kv_groups().len();
+                let mut kv = model.new_kv(&vec![8; groups]).unwrap();
+                let (a, b) = (vec![vec![0, 2, 4, 6]; groups], vec![vec![7, 5, 3, 1]; groups]);
+                let batch = [
+                    Chunk { tokens: &ids[3..40], start: 0, pages: &b, wanted: Wanted::Last },
+                    Chunk { tokens: &ids, start: 0, pages: &a, wanted: Wanted::All },
+                ];
+                let both = model.forward(&mut kv, &batch, &AtomicBool::new(false)).unwrap();
+                assert!(
+                    bits(&both[model.vocab()..]) == whole,
+                    "{folder:?} {quantization:?}: batch"
+                );
+                for threads in [2, 3] {
+                    let model = open(threads, sets[0]);
+                    let found = bits(&Session::new(&model).feed(&ids, Wanted::All));
+                    assert!(found == whole, "{folder:?} {quantization:?}: {threads} threads");
+                }
+                for set in &sets[1..] {
+                    let found = bits(&Session::new(&open(2, set)).feed(&ids[..40], Wanted::All));
+                    assert!(found == whole[..found.len()], "{folder:?} {quantization:?}: {set}");
+                }
+            }
+        }
+    }
+}
