@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
-"""Prints, for every multiplying inner loop of the aarch64 kernels, its instructions, its
-multiply-accumulates, and the cycles that llvm-mca estimates for it. Estimates are not measurements.
+"""Counts the multiplying inner loops of the aarch64 kernels.
 
-usage: count.sh, or count.py DISASSEMBLY < nothing; DISASSEMBLY is `objdump -d -C --no-show-raw-insn`
+For each: its instructions, its multiply-accumulates, and the cycles that llvm-mca estimates for it.
+Estimates are not measurements.
+
+usage: count.py DISASSEMBLY, the output of `objdump -d -C --no-show-raw-insn`; count.sh makes one
 """
 
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 # Multiply-accumulates of one instruction.
 MACS = {"smull": 8, "smull2": 8, "smlal": 8, "smlal2": 8, "sdot": 16, "smmla": 32}
@@ -16,9 +19,11 @@ MCA = ["llvm-mca-19", "-mtriple=aarch64", "-mattr=+dotprod,+i8mm", "-iterations=
 
 
 def cycles(code: list[str], cpu: str) -> float:
+    """What llvm-mca estimates for one pass through `code`."""
     text = "\n".join(code) + "\n"
-    out = subprocess.run([*MCA, f"-mcpu={cpu}"], input=text, capture_output=True, text=True, check=True)
-    return int(re.search(r"Total Cycles:\s+(\d+)", out.stdout)[1]) / 200
+    command = [*MCA, f"-mcpu={cpu}"]
+    out = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+    return int(out.stdout.split("Total Cycles:")[1].split()[0]) / 200
 
 
 def loops(lines: list[tuple[int, str]]) -> list[list[str]]:
@@ -34,9 +39,10 @@ def loops(lines: list[tuple[int, str]]) -> list[list[str]]:
 
 
 def main() -> None:
+    """Prints a line for each loop."""
     functions: dict[str, list[tuple[int, str]]] = {}
     name = ""
-    for line in open(sys.argv[1], encoding="utf-8"):
+    for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines():
         if head := re.match(r"[0-9a-f]+ <(.*)>:$", line):
             name = head[1]
             while name in functions:
@@ -45,7 +51,8 @@ def main() -> None:
         elif code := re.match(r"\s*([0-9a-f]+):\s+(.*)", line):
             functions[name].append((int(code[1], 16), code[2].strip()))
     for name, lines in sorted(functions.items()):
-        if not (found := re.search(r"kernels::arm::((neon|dotprod|i8mm)::(?:tile|gemm)\w*'*)$", name)):
+        found = re.search(r"kernels::arm::((neon|dotprod|i8mm)::(?:tile|gemm)\w*'*)$", name)
+        if not found:
             continue
         for body in loops(lines):
             ops = [code.split()[0] for code in body]

@@ -130,7 +130,8 @@ unsafe fn line_q4<const LANE: usize, const M: usize>(
 #[target_feature(enable = "neon")]
 fn widen(bytes: uint8x16_t, quad: usize) -> int32x4_t {
     let wide = if quad < 2 { vmovl_u8(vget_low_u8(bytes)) } else { vmovl_high_u8(bytes) };
-    let wide = if quad % 2 == 0 { vmovl_u16(vget_low_u16(wide)) } else { vmovl_high_u16(wide) };
+    let wide =
+        if quad.is_multiple_of(2) { vmovl_u16(vget_low_u16(wide)) } else { vmovl_high_u16(wide) };
     vreinterpretq_s32_u32(wide)
 }
 

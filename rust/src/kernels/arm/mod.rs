@@ -130,7 +130,7 @@ unsafe fn finish(step: &Step<'_>, t: usize, dots: &[int32x4_t; QUADS]) {
 /// Asks for the line that this stream needs next.
 #[inline(always)]
 fn prefetch(p: *const u8) {
-    let p = p.wrapping_add(AHEAD);
+    let p = p.addr().wrapping_add(AHEAD);
     // SAFETY: a prefetch reads nothing that the program sees and never faults.
     unsafe {
         asm!("prfm pldl1keep, [{}]", in(reg) p, options(nomem, nostack, preserves_flags));
