@@ -39,6 +39,8 @@ def resolve(
     name = os.fspath(model)
     path = Path(name).expanduser()
     if path.exists():
+        if not (path / "config.json").is_file():
+            raise ModelNotFoundError(f"{path}: no config.json in it, expected a model folder")
         return path
     if name in EMBEDDED:
         return _embedded(name)

@@ -57,8 +57,9 @@ class LLM:
       bits in the file.
     - threads: "auto" = what the process may use (affinity, cgroup quota, kinds of core).
     - context_length: "auto" = the model's, lowered to what memory holds (`info` tells).
-    - kv_cache_dtype: keys and values, "f16" or "int8"; kv_cache_bytes: the most that they may
-      take, "auto" = half of the free memory. No more is taken than max_batch full contexts need.
+    - kv_cache_dtype: of keys and values, "f32", "f16" or "int8".
+    - kv_cache_bytes: the most that they may take; "auto" = half of the free memory. No more is
+      taken than max_batch full contexts need.
     - max_batch: sequences computed at once; max_queue: requests that may wait.
     - prefix_cache: keep keys and values of earlier prompts for prompts that begin the same.
     - weight_cache: keep packed weights on disk, so that the next load maps them; True = in
@@ -79,7 +80,7 @@ class LLM:
         quantization: Literal["auto", "int4", "int8", "none"] = "auto",
         threads: int | Literal["auto"] = "auto",
         context_length: int | Literal["auto"] = "auto",
-        kv_cache_dtype: Literal["f16", "int8"] = "f16",
+        kv_cache_dtype: Literal["f32", "f16", "int8"] = "f16",
         kv_cache_bytes: int | Literal["auto"] = "auto",
         max_batch: int = 16,
         max_queue: int = 256,
@@ -94,7 +95,7 @@ class LLM:
     ) -> None:
         began = time.monotonic()
         folder = hub.resolve(model, revision=revision, offline=offline, progress=bool(progress))
-        defaults = Defaults(folder if folder.is_dir() else folder.parent)
+        defaults = Defaults(folder)
         with Bar(progress) as report:
             self._core = _core.Engine(
                 os.fspath(folder),

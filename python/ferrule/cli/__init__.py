@@ -114,7 +114,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("-q", "--quantization", choices=["auto", "int4", "int8", "none"])
     group.add_argument("-c", "--context-length", type=int, metavar="N")
-    group.add_argument("--kv-cache-dtype", choices=["f16", "int8"])
+    group.add_argument("--kv-cache-dtype", choices=["f32", "f16", "int8"])
     group.add_argument("--revision", metavar="REV", help="of a hub repository")
     group.add_argument("--offline", action="store_true", help="use only what is downloaded")
     group.add_argument("--no-weight-cache", action="store_true", help="keep no packed weights")

@@ -15,15 +15,14 @@ from . import model_keywords
 
 def main(args: argparse.Namespace) -> int:
     """Run the command."""
-    sets = _core.kernel_sets()
     threads, why = _core.threads()
     facts: dict[str, Any] = {
         "version": __version__,
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "cpu_features": _core.cpu_features(),
-        "kernels": sets[0],
-        "kernels_available": sets,
+        "kernels": _core.kernel_set(),
+        "kernels_available": _core.kernel_sets(),
         "threads": threads,
         "threads_because": why,
         "cuda": False,

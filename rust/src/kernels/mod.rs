@@ -102,6 +102,29 @@ pub fn available() -> impl Iterator<Item = &'static Kernels> {
     ALL.iter().copied().filter(|k| (k.supported)())
 }
 
+/// The instructions beyond the baseline that the sets look for and this CPU has, for people to read.
+pub fn cpu_features() -> Vec<&'static str> {
+    macro_rules! has {
+        ($detected:ident: $($name:tt)*) => {
+            [$(($name, std::arch::$detected!($name))),*]
+        };
+    }
+    #[cfg(target_arch = "x86_64")]
+    let all = has!(is_x86_feature_detected: "avx2" "fma" "f16c" "avxvnni" "avx512f" "avx512bw"
+        "avx512vl" "avx512vnni");
+    #[cfg(target_arch = "aarch64")]
+    let all = has!(is_aarch64_feature_detected: "neon" "dotprod" "i8mm");
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    let all: [(&str, bool); 0] = [];
+    #[allow(unused_mut)]
+    let mut names: Vec<_> = all.into_iter().filter(|(_, has)| *has).map(|(name, _)| name).collect();
+    #[cfg(target_arch = "x86_64")]
+    if (x86::amx::KERNELS.supported)() {
+        names.push("amx-int8");
+    }
+    names
+}
+
 /// The best set, or the one that `forced` (the environment's `FERRULE_ISA`) names.
 pub fn choose(forced: Option<&str>) -> Result<&'static Kernels> {
     let mut sets = available();

@@ -46,6 +46,48 @@ struct State {
     token_times: Vec<Duration>,
 }
 
+impl State {
+    fn take(&mut self, event: Event, now: Instant, submitted: Instant) {
+        let since = |time: Instant| time.saturating_duration_since(submitted);
+        match event {
+            Event::Chunk { text, token_ids, logprobs, .. } => {
+                self.token_times.extend(token_ids.iter().map(|_| since(now)));
+                self.news.text.push_str(&text);
+                self.news.token_ids.extend(token_ids);
+                self.news.logprobs.extend(logprobs);
+            }
+            Event::Done {
+                reason,
+                stop_match,
+                prompt_tokens,
+                cached_tokens,
+                completion_tokens,
+                prompt_logprobs,
+                prompt_logits,
+                ..
+            } => {
+                self.news.done = Some(Done {
+                    reason,
+                    stop_match,
+                    prompt_tokens,
+                    cached_tokens,
+                    completion_tokens,
+                    prompt_logprobs,
+                    prompt_logits,
+                    queued: since(self.started.unwrap_or(now)),
+                    token_times: std::mem::take(&mut self.token_times),
+                    total: since(now),
+                });
+                self.over = true;
+            }
+            Event::Failed { error, .. } => {
+                self.failed = Some(Arc::new(error));
+                self.over = true;
+            }
+        }
+    }
+}
+
 /// One request, seen from the threads that wait for it.
 pub(super) struct Ticket {
     state: Mutex<State>,
@@ -92,45 +134,11 @@ impl Ticket {
         Ok(Some(std::mem::take(&mut state.news)))
     }
 
-    /// Takes one event; whether `notify` is to be called.
-    fn take(&self, event: Event, now: Instant) -> bool {
+    /// Takes the events of one step; whether `notify` is to be called.
+    fn take(&self, events: Vec<Event>, now: Instant) -> bool {
         let mut state = lock(&self.state);
-        let since = |time: Instant| time.saturating_duration_since(self.submitted);
-        match event {
-            Event::Chunk { text, token_ids, logprobs, .. } => {
-                state.token_times.extend(token_ids.iter().map(|_| since(now)));
-                state.news.text.push_str(&text);
-                state.news.token_ids.extend(token_ids);
-                state.news.logprobs.extend(logprobs);
-            }
-            Event::Done {
-                reason,
-                stop_match,
-                prompt_tokens,
-                cached_tokens,
-                completion_tokens,
-                prompt_logprobs,
-                prompt_logits,
-                ..
-            } => {
-                state.news.done = Some(Done {
-                    reason,
-                    stop_match,
-                    prompt_tokens,
-                    cached_tokens,
-                    completion_tokens,
-                    prompt_logprobs,
-                    prompt_logits,
-                    queued: since(state.started.unwrap_or(now)),
-                    token_times: std::mem::take(&mut state.token_times),
-                    total: since(now),
-                });
-                state.over = true;
-            }
-            Event::Failed { error, .. } => {
-                state.failed = Some(Arc::new(error));
-                state.over = true;
-            }
+        for event in events {
+            state.take(event, now, self.submitted);
         }
         state.fresh = true;
         if state.over || self.stream {
@@ -141,7 +149,7 @@ impl Ticket {
     }
 
     fn fail(&self, error: Error) -> bool {
-        self.take(Event::Failed { id: 0, error }, Instant::now())
+        self.take(vec![Event::Failed { id: 0, error }], Instant::now())
     }
 
     fn call_notify(&self, py: Python<'_>) {
@@ -151,10 +159,14 @@ impl Ticket {
     }
 }
 
+enum Letter {
+    Submit(Request, Arc<Ticket>),
+    Cancel(Arc<Ticket>),
+}
+
 #[derive(Default)]
 struct Mail {
-    submitted: Vec<(Request, Arc<Ticket>)>,
-    cancelled: Vec<Arc<Ticket>>,
+    letters: Vec<Letter>, // in the order of the calls
     closing: bool,
     broken: Option<String>, // what the driver's panic said
 }
@@ -171,7 +183,7 @@ impl Inbox {
     pub(super) fn submit(&self, request: Request, ticket: Arc<Ticket>) -> Result<()> {
         let mut mail = lock(&self.mail);
         mail.check()?;
-        mail.submitted.push((request, ticket));
+        mail.letters.push(Letter::Submit(request, ticket));
         self.arrived.notify_one();
         Ok(())
     }
@@ -183,7 +195,7 @@ impl Inbox {
 
     pub(super) fn cancel(&self, ticket: &Arc<Ticket>) {
         if !ticket.over() {
-            lock(&self.mail).cancelled.push(ticket.clone());
+            lock(&self.mail).letters.push(Letter::Cancel(ticket.clone()));
             self.wake();
         }
     }
@@ -224,7 +236,10 @@ pub(super) fn drive<M: Forward>(engine: Engine<M>, inbox: &Inbox) {
         let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
         mail.broken = Some(text.unwrap_or("panic").to_string());
     }
-    tickets.extend(mail.submitted.drain(..).map(|(_, ticket)| ticket));
+    tickets.extend(mail.letters.drain(..).filter_map(|letter| match letter {
+        Letter::Submit(_, ticket) => Some(ticket),
+        Letter::Cancel(_) => None,
+    }));
     let error = || mail.check().err().unwrap_or(Error::Closed);
     tickets.retain(|ticket| !ticket.over() && ticket.fail(error()));
     drop(mail);
@@ -238,31 +253,35 @@ fn serve<M: Forward>(mut engine: Engine<M>, inbox: &Inbox, tickets: &mut Vec<Arc
     let _ = inbox.interrupt.set(engine.interrupt());
     loop {
         let mut mail = lock(&inbox.mail);
-        while engine.is_idle()
-            && mail.submitted.is_empty()
-            && mail.cancelled.is_empty()
-            && !mail.closing
-        {
+        while engine.is_idle() && mail.letters.is_empty() && !mail.closing {
             mail = inbox.arrived.wait(mail).unwrap_or_else(PoisonError::into_inner);
         }
-        let submitted = std::mem::take(&mut mail.submitted);
-        let cancelled = std::mem::take(&mut mail.cancelled);
+        let letters = std::mem::take(&mut mail.letters);
         let closing = mail.closing;
         drop(mail);
 
         tickets.retain(|ticket| !ticket.over());
-        tickets.extend(submitted.iter().map(|(_, ticket)| ticket.clone()));
+        tickets.extend(letters.iter().filter_map(|letter| match letter {
+            Letter::Submit(_, ticket) => Some(ticket.clone()),
+            Letter::Cancel(_) => None,
+        }));
         let mut told = Vec::new();
-        for (request, ticket) in submitted {
-            match engine.submit(request) {
-                Ok(id) => drop(running.insert(id, ticket)),
-                Err(error) => told.extend(ticket.fail(error).then_some(ticket)),
+        for letter in letters {
+            match letter {
+                Letter::Submit(request, ticket) => match engine.submit(request) {
+                    Ok(id) => drop(running.insert(id, ticket)),
+                    Err(error) => told.extend(ticket.fail(error).then_some(ticket)),
+                },
+                Letter::Cancel(ticket) => {
+                    let found = running.iter().find(|(_, other)| Arc::ptr_eq(&ticket, other));
+                    found.map(|(&id, _)| engine.cancel(id));
+                }
             }
         }
-        let is_cancelled =
-            |ticket| closing || cancelled.iter().any(|other| Arc::ptr_eq(ticket, other));
-        for (&id, _) in running.iter().filter(|(_, ticket)| is_cancelled(ticket)) {
-            engine.cancel(id);
+        if closing {
+            running.keys().for_each(|&id| {
+                engine.cancel(id);
+            });
         }
 
         let began = Instant::now();
@@ -274,18 +293,24 @@ fn serve<M: Forward>(mut engine: Engine<M>, inbox: &Inbox, tickets: &mut Vec<Arc
                 state.started = Some(began);
             }
         }
+        let mut said: HashMap<RequestId, (Vec<Event>, bool)> = HashMap::new();
         for event in events {
             let (id, over) = match event {
                 Event::Chunk { id, .. } => (id, false),
                 Event::Done { id, .. } | Event::Failed { id, .. } => (id, true),
             };
-            if let Some(ticket) = running.get(&id) {
-                if ticket.take(event, now) {
-                    told.push(ticket.clone());
-                }
-                if over {
-                    running.remove(&id);
-                }
+            let of = said.entry(id).or_default();
+            of.0.push(event);
+            of.1 |= over;
+        }
+        // All at once for each, so that the last token and the end come out together.
+        for (id, (events, over)) in said {
+            let Some(ticket) = running.get(&id) else { continue };
+            if ticket.take(events, now) {
+                told.push(ticket.clone());
+            }
+            if over {
+                running.remove(&id);
             }
         }
         notify(&told);

@@ -3,6 +3,7 @@
 
 mod convert;
 mod driver;
+mod matrix;
 
 use crate::backend::cpu::{Cpu, topology};
 use crate::chat::{ChatTemplate, special_tokens};
@@ -34,7 +35,8 @@ const QUANTIZATIONS: [(&str, Quantization); 4] = [
     ("int8", Quantization::Int8),
     ("none", Quantization::None),
 ];
-const KV_DTYPES: [(&str, KvDtype); 2] = [("f16", KvDtype::F16), ("int8", KvDtype::Int8)];
+const KV_DTYPES: [(&str, KvDtype); 3] =
+    [("f16", KvDtype::F16), ("int8", KvDtype::Int8), ("f32", KvDtype::F32)];
 
 /// What `Engine.info` tells: keywords of `ferrule.ModelInfo`.
 #[derive(Clone, IntoPyObject)]
@@ -269,6 +271,11 @@ impl Engine {
     /// Text of token ids.
     fn decode(&self, py: Python<'_>, ids: Vec<u32>, skip_special: bool) -> PyResult<String> {
         self.check(py)?;
+        let vocab = self.info.vocab_size;
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
+            let error = Error::parameter("ids", id, format!("ids below {vocab} (the vocabulary)"));
+            return Err(exception(py, &error));
+        }
         py.detach(|| self.tokenizer.decode(&ids, skip_special)).map_err(raise(py))
     }
 
@@ -468,21 +475,13 @@ fn open(folder: &Path, options: Options) -> Result<(engine::Engine<Model<Cpu>>, 
         vocab_size: spec.vocab,
         context_length: driven.context_length(),
         chat_template: template.is_some(),
-        kv_cache_dtype: kv_name(kv_dtype),
+        kv_cache_dtype: KV_DTYPES.iter().find(|(_, d)| *d == kv_dtype).map_or("", |(name, _)| name),
         kv_cache_bytes: pages.map(|(n, group)| (n.total * group.page_bytes) as u64).sum(),
         device: "cpu",
         isa: model.backend.kernels().name(),
         threads: model.backend.threads(),
     };
     Ok((driven, Loaded { tokenizer, template, info }))
-}
-
-fn kv_name(dtype: KvDtype) -> &'static str {
-    match dtype {
-        KvDtype::F32 => "f32",
-        KvDtype::F16 => "f16",
-        KvDtype::Int8 => "int8",
-    }
 }
 
 /// The value that a name stands for.
@@ -492,6 +491,19 @@ fn named<T: Copy>(field: &'static str, name: &str, table: &[(&str, T)]) -> Resul
         let names: Vec<_> = table.iter().map(|(known, _)| format!("{known:?}")).collect();
         Error::parameter(field, format!("{name:?}"), names.join(" or "))
     })
+}
+
+/// Instructions that the kernel sets look for and this CPU has.
+#[pyfunction]
+fn cpu_features() -> Vec<&'static str> {
+    kernels::cpu_features()
+}
+
+/// The kernel set in use: the best one, or what FERRULE_ISA names.
+#[pyfunction]
+fn kernel_set(py: Python<'_>) -> PyResult<&'static str> {
+    let chosen = kernels::choose(std::env::var("FERRULE_ISA").ok().as_deref());
+    chosen.map(|set| set.name()).map_err(raise(py))
 }
 
 /// Kernel sets that this CPU can run, best first.
@@ -511,8 +523,13 @@ fn threads() -> (usize, String) {
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("version", env!("CARGO_PKG_VERSION"))?;
+    module.add_function(wrap_pyfunction!(kernel_set, module)?)?;
     module.add_function(wrap_pyfunction!(kernel_sets, module)?)?;
     module.add_function(wrap_pyfunction!(threads, module)?)?;
+    module.add_function(wrap_pyfunction!(cpu_features, module)?)?;
+    module.add_function(wrap_pyfunction!(matrix::quantize_int4, module)?)?;
+    module.add_function(wrap_pyfunction!(matrix::quantize_int8, module)?)?;
+    module.add_class::<matrix::QMatrix>()?;
     module.add_class::<Engine>()?;
     module.add_class::<Request>()?;
     module.add_class::<convert::News>()?;
