@@ -362,7 +362,7 @@ def markdown(report: dict[str, Any], model: str) -> str:
         f"# {model}, {report['date']}",
         "",
         f"- machine: {', '.join(f'{k} {v}' for k, v in report['machine'].items())}",
-        f"- ferrule: {report['ferrule']}, {report['isa'] or 'kernel set unknown'}, commit {report['commit']}",
+        f"- ferrule: {report['ferrule']}, {report['isa'] or 'set unknown'}, {report['commit']}",
         f"- memory, by threads: {speeds} ({memory['method']})",
         f"- multipliers, by threads: {peaks or 'not measured'} ({peak['method']})",
         f"- command: `{report['command']}`",

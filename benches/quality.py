@@ -20,8 +20,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-import ferrule
 import numpy as np
+
+import ferrule
 from ferrule import LLM
 
 ROOT = Path(__file__).parent.parent
