@@ -224,6 +224,17 @@ fn bandwidth(memory: &Memory, threads: usize) -> f64 {
     best
 }
 
+/// Prints what reading `bytes` in some time makes of the limit.
+fn report(what: &str, bytes: usize, t: &Time, threads: usize, limit: f64) {
+    let rate = bytes as f64 / t.wall;
+    let busy = bytes as f64 / threads as f64 / t.cpu / 1e9;
+    let share = 100.0 * rate / limit;
+    let rate = rate / 1e9;
+    println!(
+        "{what}: {rate:6.1} GB/s, {share:3.0} % of the limit ({busy:.1} a thread by its CPU time)"
+    );
+}
+
 #[cfg(target_arch = "x86_64")]
 fn read(lines: &[[u8; 64]], ahead: usize) -> u8 {
     if is_x86_feature_detected!("avx512f") {
@@ -519,13 +530,8 @@ fn gemv(set: &Kernels, threads: usize) {
         for m in [1, 2, 4] {
             let matrices = memory.get().len() / form.bytes(SIDE, SIDE);
             let t = products(set, form, &memory, m, matrices, threads);
-            let rate = memory.get().len() as f64 / t.wall;
-            println!(
-                "{:4} M={m}: {:6.1} GB/s, {:3.0} % of the limit",
-                form.name(),
-                rate / 1e9,
-                100.0 * rate / limit
-            );
+            let what = format!("{:4} M={m}", form.name());
+            report(&what, memory.get().len(), &t, threads, limit);
         }
     }
 }
@@ -609,11 +615,6 @@ fn attention(set: &Kernels, threads: usize) {
                 }
             }
         });
-        let rate = (layers * one.len()) as f64 / t.wall;
-        println!(
-            "attention {dtype:?}: {:6.1} GB/s, {:3.0} % of the limit",
-            rate / 1e9,
-            100.0 * rate / limit
-        );
+        report(&format!("attention {dtype:?}"), layers * one.len(), &t, threads, limit);
     }
 }

@@ -296,10 +296,14 @@ pub(super) fn tree(mut a: [f32; 16]) -> f32 {
 #[inline(always)]
 pub(super) fn rms_norm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) {
     let mut sums = [0.0f32; 16];
-    for x in x.chunks(16) {
-        for (sum, &x) in sums.iter_mut().zip(x) {
-            *sum = x.mul_add(x, *sum);
+    let (chunks, rest) = x.as_chunks::<16>();
+    for x in chunks {
+        for i in 0..16 {
+            sums[i] = x[i].mul_add(x[i], sums[i]);
         }
+    }
+    for (sum, &x) in sums.iter_mut().zip(rest) {
+        *sum = x.mul_add(x, *sum);
     }
     let inv = 1.0 / (tree(sums) / x.len() as f32 + eps).sqrt();
     for ((out, &x), &gain) in out.iter_mut().zip(x).zip(gain) {

@@ -36,12 +36,23 @@ pub const TINY: f32 = 1.0 / (1u128 << 80) as f32;
 pub(crate) fn amax(x: &[f32]) -> f32 {
     // Sixteen running maxima, so that a compiler may use vectors; a maximum has no order.
     let mut m = [0.0f32; 16];
-    for x in x.chunks(16) {
-        for (m, x) in m.iter_mut().zip(x) {
-            *m = m.max(x.abs());
+    let (chunks, rest) = x.as_chunks::<16>();
+    for x in chunks {
+        for i in 0..16 {
+            m[i] = m[i].max(x[i].abs());
         }
     }
-    m.into_iter().fold(0.0, f32::max)
+    for (m, x) in m.iter_mut().zip(rest) {
+        *m = m.max(x.abs());
+    }
+    let mut n = 8;
+    while n > 0 {
+        for i in 0..n {
+            m[i] = m[i].max(m[i + n]);
+        }
+        n /= 2;
+    }
+    m[0]
 }
 
 #[cfg(test)]

@@ -149,7 +149,7 @@ fn worker(shared: &Shared, index: usize) {
             // Announce the sleep, look once more, sleep: the caller opens, then looks who sleeps.
             shared.asleep[index].store(true, SeqCst);
             let now = shared.epoch.load(SeqCst);
-            if (now % 2 == 0 || now == done) && !shared.stop.load(SeqCst) {
+            if (now.is_multiple_of(2) || now == done) && !shared.stop.load(SeqCst) {
                 std::thread::park();
             }
             shared.asleep[index].store(false, SeqCst);

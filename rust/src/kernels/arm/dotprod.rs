@@ -17,8 +17,8 @@ pub(in super::super) const KERNELS: Kernels = Kernels {
     ..neon::KERNELS
 };
 
-/// Tokens up to which the packed weights are read directly.
-pub(super) const DIRECT: usize = 4;
+/// Tokens up to which int4 weights are read as they lie; more pay for unpacking.
+const DIRECT: usize = 8;
 
 pub(super) unsafe fn gemm_q4(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
     // SAFETY: the shapes were checked by `Kernels::gemm`, the CPU has dotprod; the forms agree.
@@ -51,58 +51,44 @@ fn sdot<const LANE: usize>(mut acc: int32x4_t, w: int8x16_t, x: int8x16_t) -> in
     acc
 }
 
-/// At most four tokens against a stored int4 block.
+/// One or two tokens against a stored int4 block.
 ///
 /// # Safety
 /// As [`super::Tile`].
 #[target_feature(enable = "dotprod")]
 unsafe fn tile_q4(step: &Step<'_>, t: usize) -> usize {
     // SAFETY: the caller's promise; there are that many tokens.
-    unsafe {
-        match step.a.m - t {
-            4.. => direct::<4, 2>(step, t),
-            3 => direct::<3, 2>(step, t),
-            2 => direct::<2, 4>(step, t),
-            _ => direct::<1, 4>(step, t),
-        }
-    }
+    unsafe { if step.a.m - t > 1 { direct::<2>(step, t) } else { direct::<1>(step, t) } }
 }
 
-/// `M` tokens, `R` registers of a line at a time. Gives `M`.
+/// `M` tokens. Gives `M`.
 ///
 /// # Safety
 /// As [`super::Tile`], with at least `M` tokens from `t` on.
 #[inline]
 #[target_feature(enable = "dotprod")]
-unsafe fn direct<const M: usize, const R: usize>(step: &Step<'_>, t: usize) -> usize {
+unsafe fn direct<const M: usize>(step: &Step<'_>, t: usize) -> usize {
     // SAFETY: every address lies in the block or among its activations.
     unsafe {
         let mut sum: [[int32x4_t; QUADS]; M] = std::array::from_fn(|i| offsets(step, t + i));
         for s in 0..step.len() / 64 {
-            let scales = scales(step.block, s);
-            for first in (0..QUADS).step_by(R) {
-                let mut c = [[[vdupq_n_s32(0); R]; M]; 2];
-                for half in 0..2 {
-                    let at = 64 * s + 16 * half;
-                    let x = [at, at + 32].map(|at| -> [int8x16_t; M] {
-                        std::array::from_fn(|i| vld1q_s8(step.q(t + i).add(at)))
-                    });
-                    let lines = step.block.add(Q4_HEADER + 512 * s + 256 * half);
-                    if first == 0 {
-                        (0..4).for_each(|j| prefetch(lines.add(64 * j)));
-                    }
-                    let lines = lines.add(16 * first);
-                    line_q4::<0, M, R>(lines, &x, &mut c);
-                    line_q4::<1, M, R>(lines, &x, &mut c);
-                    line_q4::<2, M, R>(lines, &x, &mut c);
-                    line_q4::<3, M, R>(lines, &x, &mut c);
-                }
-                for (c, &sc) in c.iter().zip(&scales) {
-                    for r in 0..R {
-                        let sc = widen(sc, first + r);
-                        for i in 0..M {
-                            sum[i][first + r] = vmlaq_s32(sum[i][first + r], c[i][r], sc);
-                        }
+            let mut c = [[[vdupq_n_s32(0); QUADS]; M]; 2];
+            for half in 0..2 {
+                let at = 64 * s + 16 * half;
+                let x = [at, at + 32].map(|at| -> [int8x16_t; M] {
+                    std::array::from_fn(|i| vld1q_s8(step.q(t + i).add(at)))
+                });
+                let lines = step.block.add(Q4_HEADER + 512 * s + 256 * half);
+                line_q4::<0, M>(lines, &x, &mut c);
+                line_q4::<1, M>(lines, &x, &mut c);
+                line_q4::<2, M>(lines, &x, &mut c);
+                line_q4::<3, M>(lines, &x, &mut c);
+            }
+            for (c, sc) in c.iter().zip(scales(step.block, s)) {
+                for h in 0..QUADS {
+                    let sc = widen(sc, h);
+                    for i in 0..M {
+                        sum[i][h] = vmlaq_s32(sum[i][h], c[i][h], sc);
                     }
                 }
             }
@@ -117,22 +103,24 @@ unsafe fn direct<const M: usize, const R: usize>(step: &Step<'_>, t: usize) -> u
 /// Line `LANE` of four, both groups.
 ///
 /// # Safety
-/// `R` registers of that line can be read from `lines + 64 * LANE` on.
+/// That line can be read.
 #[inline]
 #[target_feature(enable = "dotprod")]
-unsafe fn line_q4<const LANE: usize, const M: usize, const R: usize>(
+unsafe fn line_q4<const LANE: usize, const M: usize>(
     lines: *const u8,
     x: &[[int8x16_t; M]; 2],
-    c: &mut [[[int32x4_t; R]; M]; 2],
+    c: &mut [[[int32x4_t; QUADS]; M]; 2],
 ) {
-    for r in 0..R {
+    let line = lines.wrapping_add(64 * LANE);
+    prefetch(line);
+    for h in 0..QUADS {
         // SAFETY: the caller's promise.
-        let v = unsafe { vld1q_u8(lines.add(64 * LANE + 16 * r)) };
+        let v = unsafe { vld1q_u8(line.add(16 * h)) };
         let low = vreinterpretq_s8_u8(vandq_u8(v, vdupq_n_u8(0x0f)));
         let high = vreinterpretq_s8_u8(vshrq_n_u8::<4>(v));
         for i in 0..M {
-            c[0][i][r] = sdot::<LANE>(c[0][i][r], low, x[0][i]);
-            c[1][i][r] = sdot::<LANE>(c[1][i][r], high, x[1][i]);
+            c[0][i][h] = sdot::<LANE>(c[0][i][h], low, x[0][i]);
+            c[1][i][h] = sdot::<LANE>(c[1][i][h], high, x[1][i]);
         }
     }
 }
@@ -142,7 +130,8 @@ unsafe fn line_q4<const LANE: usize, const M: usize, const R: usize>(
 #[target_feature(enable = "neon")]
 fn widen(bytes: uint8x16_t, quad: usize) -> int32x4_t {
     let wide = if quad < 2 { vmovl_u8(vget_low_u8(bytes)) } else { vmovl_high_u8(bytes) };
-    let wide = if quad % 2 == 0 { vmovl_u16(vget_low_u16(wide)) } else { vmovl_high_u16(wide) };
+    let wide =
+        if quad.is_multiple_of(2) { vmovl_u16(vget_low_u16(wide)) } else { vmovl_high_u16(wide) };
     vreinterpretq_s32_u32(wide)
 }
 
@@ -156,8 +145,7 @@ pub(super) unsafe fn tile_q8<const STORED: bool>(step: &Step<'_>, t: usize) -> u
     unsafe {
         match step.a.m - t {
             4.. => int8::<4, STORED>(step, t),
-            3 => int8::<3, STORED>(step, t),
-            2 => int8::<2, STORED>(step, t),
+            2.. => int8::<2, STORED>(step, t),
             _ => int8::<1, STORED>(step, t),
         }
     }
@@ -176,13 +164,10 @@ unsafe fn int8<const M: usize, const STORED: bool>(step: &Step<'_>, t: usize) ->
         for k in (0..step.len()).step_by(16) {
             let x: [int8x16_t; M] = std::array::from_fn(|i| vld1q_s8(step.q(t + i).add(k)));
             let lines = step.lines.add(16 * k);
-            if STORED {
-                (0..4).for_each(|j| prefetch(lines.add(64 * j)));
-            }
-            line_q8::<0, M>(lines, &x, &mut sum);
-            line_q8::<1, M>(lines, &x, &mut sum);
-            line_q8::<2, M>(lines, &x, &mut sum);
-            line_q8::<3, M>(lines, &x, &mut sum);
+            line_q8::<0, M, STORED>(lines, &x, &mut sum);
+            line_q8::<1, M, STORED>(lines, &x, &mut sum);
+            line_q8::<2, M, STORED>(lines, &x, &mut sum);
+            line_q8::<3, M, STORED>(lines, &x, &mut sum);
         }
         for (i, dots) in sum.iter().enumerate() {
             finish(step, t + i, dots);
@@ -197,14 +182,18 @@ unsafe fn int8<const M: usize, const STORED: bool>(step: &Step<'_>, t: usize) ->
 /// That line can be read.
 #[inline]
 #[target_feature(enable = "dotprod")]
-unsafe fn line_q8<const LANE: usize, const M: usize>(
+unsafe fn line_q8<const LANE: usize, const M: usize, const STORED: bool>(
     lines: *const u8,
     x: &[int8x16_t; M],
     sum: &mut [[int32x4_t; QUADS]; M],
 ) {
+    let line = lines.wrapping_add(64 * LANE);
+    if STORED {
+        prefetch(line);
+    }
     for h in 0..QUADS {
         // SAFETY: the caller's promise.
-        let v = unsafe { vld1q_s8(lines.add(64 * LANE + 16 * h).cast()) };
+        let v = unsafe { vld1q_s8(line.add(16 * h).cast()) };
         for i in 0..M {
             sum[i][h] = sdot::<LANE>(sum[i][h], v, x[i]);
         }

@@ -19,11 +19,14 @@ pub(in super::super) const KERNELS: Kernels = Kernels {
     ..dotprod::KERNELS
 };
 
+/// Tokens up to which weights are read as they lie; more pay for a panel.
+const DIRECT: usize = 4;
+
 unsafe fn gemm_q4(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
     // SAFETY: the shapes were checked by `Kernels::gemm`, the CPU has dotprod and i8mm; the forms and
     // the order of the panel agree.
     unsafe {
-        if a.m <= dotprod::DIRECT {
+        if a.m <= DIRECT {
             dotprod::gemm_q4(w, a, y)
         } else {
             walk(Form::Q4, Some(unpack::<true>), tile, w, a, y)
@@ -34,7 +37,7 @@ unsafe fn gemm_q4(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
 unsafe fn gemm_q8(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
     // SAFETY: as in `gemm_q4`.
     unsafe {
-        if a.m <= dotprod::DIRECT {
+        if a.m <= DIRECT {
             dotprod::gemm_q8(w, a, y)
         } else {
             walk(Form::Q8, Some(pair), tile, w, a, y)

@@ -7,7 +7,7 @@
 use super::super::layout::Q4_HEADER;
 use super::super::simd::F32x16;
 use super::super::{Acts, Form, Kernels, float};
-use super::{QUADS, Step, finish, offsets, prefetch, scales, unpack, walk};
+use super::{QUADS, Step, finish, four, offsets, prefetch, scales, unpack, walk};
 use std::arch::aarch64::*;
 
 float::instantiate!(Lanes4);
@@ -113,17 +113,6 @@ unsafe fn gemm_q4(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
 unsafe fn gemm_q8(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
     // SAFETY: the shapes were checked by `Kernels::gemm`; the forms agree.
     unsafe { walk(Form::Q8, None, tile_q8::<true>, w, a, y) }
-}
-
-/// Four consecutive int8 in every 32-bit lane.
-///
-/// # Safety
-/// Four bytes from `p` on can be read.
-#[inline]
-#[target_feature(enable = "neon")]
-unsafe fn four(p: *const i8) -> int8x16_t {
-    // SAFETY: the caller's promise; the read may be unaligned.
-    vreinterpretq_s8_s32(vdupq_n_s32(unsafe { p.cast::<i32>().read_unaligned() }))
 }
 
 /// One token against a stored int4 block.

@@ -1,0 +1,16 @@
+#!/bin/bash
+# Runs the Rust tests on emulated CPUs that have each aarch64 kernel set as their best one.
+# usage: tools/arm/test.sh [arguments of cargo test, by default --lib --test golden]; needs what setup.sh needs
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+work=${CARGO_TARGET_DIR:-target}/arm
+tools/arm/setup.sh "$work"
+source "$work/env.sh"
+[ $# -gt 0 ] || set -- --lib --test golden
+# The tests gain nothing from it.
+export CARGO_PROFILE_RELEASE_LTO=false
+for cpu in cortex-a72:neon cortex-a76:dotprod max:i8mm; do
+    export QEMU_CPU=${cpu%:*} FERRULE_EXPECT_ISA=${cpu#*:}
+    echo "$QEMU_CPU: $FERRULE_EXPECT_ISA"
+    cargo test --release "$@"
+done
