@@ -6,10 +6,25 @@ from typing import Any, Literal, final
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = [
+    "Done",
+    "Engine",
+    "News",
+    "QMatrix",
+    "Request",
+    "cpu_features",
+    "kernel_set",
+    "kernel_sets",
+    "quantize_int4",
+    "quantize_int8",
+    "threads",
+    "version",
+]
+
 version: str
 
-Logprob = tuple[int, float, int]  # id, ln p, rank
-TokenLogprobs = tuple[Logprob, list[Logprob]]
+_Logprob = tuple[int, float, int]  # id, ln p, rank
+_TokenLogprobs = tuple[_Logprob, list[_Logprob]]
 
 @final
 class Engine:
@@ -78,7 +93,7 @@ class News:
     @property
     def token_ids(self) -> list[int]: ...
     @property
-    def logprobs(self) -> list[TokenLogprobs] | None: ...
+    def logprobs(self) -> list[_TokenLogprobs] | None: ...
     @property
     def done(self) -> Done | None: ...
 
@@ -95,7 +110,7 @@ class Done:
     @property
     def completion_tokens(self) -> int: ...
     @property
-    def prompt_logprobs(self) -> list[TokenLogprobs | None] | None: ...
+    def prompt_logprobs(self) -> list[_TokenLogprobs | None] | None: ...
     @property
     def prompt_logits(self) -> NDArray[np.float32] | None: ...
     @property

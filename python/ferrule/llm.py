@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
 
 from . import _core, hub
-from .errors import FerruleError, InvalidParameterError
+from .errors import EngineClosedError, FerruleError, InvalidParameterError
 from .params import Defaults, Fields, SamplingParams
 from .progress import Bar
 from .request import AsyncStream, Request, Stream
@@ -371,6 +371,7 @@ class LLM:
             jobs.append(self._prompt_job(ids, prompt_logprobs=0))
         scores = []
         for start_len, done in zip(starts, self._all(jobs), strict=True):
+            _whole(done.finish_reason)
             assert done.prompt_logprobs is not None
             tokens = [entry.token for entry in done.prompt_logprobs[start_len:] if entry]
             logprobs = tuple(token.logprob for token in tokens)
@@ -386,7 +387,9 @@ class LLM:
         except BaseException:
             request.cancel()
             raise
-        assert news is not None and news.done is not None and news.done.prompt_logits is not None
+        assert news is not None and news.done is not None
+        _whole(news.done.finish_reason)
+        assert news.done.prompt_logits is not None
         return news.done.prompt_logits
 
     def close(self) -> None:
@@ -543,6 +546,12 @@ def _plain(name: str, ids: Any) -> list[int]:
                 f"{name}: found {token}, expected a token id", field=name, value=str(token)
             )
     return [int(token) for token in ids]
+
+
+def _whole(reason: str) -> None:
+    """A score of a part of a prompt is no score."""
+    if reason == "cancelled":
+        raise EngineClosedError("the LLM was closed while this ran")
 
 
 def _checked(submit: Callable[..., _core.Request]) -> Callable[..., _core.Request]:

@@ -179,7 +179,7 @@ class AsyncStream(AsyncIterator[Chunk]):
         await self.aclose()
 
 
-def _token_logprobs(entry: _core.TokenLogprobs) -> TokenLogprobs:
+def _token_logprobs(entry: _core._TokenLogprobs) -> TokenLogprobs:
     token, top = entry
     return TokenLogprobs(Logprob(*token), tuple(Logprob(*item) for item in top))
 

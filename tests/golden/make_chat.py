@@ -35,7 +35,7 @@ TOKENS = {"bos_token": "<BOS>", "eos_token": "<EOS>", "unk_token": "<UNK>", "pad
 class Generation(jinja2.ext.Extension):
     """{% generation %} of transformers, without its bookkeeping."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012  (as jinja2 declares it)
 
     def parse(self, parser):
         line = next(parser.stream).lineno
@@ -53,7 +53,9 @@ def environment():
         raise jinja2.exceptions.TemplateError(message)
 
     def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return json.dumps(
+            x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
 
     def strftime_now(format):
         return datetime.datetime.fromtimestamp(NOW, datetime.timezone.utc).strftime(format)
@@ -71,13 +73,16 @@ def message(role, content, **more):
     return {"role": role, "content": content, **more}
 
 
-CALL = {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Zürich", "days": 3}}}
+CALL = {
+    "type": "function",
+    "function": {"name": "get_weather", "arguments": {"city": "Zürich", "days": 3}},
+}
 TOOLS = [
     {
         "type": "function",
         "function": {
             "name": "get_weather",
-            "description": "The weather in a city, \"now\" & later",
+            "description": 'The weather in a city, "now" & later',
             "parameters": {
                 "type": "object",
                 "properties": {
@@ -105,7 +110,10 @@ CONVERSATIONS = {
     "thought": {"messages": [SYSTEM, *THOUGHT]},
     "no thinking": {"messages": [USER], "enable_thinking": False},
     "tools": {"messages": [SYSTEM, USER], "tools": TOOLS},
-    "called": {"messages": [*ASKED, message("assistant", "Sunny."), message("user", "Thanks")], "tools": TOOLS},
+    "called": {
+        "messages": [*ASKED, message("assistant", "Sunny."), message("user", "Thanks")],
+        "tools": TOOLS,
+    },
     "asked": {"messages": ASKED, "tools": TOOLS},
     "wrong order": {"messages": [message("assistant", "I first"), USER]},
     "parts": {"messages": [message("user", [{"type": "text", "text": "Hi"}])]},
@@ -123,8 +131,15 @@ EXPRESSIONS = [
     "{{ [0.1, 1e100, 1e16, 123456789012345680.0, 1e15, 1e-4, 1e-5, 1.5e-7, -2.5, 100.0, 0.0, 3] | tojson }}",
     "{{ [true, false, none, 12345678901234567890] | tojson }} {{ {1: 2, none: 3, false: 4} | tojson }}",
     "{{ missing | tojson }}",
-    "{{ missing.x }}", "{{ d.x }}{{ d.x is defined }}", "{{ d.x.y }}", "{{ none.x }}", "{{ 'a' + 1 }}", "{{ 'a' + missing }}",
-    "{{ missing | length }} {{ 'äb' | length }} {{ d | length }} {{ l | count }}", "{{ none | length }}", "{{ 5 | length }}",
+    "{{ missing.x }}",
+    "{{ d.x }}{{ d.x is defined }}",
+    "{{ d.x.y }}",
+    "{{ none.x }}",
+    "{{ 'a' + 1 }}",
+    "{{ 'a' + missing }}",
+    "{{ missing | length }} {{ 'äb' | length }} {{ d | length }} {{ l | count }}",
+    "{{ none | length }}",
+    "{{ 5 | length }}",
     "{% for x in missing %}{{ x }}{% else %}none{% endfor %}",
     "{{ missing is defined }} {{ missing is none }} {{ none is none }} {{ missing == none }} {{ not missing }}",
     "{{ none is iterable }} {{ 'a' is iterable }} {{ l is iterable }} {{ d is iterable }} {{ 1 is iterable }} {{ missing is iterable }}",
@@ -140,7 +155,8 @@ EXPRESSIONS = [
     "{{ 'abc'.startswith('a') }} {{ 'abc'.endswith(('x', 'c')) }} {{ 'abc'.find('c') }} {{ 'b' in 'abc' }} {{ 'k' in d }} {{ 2 in l }} {{ 'x' not in d }}",
     "{{ d.get('k') }} {{ d.get('z') }} {{ d.get('z', 5) }} {{ d['k'] }} {{ d.k }}",
     "{% for k, v in d.items() %}{{ k }}={{ v }},{% endfor %} {% for k in d %}{{ k }}{% endfor %} {{ d.keys() | list }} {{ d.values() | list }} {{ d | items | list }}",
-    "{{ d | dictsort }} {{ d.items() | list }}", "{{ e.items() | list }} {{ e['items'] }} {{ e.get('items') }}",
+    "{{ d | dictsort }} {{ d.items() | list }}",
+    "{{ e.items() | list }} {{ e['items'] }} {{ e.get('items') }}",
     "{{ '%s is %d' | format('a', 5) }} {{ '{} {}'.format('a', 1) }} {{ '{a}'.format(a=1) }}",
     "{{ l | join(', ') }} {{ l | join }} {{ ', '.join(['a', 'b']) }} {{ [1, none, true] | join('-') }}",
     "{{ objects | map(attribute='a') | list }} {{ objects | selectattr('a', 'equalto', 1) | list | length }} {{ objects | rejectattr('b') | list | length }}",
@@ -155,13 +171,22 @@ EXPRESSIONS = [
     "{% macro m(x) %}{% if x is mapping %}{% for k, v in x.items() %}{{ k }}:{{ m(v) }}{% endfor %}{% else %}{{ x }}{% endif %}{% endmacro %}{{ m({'a': {'b': {'c': 1}}}) }}",
     "{% set x %}a{% if true %}b{% endif %}{% endset %}[{{ x }}] {{ x is string }} {% filter upper %}abc{% endfilter %}",
     "{% generation %}{% set y = 1 %}a{% endgeneration %}[{{ y }}]{%- generation -%} b {%- endgeneration -%} c",
-    "a\n  {% if true %}\n  b\n  {% endif %}\n c\n\n", "  {%+ if true %}x{% endif +%}\n  y {#- comment -#}  z\n", "a {%- if true %} b {%- endif %} c\n\n",
+    "a\n  {% if true %}\n  b\n  {% endif %}\n c\n\n",
+    "  {%+ if true %}x{% endif +%}\n  y {#- comment -#}  z\n",
+    "a {%- if true %} b {%- endif %} c\n\n",
     "{{ 'a' if missing }}|{{ 'a' if missing else 'b' }}|{{ 1 and 'x' }}|{{ 0 or 'y' }}|{{ none or missing or 'z' }}|{{ not none }}",
     "{{ 1 == 1.0 }} {{ '1' == 1 }} {{ [1] == [1] }} {{ {'a': 1} == {'a': 1} }} {{ 1 < 2 < 3 }} {{ 'a' < 'b' }} {{ true == 1 }}",
     "{{ -7 // 2 }} {{ -7 % 3 }} {{ 7 % -3 }} {{ 'ab' * 2 }} {{ [1] + [2] }} {{ [0] * 2 }} {{ 5 - 2.5 }} {{ 10 / 5 }}",
     "{{ -2.5 | tojson }} {{ [1.25e-4, 0.001, 12.5, 1234567.125, 1e22, 5e-324, 1.7976931348623157e308] | tojson }}",
-    "{{ raise_exception('no: ' ~ l) }}", "{{ l.append(3) }}", "{{ unknown('x') }}", "{{ 'a' | unknown }}", "{{ 'a'.unknown() }}",
-    "{% if %}", "{{ 'a", "{% for x in l %}", "{{ 1 / 0 }}",
+    "{{ raise_exception('no: ' ~ l) }}",
+    "{{ l.append(3) }}",
+    "{{ unknown('x') }}",
+    "{{ 'a' | unknown }}",
+    "{{ 'a'.unknown() }}",
+    "{% if %}",
+    "{{ 'a",
+    "{% for x in l %}",
+    "{{ 1 / 0 }}",
     "{{ strftime_now('%Y-%m-%d %H:%M:%S %d %b %B %a %A %y %p %I %F %T %%') }} {{ strftime_now('%-d %-m') }}",
     "{% raw %}{{ x }}{% endraw %} {# {{ y }} #} {{ '{{' }} {{ '<b>&' }} {{ '<b>' | safe }}",
     "{% for x in l recursive %}{{ x }}{% endfor %} {% for k, v in [('a', 1), ('b', 2)] %}{{ k }}{{ v }}{% endfor %} {% for x in l if x > 1 %}{{ x }}{{ loop.index }}{% endfor %}",
@@ -185,10 +210,17 @@ def render(source, variables):
 def templates(folder, names):
     for name in names:
         source = (folder / f"{name}.jinja").read_text(encoding="utf-8")
-        yield name, source, {
-            key: render(source, {"tools": None, "documents": None, "add_generation_prompt": True, **variables})
-            for key, variables in CONVERSATIONS.items()
-        }
+        yield (
+            name,
+            source,
+            {
+                key: render(
+                    source,
+                    {"tools": None, "documents": None, "add_generation_prompt": True, **variables},
+                )
+                for key, variables in CONVERSATIONS.items()
+            },
+        )
 
 
 def dump(path, value):
@@ -199,7 +231,10 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     if len(sys.argv) > 2:
         names = sorted(path.stem for path in folder.glob("*.jinja"))
-        cases = {name: {"source": source, "cases": cases} for name, source, cases in templates(folder, names)}
+        cases = {
+            name: {"source": source, "cases": cases}
+            for name, source, cases in templates(folder, names)
+        }
         dump(Path(sys.argv[2]), {"conversations": CONVERSATIONS, "templates": cases})
     else:
         out = Path(__file__).parent / "chat"

@@ -17,10 +17,17 @@ if __name__ == "__main__":
     goldens, out = Path(sys.argv[1]), Path(__file__).parent / "text"
     for kind in KINDS:
         (out / kind).mkdir(parents=True, exist_ok=True)
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        for name in (
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "chat_template.jinja",
+        ):
             if (goldens / kind / name).exists():
                 shutil.copyfile(goldens / kind / name, out / kind / name)
-        tokenizer = json.loads((goldens / kind / "golden.json").read_text(encoding="utf-8"))["tokenizer"]
+        tokenizer = json.loads((goldens / kind / "golden.json").read_text(encoding="utf-8"))[
+            "tokenizer"
+        ]
         golden = {"tokenizer": {"texts": tokenizer["texts"], "chat": tokenizer["chat"]}}
         text = json.dumps(golden, ensure_ascii=False, separators=(",", ":"))
         (out / kind / "golden.json").write_text(text + "\n", encoding="utf-8")

@@ -36,6 +36,8 @@ def main(args: argparse.Namespace) -> int:
                             _print_row(rows, output)
     if output == "json":
         print(json.dumps(rows, indent=1))
+    if output == "md" and (peak := _peak_rss()):
+        print(f"Tokenizing is not included. Peak memory {peak / 2**20:.0f} MiB.", file=sys.stderr)
     return 0
 
 
@@ -104,9 +106,6 @@ def _print_row(rows: list[dict[str, Any]], output: str) -> None:
             f"{row['tokens_per_s_mean']:.2f} ± {row['tokens_per_s_sd']:.2f}",
         )
         print("| " + " | ".join(cells) + " |", flush=True)
-        peak = row["peak_rss_bytes"]
-        if peak:
-            print(f"peak memory of the process: {peak / 2**20:.0f} MiB", file=sys.stderr)
 
 
 def _peak_rss() -> int | None:

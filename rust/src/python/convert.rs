@@ -88,12 +88,17 @@ pub(super) struct News {
 }
 
 impl News {
-    pub(super) fn new(py: Python<'_>, news: driver::News, with_logprobs: bool) -> PyResult<News> {
+    pub(super) fn new(
+        py: Python<'_>,
+        news: driver::News,
+        with_logprobs: bool,
+        vocab: usize,
+    ) -> PyResult<News> {
         Ok(News {
             text: news.text,
             token_ids: news.token_ids,
             logprobs: with_logprobs.then(|| news.logprobs.iter().map(logprobs).collect()),
-            done: news.done.map(|done| Done::new(py, done)).transpose()?,
+            done: news.done.map(|done| Done::new(py, done, vocab)).transpose()?,
         })
     }
 }
@@ -114,11 +119,10 @@ pub(super) struct Done {
 }
 
 impl Done {
-    fn new(py: Python<'_>, done: driver::Done) -> PyResult<Py<Done>> {
+    fn new(py: Python<'_>, done: driver::Done, vocab: usize) -> PyResult<Py<Done>> {
         let rows = |flat: Vec<f32>| {
-            let width = flat.len().checked_div(done.prompt_tokens).unwrap_or(0);
-            let array = PyArray1::from_vec(py, flat).reshape([done.prompt_tokens, width])?;
-            PyResult::Ok(array.unbind())
+            let shape = [flat.len() / vocab, vocab];
+            PyResult::Ok(PyArray1::from_vec(py, flat).reshape(shape)?.unbind())
         };
         let prompt = |entries: Vec<Option<TokenLogprobs>>| {
             entries.iter().map(|entry| entry.as_ref().map(logprobs)).collect()

@@ -160,7 +160,7 @@ impl Ticket {
 }
 
 enum Letter {
-    Submit(Request, Arc<Ticket>),
+    Submit(Box<Request>, Arc<Ticket>),
     Cancel(Arc<Ticket>),
 }
 
@@ -183,7 +183,7 @@ impl Inbox {
     pub(super) fn submit(&self, request: Request, ticket: Arc<Ticket>) -> Result<()> {
         let mut mail = lock(&self.mail);
         mail.check()?;
-        mail.letters.push(Letter::Submit(request, ticket));
+        mail.letters.push(Letter::Submit(Box::new(request), ticket));
         self.arrived.notify_one();
         Ok(())
     }
@@ -268,7 +268,7 @@ fn serve<M: Forward>(mut engine: Engine<M>, inbox: &Inbox, tickets: &mut Vec<Arc
         let mut told = Vec::new();
         for letter in letters {
             match letter {
-                Letter::Submit(request, ticket) => match engine.submit(request) {
+                Letter::Submit(request, ticket) => match engine.submit(*request) {
                     Ok(id) => drop(running.insert(id, ticket)),
                     Err(error) => told.extend(ticket.fail(error).then_some(ticket)),
                 },

@@ -252,6 +252,7 @@ impl Engine {
             inbox: self.inbox.clone(),
             ticket,
             logprobs: logprobs.is_some(),
+            vocab: self.info.vocab_size,
             pid: self.pid,
         })
     }
@@ -348,6 +349,7 @@ struct Request {
     inbox: Arc<Inbox>,
     ticket: Arc<Ticket>,
     logprobs: bool,
+    vocab: usize,
     pid: u32,
 }
 
@@ -368,7 +370,7 @@ impl Request {
             let most = left.map_or(SIGNALS, |left| left.min(SIGNALS));
             let news = py.detach(|| self.ticket.wait(most));
             if let Some(news) = news.map_err(|error| self.exception(py, &error))? {
-                return convert::News::new(py, news, self.logprobs).map(Some);
+                return convert::News::new(py, news, self.logprobs, self.vocab).map(Some);
             }
             py.check_signals()?;
             if left.is_some_and(|left| left <= most) {

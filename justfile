@@ -1,0 +1,62 @@
+# Every check of this project; CI (.ci/run) runs the default recipe. Python comes from VIRTUAL_ENV, else .venv.
+
+set shell := ["bash", "-euo", "pipefail", "-c"]
+
+venv := env("VIRTUAL_ENV", justfile_directory() / ".venv")
+export PATH := venv / "bin:" + env("PATH")
+export VIRTUAL_ENV := venv
+
+# All that CI runs.
+all: lint test-rust test-python isa wheel
+
+# Formatting, lints and types, nothing changed.
+lint:
+    cargo fmt --check
+    cargo clippy --all-targets -- -D warnings
+    cargo clippy --features python -- -D warnings
+    ruff format --check .
+    ruff check .
+    mypy
+    python -m mypy.stubtest ferrule._core
+
+# Format both languages.
+format:
+    cargo fmt
+    ruff format .
+    ruff check --fix .
+
+# Build the extension for the Python tests, in the profile of the Rust tests.
+build:
+    maturin develop --profile dev --skip-install
+
+test-rust *args:
+    cargo test {{ args }}
+
+test-python *args: build
+    pytest -W error {{ args }}
+
+# The tests that compute, with each kernel set that this CPU can run.
+isa: build
+    for isa in $(python -c "from ferrule import _core; print(*_core.kernel_sets())"); do \
+        echo "FERRULE_ISA=$isa"; \
+        FERRULE_ISA=$isa cargo test --lib kernels; \
+        FERRULE_ISA=$isa cargo test --test golden; \
+        FERRULE_ISA=$isa pytest -q tests/test_demo_golden.py tests/test_matrix.py; \
+    done
+
+# A wheel, installed into a clean environment and used from an empty folder; its size; the sdist's files.
+wheel:
+    rm -rf target/dist target/clean
+    maturin build --release --out target/dist
+    maturin sdist --out target/dist
+    tar tzf target/dist/ferrule-*.tar.gz | grep -q 'models/tales-4m/model.safetensors$'
+    test $(cat target/dist/ferrule-*.whl | wc -c) -lt 20000000
+    python -m venv target/clean
+    target/clean/bin/pip install --quiet target/dist/ferrule-*.whl
+    empty=$(mktemp -d) && cd "$empty" && \
+        env -u PYTHONPATH {{ justfile_directory() }}/target/clean/bin/ferrule run "Tell me a story about a cat." && \
+        {{ justfile_directory() }}/target/clean/bin/ferrule info tales-1m && rmdir "$empty"
+
+# The ARM kernel sets under emulation (Debian on x86-64, as root; see tools/arm/README.md).
+arm *args:
+    tools/arm/test.sh {{ args }}
