@@ -107,16 +107,17 @@ macro_rules! instantiate {
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn attend_f32(a: &Attend<'_>, out: &mut [f32], scratch: &mut [f32]) {
-                attention::attend::<$v, attention::F32>(a, out, scratch)
+                // SAFETY: the caller's CPU has the features of this function, which are `softmax`'s.
+                unsafe { attention::attend::<$v, attention::F32>(a, out, scratch, softmax) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn attend_f16(a: &Attend<'_>, out: &mut [f32], scratch: &mut [f32]) {
-                // SAFETY: the caller's CPU has the features of this function, which are `softmax`'s.
+                // SAFETY: as in `attend_f32`.
                 unsafe { attention::attend::<$v, attention::F16>(a, out, scratch, softmax) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn attend_i8(a: &Attend<'_>, out: &mut [f32], scratch: &mut [f32]) {
-                // SAFETY: as in `attend_f16`.
+                // SAFETY: as in `attend_f32`.
                 unsafe { attention::attend::<$v, attention::Int8>(a, out, scratch, softmax) }
             }
             $(#[target_feature(enable = $features)])?
