@@ -65,7 +65,9 @@ class Request:
         self._ids += news.token_ids
         if news.logprobs is not None:
             logprobs = [_token_logprobs(entry) for entry in news.logprobs]
-            self._logprobs = (self._logprobs or []) + logprobs
+            if self._logprobs is None:
+                self._logprobs = []
+            self._logprobs += logprobs
         if news.done is not None:
             self._completion = self._complete(news.done)
         reason = self._completion.finish_reason if self._completion else None
