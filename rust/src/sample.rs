@@ -29,48 +29,23 @@ pub struct Sampling {
 
 impl Default for Sampling {
     fn default() -> Sampling {
-        Sampling {
-            temperature: 1.0,
-            top_k: 0,
-            top_p: 1.0,
-            min_p: 0.0,
-            typical_p: 1.0,
-            repetition_penalty: 1.0,
-            presence_penalty: 0.0,
-            frequency_penalty: 0.0,
-            logit_bias: Vec::new(),
-            seed: 0,
-        }
+        Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0, typical_p: 1.0, repetition_penalty: 1.0, presence_penalty: 0.0, frequency_penalty: 0.0, logit_bias: Vec::new(), seed: 0 }
     }
 }
 
 impl Sampling {
     /// Checks every range; `vocab` bounds the ids of `logit_bias`.
-    pub fn check(&self, _vocab: usize) -> Result<()> {
-        todo!()
-    }
+    pub fn check(&self, _vocab: usize) -> Result<()> { todo!() }
 }
 
 /// A coin in [0, 1): a function of seed and position alone.
-pub fn coin(_seed: u64, _position: u64) -> f64 {
-    todo!()
-}
+pub fn coin(_seed: u64, _position: u64) -> f64 { todo!() }
 
 /// Applies penalties, bias and bans to `logits` in place. `prompt` and `answer` are the ids so far; `banned` ids become -inf.
-pub fn adjust(
-    _s: &Sampling,
-    _logits: &mut [f32],
-    _prompt: &[u32],
-    _answer: &[u32],
-    _banned: &[u32],
-) {
-    todo!()
-}
+pub fn adjust(_s: &Sampling, _logits: &mut [f32], _prompt: &[u32], _answer: &[u32], _banned: &[u32]) { todo!() }
 
 /// Draws from adjusted logits.
-pub fn draw(_s: &Sampling, _logits: &[f32], _coin: f64) -> u32 {
-    todo!()
-}
+pub fn draw(_s: &Sampling, _logits: &[f32], _coin: f64) -> u32 { todo!() }
 
 /// Natural-log probability of an id.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -84,6 +59,4 @@ pub struct Logprob {
 }
 
 /// Log-probability of `id` and the `n` likeliest (descending, ties to the lowest id) under softmax of raw `logits`.
-pub fn logprobs(_logits: &[f32], _id: u32, _n: usize) -> (Logprob, Vec<Logprob>) {
-    todo!()
-}
+pub fn logprobs(_logits: &[f32], _id: u32, _n: usize) -> (Logprob, Vec<Logprob>) { todo!() }

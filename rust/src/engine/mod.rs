@@ -1,7 +1,7 @@
 //! Requests in, tokens out. `step()` is deterministic given its inputs: no clock, no thread inside.
 
-use crate::Result;
 use crate::sample::{Logprob, Sampling};
+use crate::Result;
 
 /// Identifies a request inside one engine.
 pub type RequestId = u64;
@@ -43,19 +43,12 @@ pub struct Request {
 /// Why an answer ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
-pub enum FinishReason {
-    Stop,
-    Length,
-    Cancelled,
-}
+pub enum FinishReason { Stop, Length, Cancelled }
 
 /// One token's log-probability and the likeliest ones.
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs)]
-pub struct TokenLogprobs {
-    pub token: Logprob,
-    pub top: Vec<Logprob>,
-}
+pub struct TokenLogprobs { pub token: Logprob, pub top: Vec<Logprob> }
 
 /// What happened to a request in a step.
 #[derive(Debug)]
