@@ -113,6 +113,8 @@ impl Stored for Int8 {
 
 /// One page of one head.
 struct Page<'a> {
+    /// Where the next page begins, for prefetching only.
+    next: *const u8,
     keys: &'a [u8],
     values: &'a [u8],
     key_scales: &'a [u8],
@@ -121,12 +123,13 @@ struct Page<'a> {
 
 #[inline(always)]
 fn page<'a, S: Stored>(a: &Attend<'a>, index: usize) -> Page<'a> {
-    let start = a.table[index] as usize * a.page_stride + a.head_offset;
-    let bytes = &a.kv[start..][..S::DTYPE.page_bytes(a.d)];
+    let start = |index: usize| a.table[index] as usize * a.page_stride + a.head_offset;
+    let bytes = &a.kv[start(index)..][..S::DTYPE.page_bytes(a.d)];
+    let next = a.kv.as_ptr().wrapping_add(start((index + 1).min(a.table.len() - 1)));
     let (keys, rest) = bytes.split_at(PAGE * a.d * S::WIDTH);
     let (values, scales) = rest.split_at(PAGE * a.d.next_multiple_of(16) * S::WIDTH);
     let (key_scales, value_scales) = scales.split_at(scales.len() / 2);
-    Page { keys, values, key_scales, value_scales }
+    Page { next, keys, values, key_scales, value_scales }
 }
 
 /// Scores of one row to weights, `e^(score - max)`, and 0 outside of `seen`. Gives the maximum and the sum
@@ -276,6 +279,7 @@ fn keys<V: F32x16, S: Stored, const R: usize, const B: usize>(
         let mut k = [V::splat(0.0); B];
         for b in 0..B {
             k[b] = S::load(&lines[b][i * line..][..line]);
+            V::prefetch(page.next.wrapping_add(((first + b) * a.d + i) * line));
         }
         for r in 0..R {
             let q = V::splat(queries[r][i]);
@@ -347,6 +351,11 @@ fn strips<V: F32x16, S: Stored, const R: usize, const N: usize>(
         let rows = page.values.chunks_exact(dp * S::WIDTH).skip(key % PAGE);
         for (i, row) in (0..n).zip(rows) {
             let row = &row[d * S::WIDTH..][..16 * N * S::WIDTH];
+            let next =
+                page.next.wrapping_add(page.keys.len() + ((key % PAGE + i) * dp + d) * S::WIDTH);
+            for at in (0..16 * N * S::WIDTH).step_by(64) {
+                V::prefetch(next.wrapping_add(at));
+            }
             let mut v = [V::splat(0.0); N];
             for n in 0..N {
                 v[n] = S::load(&row[16 * n * S::WIDTH..][..16 * S::WIDTH]);
