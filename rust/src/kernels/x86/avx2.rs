@@ -125,9 +125,9 @@ unsafe fn gemm_q4(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
             let mut t = 0;
             while t < a.m {
                 t += match a.m - t {
-                    4.. => rows_q4::<4>(w, a, y, rb, t),
-                    2.. => rows_q4::<2>(w, a, y, rb, t),
-                    _ => rows_q4::<1>(w, a, y, rb, t),
+                    4.. => rows_q4::<4, 1>(w, a, y, rb, t),
+                    2.. => rows_q4::<2, 2>(w, a, y, rb, t),
+                    _ => rows_q4::<1, 2>(w, a, y, rb, t),
                 };
             }
         }
@@ -142,9 +142,9 @@ unsafe fn gemm_q8(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
             let mut t = 0;
             while t < a.m {
                 t += match a.m - t {
-                    4.. => rows_q8::<4>(w, a, y, rb, t),
-                    2.. => rows_q8::<2>(w, a, y, rb, t),
-                    _ => rows_q8::<1>(w, a, y, rb, t),
+                    4.. => rows_q8::<4, 1>(w, a, y, rb, t),
+                    2.. => rows_q8::<2, 2>(w, a, y, rb, t),
+                    _ => rows_q8::<1, 2>(w, a, y, rb, t),
                 };
             }
         }
@@ -183,12 +183,13 @@ pub(super) unsafe fn scales(codes: *const u8) -> (__m256i, __m256i) {
     (_mm256_add_epi32(low, one), _mm256_add_epi32(_mm256_srli_epi32::<4>(codes), one))
 }
 
-/// Row block `rb` against tokens `t0..t0 + M`. Gives `M`.
+/// Row block `rb` against tokens `t0..t0 + M`, `H` halves of 8 rows at once (both, where the registers hold
+/// them). Gives `M`.
 ///
 /// # Safety
 /// Shapes as `Kernels::gemm` checks them, and `t0 + M <= a.m`.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn rows_q4<const M: usize>(
+unsafe fn rows_q4<const M: usize, const H: usize>(
     w: &[u8],
     a: &Acts<'_>,
     y: &mut [f32],
@@ -208,45 +209,58 @@ unsafe fn rows_q4<const M: usize>(
             for line in 0..Q4_HEADER / 64 {
                 prefetch(p.add(64 * line));
             }
-            for (h, acc) in acc.iter_mut().enumerate() {
-                let mut sum = [zero; M];
+            for h0 in (0..2).step_by(H) {
+                let mut sum = [[zero; H]; M];
                 for t in 0..len / 64 {
-                    let lines = p.add(Q4_HEADER + 512 * t + 32 * h);
-                    let (mut c0, mut c1) = ([zero; M], [zero; M]);
+                    let lines = p.add(Q4_HEADER + 512 * t + 32 * h0);
+                    let (mut c0, mut c1) = ([[zero; H]; M], [[zero; H]; M]);
                     for j in 0..8 {
-                        prefetch(lines.add(64 * j));
-                        let v = _mm256_load_si256(lines.add(64 * j).cast());
-                        let lo = _mm256_and_si256(v, nibble);
-                        let hi = _mm256_and_si256(_mm256_srli_epi16::<4>(v), nibble);
+                        if h0 == 0 {
+                            prefetch(lines.add(64 * j));
+                        }
+                        let (mut lo, mut hi) = ([zero; H], [zero; H]);
+                        for h in 0..H {
+                            let v = _mm256_load_si256(lines.add(64 * j + 32 * h).cast());
+                            lo[h] = _mm256_and_si256(v, nibble);
+                            hi[h] = _mm256_and_si256(_mm256_srli_epi16::<4>(v), nibble);
+                        }
                         for i in 0..M {
                             let q = q.add(i * len + 64 * t);
-                            let x = _mm256_maddubs_epi16(lo, four(q, j));
-                            c0[i] = _mm256_add_epi16(c0[i], x);
-                            let x = _mm256_maddubs_epi16(hi, four(q, j + 8));
-                            c1[i] = _mm256_add_epi16(c1[i], x);
+                            let (x0, x1) = (four(q, j), four(q, j + 8));
+                            for h in 0..H {
+                                let x = _mm256_maddubs_epi16(lo[h], x0);
+                                c0[i][h] = _mm256_add_epi16(c0[i][h], x);
+                                let x = _mm256_maddubs_epi16(hi[h], x1);
+                                c1[i][h] = _mm256_add_epi16(c1[i][h], x);
+                            }
                         }
                     }
-                    let (s0, s1) = scales(p.add(64 + 16 * t + 8 * h));
-                    // The scale in both halves of a lane: vpmaddwd multiplies and adds the two sums.
-                    let s0 = _mm256_or_si256(s0, _mm256_slli_epi32::<16>(s0));
-                    let s1 = _mm256_or_si256(s1, _mm256_slli_epi32::<16>(s1));
-                    let mn = _mm_load_si128(p.add(128 + 32 * t + 16 * h).cast());
-                    let mn = _mm256_cvtepi8_epi16(mn);
-                    for i in 0..M {
-                        let x = _mm256_add_epi32(
-                            _mm256_madd_epi16(c0[i], s0),
-                            _mm256_madd_epi16(c1[i], s1),
-                        );
-                        let pair = a.sums.as_ptr().add(at + i).cast::<i32>().add(t);
-                        let pair = _mm256_set1_epi32(pair.read_unaligned());
-                        let x = _mm256_sub_epi32(x, _mm256_madd_epi16(mn, pair));
-                        sum[i] = _mm256_add_epi32(sum[i], x);
+                    for h in 0..H {
+                        let (s0, s1) = scales(p.add(64 + 16 * t + 8 * (h0 + h)));
+                        // The scale in both halves of a lane: vpmaddwd multiplies and adds the two sums.
+                        let s0 = _mm256_or_si256(s0, _mm256_slli_epi32::<16>(s0));
+                        let s1 = _mm256_or_si256(s1, _mm256_slli_epi32::<16>(s1));
+                        let mn = _mm_load_si128(p.add(128 + 32 * t + 16 * (h0 + h)).cast());
+                        let mn = _mm256_cvtepi8_epi16(mn);
+                        for i in 0..M {
+                            let x = _mm256_add_epi32(
+                                _mm256_madd_epi16(c0[i][h], s0),
+                                _mm256_madd_epi16(c1[i][h], s1),
+                            );
+                            let pair = a.sums.as_ptr().add(at + i).cast::<i32>().add(t);
+                            let pair = _mm256_set1_epi32(pair.read_unaligned());
+                            let x = _mm256_sub_epi32(x, _mm256_madd_epi16(mn, pair));
+                            sum[i][h] = _mm256_add_epi32(sum[i][h], x);
+                        }
                     }
                 }
-                let d = _mm256_load_ps(p.cast::<f32>().add(8 * h));
-                for i in 0..M {
-                    let scale = _mm256_mul_ps(d, _mm256_set1_ps(*a.s.get_unchecked(at + i)));
-                    acc[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[i]), scale, acc[i]);
+                for h in 0..H {
+                    let d = _mm256_load_ps(p.cast::<f32>().add(8 * (h0 + h)));
+                    for i in 0..M {
+                        let scale = _mm256_mul_ps(d, _mm256_set1_ps(*a.s.get_unchecked(at + i)));
+                        let dot = _mm256_cvtepi32_ps(sum[i][h]);
+                        acc[h0 + h][i] = _mm256_fmadd_ps(dot, scale, acc[h0 + h][i]);
+                    }
                 }
             }
             p = p.add(Q4_HEADER + len / 2 * ROWS);
@@ -261,7 +275,7 @@ unsafe fn rows_q4<const M: usize>(
 /// # Safety
 /// As [`rows_q4`].
 #[target_feature(enable = "avx2,fma")]
-unsafe fn rows_q8<const M: usize>(
+unsafe fn rows_q8<const M: usize, const H: usize>(
     w: &[u8],
     a: &Acts<'_>,
     y: &mut [f32],
@@ -278,23 +292,33 @@ unsafe fn rows_q8<const M: usize>(
             let q = a.q.as_ptr().add(b * BLOCK * a.m + t0 * len);
             let at = b * a.m + t0;
             prefetch(p);
-            for (h, acc) in acc.iter_mut().enumerate() {
-                let lines = p.add(Q8_HEADER + 32 * h);
-                let mut sum = [_mm256_setzero_si256(); M];
+            for h0 in (0..2).step_by(H) {
+                let lines = p.add(Q8_HEADER + 32 * h0);
+                let mut sum = [[_mm256_setzero_si256(); H]; M];
                 for j in 0..len / 4 {
-                    prefetch(lines.add(64 * j));
-                    let v = _mm256_load_si256(lines.add(64 * j).cast());
-                    let size = _mm256_abs_epi8(v);
+                    if h0 == 0 {
+                        prefetch(lines.add(64 * j));
+                    }
+                    let mut v = [_mm256_setzero_si256(); H];
+                    for h in 0..H {
+                        v[h] = _mm256_load_si256(lines.add(64 * j + 32 * h).cast());
+                    }
                     for i in 0..M {
-                        let x = _mm256_sign_epi8(four(q.add(i * len), j), v);
-                        let x = _mm256_madd_epi16(_mm256_maddubs_epi16(size, x), ones);
-                        sum[i] = _mm256_add_epi32(sum[i], x);
+                        let x = four(q.add(i * len), j);
+                        for h in 0..H {
+                            let x = _mm256_sign_epi8(x, v[h]);
+                            let x = _mm256_maddubs_epi16(_mm256_abs_epi8(v[h]), x);
+                            sum[i][h] = _mm256_add_epi32(sum[i][h], _mm256_madd_epi16(x, ones));
+                        }
                     }
                 }
-                let d = _mm256_load_ps(p.cast::<f32>().add(8 * h));
-                for i in 0..M {
-                    let scale = _mm256_mul_ps(d, _mm256_set1_ps(*a.s.get_unchecked(at + i)));
-                    acc[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[i]), scale, acc[i]);
+                for h in 0..H {
+                    let d = _mm256_load_ps(p.cast::<f32>().add(8 * (h0 + h)));
+                    for i in 0..M {
+                        let scale = _mm256_mul_ps(d, _mm256_set1_ps(*a.s.get_unchecked(at + i)));
+                        let dot = _mm256_cvtepi32_ps(sum[i][h]);
+                        acc[h0 + h][i] = _mm256_fmadd_ps(dot, scale, acc[h0 + h][i]);
+                    }
                 }
             }
             p = p.add(Q8_HEADER + len * ROWS);
