@@ -49,7 +49,7 @@ wheel:
     rm -rf target/dist target/clean
     maturin build --release --out target/dist
     maturin sdist --out target/dist
-    tar tzf target/dist/ferrule-*.tar.gz | grep -q 'models/tales-4m/model.safetensors$'
+    tar tzf target/dist/ferrule-*.tar.gz '*/models/tales-4m/model.safetensors' '*/LICENSE'
     test $(cat target/dist/ferrule-*.whl | wc -c) -lt 20000000
     python -m venv target/clean
     target/clean/bin/pip install --quiet target/dist/ferrule-*.whl
