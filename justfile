@@ -49,7 +49,9 @@ wheel:
     rm -rf target/dist target/clean
     maturin build --release --out target/dist
     maturin sdist --out target/dist
-    tar tzf target/dist/ferrule-*.tar.gz '*/models/tales-4m/model.safetensors' '*/LICENSE'
+    tar tzf target/dist/ferrule-*.tar.gz > target/dist/files
+    grep 'models/tales-4m/model.safetensors$' target/dist/files
+    grep 'python/ferrule/_core.pyi$' target/dist/files
     test $(cat target/dist/ferrule-*.whl | wc -c) -lt 20000000
     python -m venv target/clean
     target/clean/bin/pip install --quiet target/dist/ferrule-*.whl
