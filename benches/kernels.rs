@@ -264,6 +264,9 @@ fn read_any(lines: &[[u8; 64]], prefetch: impl Fn(&[u8; 64])) -> u8 {
 /// Operations a second of the set's best integer instruction, from registers; a multiplication and an
 /// addition are two operations.
 fn peak(set: &Kernels, threads: usize) -> Option<f64> {
+    #[cfg(not(target_arch = "x86_64"))]
+    let (best, _) = (None, (set, threads)); // no such loops here
+    #[cfg(target_arch = "x86_64")]
     let mut best = None;
     #[cfg(target_arch = "x86_64")]
     for (name, loop_, ops) in x86::peaks(set.name()) {

@@ -133,6 +133,32 @@ fn reference_logits_and_greedy_ids() {
 }
 
 #[test]
+fn hidden_states_of_every_layer() {
+    for folder in goldens() {
+        let golden = Golden::open(&folder);
+        let model = load(&folder, options(Quantization::None)).unwrap();
+        let ids = golden.ints("p33.ids").unwrap();
+        let mut session = Session::new(&model);
+        let chunk = Chunk { tokens: &ids, start: 0, pages: &session.pages, wanted: Wanted::None };
+        let states = model.hidden_states(&mut session.kv, &[chunk]).unwrap();
+        assert_eq!(states.len(), model.spec.layers.len() + 1);
+        for (i, found) in states.iter().enumerate() {
+            let name = match i {
+                0 => "p33.hidden.embed".to_owned(),
+                _ => format!("p33.hidden.layer.{}", i - 1),
+            };
+            let expected = golden.floats(&name); // of the last positions
+            let found = &found[found.len() - expected.len()..];
+            let largest = expected.iter().fold(1.0f32, |m, x| m.max(x.abs()));
+            for (j, (f, e)) in found.iter().zip(&expected).enumerate() {
+                let off = (f - e).abs() / largest;
+                assert!(off <= 1e-4, "{folder:?} {name} [{j}]: found {f}, expected {e}");
+            }
+        }
+    }
+}
+
+#[test]
 fn chunks_batches_threads_and_sets_do_not_change_a_bit() {
     for folder in goldens() {
         let golden = Golden::open(&folder);

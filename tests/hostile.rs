@@ -244,6 +244,14 @@ fn the_packed_cache_survives_truncation_and_nonsense() {
     other[20] ^= 1;
     fs::write(file(), &other).unwrap();
     assert_eq!(open(), expected, "after another key");
+    // Several writers at once, in one process: each gives the right answer, one whole file is left.
+    fs::remove_file(file()).unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| assert_eq!(open(), expected));
+        }
+    });
+    assert_eq!(fs::read(file()).unwrap(), whole, "after three writers");
 }
 
 /// A one-layer Llama whose packed weights exceed the size that is worth caching.

@@ -71,11 +71,17 @@ def test_fields_survive_pickling() -> None:
     assert (again.prompt_tokens, again.max_tokens, again.context_length) == (3, None, 2)
 
 
+def test_the_default_of_the_model_gives_way_to_the_context(llm: LLM) -> None:
+    ids = [17] * (llm.info.context_length - 5)
+    answer = llm.generate(ids, temperature=0, ignore_eos=True)
+    assert (len(answer.token_ids), answer.finish_reason) == (5, "length")
+
+
 def test_context_length(llm: LLM) -> None:
     with pytest.raises(ferrule.ContextLengthError, match="1024") as caught:
         llm.generate([7] * 1024)
     assert caught.value.prompt_tokens == 1024
-    assert caught.value.max_tokens == 256
+    assert caught.value.max_tokens is None
     assert caught.value.context_length == 1024
     with pytest.raises(ferrule.ContextLengthError):
         next(llm.stream(STORY, max_tokens=1024))

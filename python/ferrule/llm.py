@@ -424,6 +424,10 @@ class LLM:
     def _job(self, ids: list[int], params: Params, fields: Fields, sample: int = 0) -> _Job:
         params = replace(params or SamplingParams(), **fields)
         out = self._defaults.fill(params)
+        if params.max_tokens is None and out["max_tokens"] is not None:
+            # The model's own default gives way to the context; what the caller asks for does not.
+            room = self.info.context_length - len(ids)
+            out["max_tokens"] = min(out["max_tokens"], room) if room > 0 else None
         number = next(self._numbers)
         if params.seed is None:
             digest = blake2b(f"{self._seed}/{number}".encode(), digest_size=7).digest()

@@ -16,6 +16,7 @@
 use super::float::{exp, softcap, tree};
 use super::simd::F32x16;
 use super::{array, array_mut, cast};
+use std::ops::Range;
 
 /// Positions of a page.
 pub const PAGE: usize = 64;
@@ -112,6 +113,8 @@ impl Stored for Int8 {
 
 /// One page of one head.
 struct Page<'a> {
+    /// Where the next page begins, for prefetching only.
+    next: *const u8,
     keys: &'a [u8],
     values: &'a [u8],
     key_scales: &'a [u8],
@@ -120,17 +123,52 @@ struct Page<'a> {
 
 #[inline(always)]
 fn page<'a, S: Stored>(a: &Attend<'a>, index: usize) -> Page<'a> {
-    let start = a.table[index] as usize * a.page_stride + a.head_offset;
-    let bytes = &a.kv[start..][..S::DTYPE.page_bytes(a.d)];
+    let start = |index: usize| a.table[index] as usize * a.page_stride + a.head_offset;
+    let bytes = &a.kv[start(index)..][..S::DTYPE.page_bytes(a.d)];
+    let next = a.kv.as_ptr().wrapping_add(start((index + 1).min(a.table.len() - 1)));
     let (keys, rest) = bytes.split_at(PAGE * a.d * S::WIDTH);
     let (values, scales) = rest.split_at(PAGE * a.d.next_multiple_of(16) * S::WIDTH);
     let (key_scales, value_scales) = scales.split_at(scales.len() / 2);
-    Page { keys, values, key_scales, value_scales }
+    Page { next, keys, values, key_scales, value_scales }
 }
 
-/// `out`: `[rows, dp]`. `scratch`: [`scratch_len`] floats.
+/// Scores of one row to weights, `e^(score - max)`, and 0 outside of `seen`. Gives the maximum and the sum
+/// of the weights.
 #[inline(always)]
-pub(super) fn attend<V: F32x16, S: Stored>(a: &Attend<'_>, out: &mut [f32], scratch: &mut [f32]) {
+pub(super) fn softmax(row: &mut [f32], seen: Range<usize>, cap: Option<f32>) -> (f32, f32) {
+    row[..seen.start].fill(f32::NEG_INFINITY);
+    row[seen.end..].fill(f32::NEG_INFINITY);
+    if let Some(cap) = cap {
+        softcap(&mut row[seen], cap);
+    }
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    for s in row.as_chunks::<16>().0 {
+        for i in 0..16 {
+            lanes[i] = lanes[i].max(s[i]);
+        }
+    }
+    let m = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
+    let mut lanes = [0.0f32; 16];
+    for s in row.as_chunks_mut::<16>().0 {
+        for i in 0..16 {
+            s[i] = exp(s[i] - m);
+            lanes[i] += s[i];
+        }
+    }
+    (m, tree(lanes))
+}
+
+/// `out`: `[rows, dp]`. `scratch`: [`scratch_len`] floats. `softmax` is [`softmax`] compiled for the set.
+///
+/// # Safety
+/// The CPU has the features that `softmax` was compiled for.
+#[inline(always)]
+pub(super) unsafe fn attend<V: F32x16, S: Stored>(
+    a: &Attend<'_>,
+    out: &mut [f32],
+    scratch: &mut [f32],
+    softmax: unsafe fn(&mut [f32], Range<usize>, Option<f32>) -> (f32, f32),
+) {
     let rows = a.seen.len();
     let dp = a.d.next_multiple_of(16);
     let (scores, sums) = scratch.split_at_mut(rows * CHUNK);
@@ -165,26 +203,8 @@ pub(super) fn attend<V: F32x16, S: Stored>(a: &Attend<'_>, out: &mut [f32], scra
                 row.fill(0.0);
                 continue;
             }
-            row[..seen.start].fill(f32::NEG_INFINITY);
-            row[seen.end..].fill(f32::NEG_INFINITY);
-            if let Some(cap) = a.softcap {
-                softcap(&mut row[seen.clone()], cap);
-            }
-            let mut lanes = [f32::NEG_INFINITY; 16];
-            for s in row.as_chunks::<16>().0 {
-                for i in 0..16 {
-                    lanes[i] = lanes[i].max(s[i]);
-                }
-            }
-            let m = lanes.into_iter().fold(f32::NEG_INFINITY, f32::max);
-            let mut lanes = [0.0f32; 16];
-            for s in row.as_chunks_mut::<16>().0 {
-                for i in 0..16 {
-                    s[i] = exp(s[i] - m);
-                    lanes[i] += s[i];
-                }
-            }
-            (chunk_max[r], chunk_total[r]) = (m, tree(lanes));
+            // SAFETY: the caller's set, whose features the CPU has.
+            (chunk_max[r], chunk_total[r]) = unsafe { softmax(row, seen, a.softcap) };
         }
         let mut r = 0;
         while r < rows {
@@ -223,7 +243,7 @@ fn score<V: F32x16, S: Stored, const R: usize, const B: usize>(
     r: usize,
     scores: &mut [f32],
     chunk: usize,
-    blocks: &std::ops::Range<usize>,
+    blocks: &Range<usize>,
 ) -> usize {
     let mut key = blocks.start;
     while key < blocks.end {
@@ -256,20 +276,24 @@ fn keys<V: F32x16, S: Stored, const R: usize, const B: usize>(
         std::array::from_fn(|b| &page.keys[(first + b) * a.d * line..][..a.d * line]);
     let mut acc = [[V::splat(0.0); B]; R];
     for i in 0..a.d {
-        let k: [V; B] = std::array::from_fn(|b| S::load(&lines[b][i * line..][..line]));
-        for (acc, q) in acc.iter_mut().zip(queries) {
-            let q = V::splat(q[i]);
+        let mut k = [V::splat(0.0); B];
+        for b in 0..B {
+            k[b] = S::load(&lines[b][i * line..][..line]);
+            V::prefetch(page.next.wrapping_add(((first + b) * a.d + i) * line));
+        }
+        for r in 0..R {
+            let q = V::splat(queries[r][i]);
             for b in 0..B {
-                acc[b] = k[b].fma(q, acc[b]);
+                acc[r][b] = k[b].fma(q, acc[r][b]);
             }
         }
     }
     let scale = V::splat(a.scale);
-    for (i, acc) in acc.iter().enumerate() {
-        for (b, &acc) in acc.iter().enumerate() {
+    for i in 0..R {
+        for b in 0..B {
             let acc = match S::DTYPE {
-                KvDtype::F32 | KvDtype::F16 => acc,
-                KvDtype::Int8 => acc.mul(scales(page.key_scales, first + b)),
+                KvDtype::F32 | KvDtype::F16 => acc[i][b],
+                KvDtype::Int8 => acc[i][b].mul(scales(page.key_scales, first + b)),
             };
             acc.mul(scale).store(array_mut(scores, (r + i) * CHUNK + key + 16 * b));
         }
@@ -290,7 +314,7 @@ fn sum<V: F32x16, S: Stored, const R: usize>(
     r: usize,
     scores: &[f32],
     sums: &mut [f32],
-    keys: std::ops::Range<usize>,
+    keys: Range<usize>,
     chunk: usize,
 ) -> usize {
     let dp = a.d.next_multiple_of(16);
@@ -312,7 +336,7 @@ fn strips<V: F32x16, S: Stored, const R: usize, const N: usize>(
     r: usize,
     scores: &[f32],
     sums: &mut [f32],
-    keys: &std::ops::Range<usize>,
+    keys: &Range<usize>,
     chunk: usize,
     d: usize,
 ) -> usize {
@@ -327,26 +351,33 @@ fn strips<V: F32x16, S: Stored, const R: usize, const N: usize>(
         let rows = page.values.chunks_exact(dp * S::WIDTH).skip(key % PAGE);
         for (i, row) in (0..n).zip(rows) {
             let row = &row[d * S::WIDTH..][..16 * N * S::WIDTH];
-            let v: [V; N] =
-                std::array::from_fn(|i| S::load(&row[16 * i * S::WIDTH..][..16 * S::WIDTH]));
+            let next =
+                page.next.wrapping_add(page.keys.len() + ((key % PAGE + i) * dp + d) * S::WIDTH);
+            for at in (0..16 * N * S::WIDTH).step_by(64) {
+                V::prefetch(next.wrapping_add(at));
+            }
+            let mut v = [V::splat(0.0); N];
+            for n in 0..N {
+                v[n] = S::load(&row[16 * n * S::WIDTH..][..16 * S::WIDTH]);
+            }
             let scale = match S::DTYPE {
                 KvDtype::F32 | KvDtype::F16 => 1.0,
                 KvDtype::Int8 => {
                     f32::from_le_bytes(*array(page.value_scales, (key % PAGE + i) * 4))
                 }
             };
-            for (acc, weights) in acc.iter_mut().zip(weights) {
-                let w = V::splat(weights[i] * scale);
+            for r in 0..R {
+                let w = V::splat(weights[r][i] * scale);
                 for n in 0..N {
-                    acc[n] = v[n].fma(w, acc[n]);
+                    acc[r][n] = v[n].fma(w, acc[r][n]);
                 }
             }
         }
         key += n;
     }
-    for (i, acc) in acc.iter().enumerate() {
-        for (n, acc) in acc.iter().enumerate() {
-            acc.store(array_mut(sums, (r + i) * dp + d + 16 * n));
+    for i in 0..R {
+        for n in 0..N {
+            acc[i][n].store(array_mut(sums, (r + i) * dp + d + 16 * n));
         }
     }
     16 * N

@@ -1,5 +1,7 @@
 //! The float kernels, written once for every instruction set: plain loops that a compiler may put into
 //! vectors without changing a bit, and loops over [`F32x16`]. `instantiate!` compiles them for one set.
+//! Everything on the way is inlined into a function with the set's CPU features; a closure handed to the
+//! standard library might not be, so none touches an [`F32x16`], and arrays of them are indexed.
 //!
 //! Orders that every set keeps: a dot product is one chain of fused multiply-adds, k ascending, one chain
 //! per output; a sum over a row is 16 partial sums by index modulo 16, ascending, then a tree 8-4-2-1.
@@ -93,17 +95,30 @@ macro_rules! instantiate {
             unsafe fn softcap(x: &mut [f32], cap: f32) {
                 float::softcap(x, cap)
             }
+            // Apart, or the constants of `exp` would take registers from the loops around it.
+            #[inline(never)]
+            $(#[target_feature(enable = $features)])?
+            unsafe fn softmax(
+                row: &mut [f32],
+                seen: std::ops::Range<usize>,
+                cap: Option<f32>,
+            ) -> (f32, f32) {
+                attention::softmax(row, seen, cap)
+            }
             $(#[target_feature(enable = $features)])?
             unsafe fn attend_f32(a: &Attend<'_>, out: &mut [f32], scratch: &mut [f32]) {
-                attention::attend::<$v, attention::F32>(a, out, scratch)
+                // SAFETY: the caller's CPU has the features of this function, which are `softmax`'s.
+                unsafe { attention::attend::<$v, attention::F32>(a, out, scratch, softmax) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn attend_f16(a: &Attend<'_>, out: &mut [f32], scratch: &mut [f32]) {
-                attention::attend::<$v, attention::F16>(a, out, scratch)
+                // SAFETY: as in `attend_f32`.
+                unsafe { attention::attend::<$v, attention::F16>(a, out, scratch, softmax) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn attend_i8(a: &Attend<'_>, out: &mut [f32], scratch: &mut [f32]) {
-                attention::attend::<$v, attention::Int8>(a, out, scratch)
+                // SAFETY: as in `attend_f32`.
+                unsafe { attention::attend::<$v, attention::Int8>(a, out, scratch, softmax) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn write_f32(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
@@ -220,7 +235,10 @@ fn tile<V: F32x16, S: Stored, const M: usize, const R: usize>(
     let rows: [&[u8]; R] = std::array::from_fn(|r| &w[r * k * line..][..k * line]);
     let xs: [&[f32]; M] = std::array::from_fn(|t| &x[t * k..][..k]);
     for i in 0..k {
-        let w: [V; R] = std::array::from_fn(|r| S::load(&rows[r][i * line..][..line]));
+        let mut w = [V::splat(0.0); R];
+        for r in 0..R {
+            w[r] = S::load(&rows[r][i * line..][..line]);
+        }
         for t in 0..M {
             let x = V::splat(xs[t][i]);
             for r in 0..R {

@@ -31,7 +31,7 @@ pub struct Acts<'a> {
     pub m: usize,
     /// Inputs, a multiple of 64.
     pub k: usize,
-    /// Values, `m * k` of them.
+    /// Values, `m * k` of them. AMX reads lines of 64 bytes: faster from a multiple of 64 bytes.
     pub q: &'a [i8],
     /// Scale of block `b` of token `t` at `b * m + t`.
     pub s: &'a [f32],

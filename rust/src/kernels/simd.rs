@@ -20,6 +20,8 @@ pub(super) trait F32x16: Copy {
     /// `self * a + b` with one rounding.
     fn fma(self, a: Self, b: Self) -> Self;
     fn mul(self, a: Self) -> Self;
+    /// Asks for the line at an address, any address, into L2. Speed only.
+    fn prefetch(_: *const u8) {}
 }
 
 /// The specification of [`F32x16`].

@@ -13,9 +13,11 @@ use super::weights::Plan;
 use crate::backend::cpu::{Bytes, Mat};
 use crate::file::{self, Checkpoint};
 use std::fs::{self, File};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Changes whenever the packed order, a form or a quantizer does.
 const MAGIC: &[u8; 16] = b"ferrule packed 1";
@@ -67,16 +69,29 @@ impl Cache {
 
     /// A file of one's own to fill; `None` if that can't be had.
     pub(super) fn writer(&self, plans: &[Plan]) -> Option<Writer> {
-        fs::create_dir_all(self.path.parent()?).ok()?;
-        let own = self.path.with_extension(format!("{}.tmp", std::process::id()));
-        let file = File::create_new(&own).or_else(|_| {
-            // Left by a process that died and had our number.
-            fs::remove_file(&own)?;
-            File::create_new(&own)
-        });
-        let mut file = BufWriter::with_capacity(1 << 20, file.ok()?);
+        let dir = self.path.parent()?;
+        fs::create_dir_all(dir).ok()?;
+        sweep(dir);
+        // A name that no other writer has, in this process or another, on this machine or one that shares the disk.
+        let random = RandomState::new().build_hasher().finish();
+        let own = self.path.with_extension(format!("{random:016x}.tmp"));
+        let mut file = BufWriter::with_capacity(1 << 20, File::create_new(&own).ok()?);
         let good = file.write_all(&self.header).is_ok();
         Some(Writer { file, own, path: self.path.clone(), left: plans.len(), good, renamed: false })
+    }
+}
+
+/// Removes what writers that died have left a day ago or earlier.
+fn sweep(dir: &Path) {
+    const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+    let Ok(entries) = fs::read_dir(dir) else { return };
+    for path in entries.flatten().map(|entry| entry.path()) {
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned());
+        let ours = name.is_some_and(|name| name.ends_with(".tmp") && name.len() == 64 + 1 + 16 + 4);
+        let age = fs::metadata(&path).and_then(|m| m.modified()).map(|t| t.elapsed());
+        if ours && matches!(age, Ok(Ok(age)) if age > DAY) {
+            let _ = fs::remove_file(path); // another process may have been faster
+        }
     }
 }
 

@@ -178,6 +178,27 @@ impl<B: Backend> Forward for Model<B> {
         batch: &[Chunk<'_>],
         interrupt: &AtomicBool,
     ) -> Result<Vec<f32>> {
+        self.run(kv, batch, interrupt, &mut |_| {})
+    }
+}
+
+impl<B: Backend> Model<B> {
+    /// The hidden states of every position of a batch, f32 `[rows, hidden]` each: the first layer's input, then
+    /// each layer's output after its residual sums. For tests and evaluation.
+    pub fn hidden_states(&self, kv: &mut Kv<B>, batch: &[Chunk<'_>]) -> Result<Vec<Vec<f32>>> {
+        let mut all = Vec::new();
+        self.run(kv, batch, &AtomicBool::new(false), &mut |x| all.push(self.backend.read(x)))?;
+        Ok(all)
+    }
+
+    /// `see` is shown the residual stream before the first layer and after each.
+    fn run(
+        &self,
+        kv: &mut Kv<B>,
+        batch: &[Chunk<'_>],
+        interrupt: &AtomicBool,
+        see: &mut dyn FnMut(&B::Buf),
+    ) -> Result<Vec<f32>> {
         let (b, s) = (&self.backend, &self.spec);
         let (mut ids, mut positions, mut wanted) = (Vec::new(), Vec::new(), Vec::new());
         let mut spans: Vec<Vec<Span<'_>>> = vec![Vec::new(); self.windows.len()];
@@ -199,12 +220,14 @@ impl<B: Backend> Forward for Model<B> {
         let tables: Vec<_> = s.ropes.iter().map(rope).collect();
 
         b.embed(&self.weights.embed, &ids, s.embed_scale, &mut kv.x);
+        see(&kv.x);
         for (l, w) in self.weights.layers.iter().enumerate() {
             if interrupt.load(Ordering::Relaxed) {
                 return Err(Error::Interrupted);
             }
             self.attend(l, w, kv, &tables[s.layers[l].rope], &spans[self.group_of[l]]);
             self.feed_forward(w, kv);
+            see(&kv.x);
         }
         if wanted.is_empty() {
             return Ok(Vec::new());

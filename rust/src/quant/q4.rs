@@ -79,14 +79,18 @@ fn best(w: &[f32; GROUP]) -> (f32, f32) {
         // Centre the 16 codes on the range, then move the offset to the mean of what it left over.
         let centre = (7.5 * sc - 0.5 * (lo + hi)).round_ties_even();
         let q = codes(w, sc, centre);
-        let rest: [f32; GROUP] = std::array::from_fn(|i| q[i] * sc - w[i]);
+        let mut rest = [0.0; GROUP];
+        for i in 0..GROUP {
+            rest[i] = q[i] * sc - w[i];
+        }
         let mean = fold(&rest, |a, b| a + b) / GROUP as f32;
         let mn = mean.round_ties_even().clamp(lowest, MAX);
         let q = codes(w, sc, mn);
-        let squares: [f32; GROUP] = std::array::from_fn(|i| {
+        let mut squares = [0.0; GROUP];
+        for i in 0..GROUP {
             let e = q[i] * sc - mn - w[i];
-            e * e
-        });
+            squares[i] = e * e;
+        }
         let error = fold(&squares, |a, b| a + b);
         if error < least {
             (least, found) = (error, (sc, mn));
@@ -99,7 +103,12 @@ fn best(w: &[f32; GROUP]) -> (f32, f32) {
 #[inline(always)]
 fn codes(w: &[f32; GROUP], sc: f32, mn: f32) -> [f32; GROUP] {
     let inv = 1.0 / sc;
-    w.map(|v| ((v + mn) * inv).round_ties_even().clamp(0.0, 15.0))
+    let mut q = [0.0; GROUP];
+    for i in 0..GROUP {
+        // A loop: a closure handed to the standard library would miss the caller's CPU features.
+        q[i] = ((w[i] + mn) * inv).round_ties_even().clamp(0.0, 15.0);
+    }
+    q
 }
 
 /// Combines 32 values in a tree (16, 8, 4, 2, 1), which a compiler may do in vectors.

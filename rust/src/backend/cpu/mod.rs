@@ -151,11 +151,14 @@ impl Cpu {
     fn quantize<'a>(&self, x: &Buf, first: usize, m: usize, buf: &'a mut ActBuf) -> Acts<'a> {
         let k = layout::padded_k(x.width);
         let blocks = k.div_ceil(BLOCK);
-        buf.q.resize(m * k, 0);
+        // The values start at a line of the cache, as the tiles of AMX like them.
+        buf.q.resize(m * k + 64, 0);
+        let start = buf.q.as_ptr().addr().wrapping_neg() % 64;
+        let values = &mut buf.q[start..start + m * k];
         buf.s.resize(m * blocks, 0.0);
         buf.sums.resize(m * blocks, [0; GROUPS]);
         buf.totals.resize(m * blocks, 0);
-        let (q, s) = (Disjoint::new(&mut buf.q), Disjoint::new(&mut buf.s));
+        let (q, s) = (Disjoint::new(values), Disjoint::new(&mut buf.s));
         let (sums, totals) = (Disjoint::new(&mut buf.sums), Disjoint::new(&mut buf.totals));
         self.each(m, 4, |t| {
             for b in 0..blocks {
@@ -175,7 +178,14 @@ impl Cpu {
                 (s[0], totals[0]) = self.kernels.quantize(x, q, &mut sums[0]);
             }
         });
-        Acts { m, k, q: &buf.q, s: &buf.s, sums: &buf.sums, totals: &buf.totals }
+        Acts {
+            m,
+            k,
+            q: &buf.q[start..start + m * k],
+            s: &buf.s,
+            sums: &buf.sums,
+            totals: &buf.totals,
+        }
     }
 
     /// One matrix product: `out` takes `x w^T + bias` as `into` says.

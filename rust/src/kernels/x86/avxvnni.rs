@@ -231,7 +231,7 @@ unsafe fn tile<const T: usize, const UNPACKED: bool>(
             let mut w = [_mm256_load_si256(line.cast()), _mm256_load_si256(line.add(32).cast())];
             if !UNPACKED {
                 avx2::prefetch(line);
-                w = w.map(|w| _mm256_xor_si256(w, flip));
+                w = [_mm256_xor_si256(w[0], flip), _mm256_xor_si256(w[1], flip)];
             }
             for (i, c) in c.iter_mut().enumerate() {
                 let x = avx2::four(q.add(i * len), j);
