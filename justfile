@@ -1,8 +1,9 @@
-# Every check of this project; CI (.ci/run) runs the default recipe. Python comes from VIRTUAL_ENV, else .venv.
+# Every check of this project; CI (.ci/run) runs the default recipe. Python comes from .venv, or from
+# the environment that FERRULE_VENV names.
 
 set shell := ["bash", "-euo", "pipefail", "-c"]
 
-venv := env("VIRTUAL_ENV", justfile_directory() / ".venv")
+venv := env("FERRULE_VENV", justfile_directory() / ".venv")
 export PATH := venv / "bin:" + env("PATH")
 export VIRTUAL_ENV := venv
 
@@ -37,7 +38,8 @@ test-python *args: build
 
 # The tests that compute, with each kernel set that this CPU can run.
 isa: build
-    for isa in $(python -c "from ferrule import _core; print(*_core.kernel_sets())"); do \
+    sets=$(python -c "from ferrule import _core; print(*_core.kernel_sets())"); \
+    for isa in $sets; do \
         echo "FERRULE_ISA=$isa"; \
         FERRULE_ISA=$isa cargo test --lib kernels; \
         FERRULE_ISA=$isa cargo test --test golden; \
@@ -49,12 +51,14 @@ wheel:
     rm -rf target/dist target/clean
     maturin build --release --out target/dist
     maturin sdist --out target/dist
-    tar tzf target/dist/ferrule-*.tar.gz | grep 'models/tales-4m/model.safetensors$'
+    tar tzf target/dist/ferrule-*.tar.gz > target/dist/files
+    grep 'models/tales-4m/model.safetensors$' target/dist/files
+    grep 'python/ferrule/_core.pyi$' target/dist/files
     test $(cat target/dist/ferrule-*.whl | wc -c) -lt 20000000
     python -m venv target/clean
     target/clean/bin/pip install --quiet target/dist/ferrule-*.whl
     empty=$(mktemp -d) && cd "$empty" && \
-        env -u PYTHONPATH {{ justfile_directory() }}/target/clean/bin/ferrule run "Tell me a story about a cat." && \
+        env -u PYTHONPATH {{ justfile_directory() }}/target/clean/bin/ferrule run "Tell me a story about a fox and a lantern." && \
         {{ justfile_directory() }}/target/clean/bin/ferrule info tales-1m && rmdir "$empty"
 
 # The ARM kernel sets under emulation (Debian on x86-64, as root; see tools/arm/README.md).
