@@ -8,7 +8,6 @@ use super::super::simd::F32x16;
 use super::super::{Acts, Form, Kernels, float};
 use crate::quant::BLOCK;
 use std::arch::x86_64::*;
-use std::sync::LazyLock;
 
 float::instantiate!(Zmm, "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c");
 
@@ -100,23 +99,10 @@ impl F32x16 for Zmm {
     }
 }
 
-/// Bytes read ahead of the multiplication, into L1 and into L2 (0: the line at hand, which is nothing). Without, a
-/// stream from DRAM runs at 65 % of its speed. Speed only, never results.
-#[derive(Clone, Copy)]
-pub(super) struct Ahead {
-    near: usize,
-    far: usize,
-}
-
-/// What Intel's Emerald Rapids likes best: 97 % of its read bandwidth, against 91 % with L1 alone.
-pub(super) const AHEAD: Ahead = Ahead { near: 2304, far: 18_432 };
-
-/// The distances for a few tokens. AMD's Zen 4 reads one or two tokens' weights best into L1 alone: 93 % of its
-/// bandwidth with one thread, against 72 % with [`AHEAD`]; with more tokens it is the other way round.
-fn ahead(tokens: usize) -> Ahead {
-    static AMD: LazyLock<bool> = LazyLock::new(|| __cpuid(0).ebx == u32::from_le_bytes(*b"Auth"));
-    if tokens <= 2 && *AMD { Ahead { near: 4608, far: 0 } } else { AHEAD }
-}
+/// Bytes read ahead of the multiplication, into L1 and into L2: a stream from DRAM runs at 65 % of its
+/// speed without. Tuned on Emerald Rapids; speed only, never results.
+const NEAR: usize = 2304;
+const FAR: usize = 18_432;
 /// Tokens up to which the packed weights are read directly.
 const DIRECT: usize = 4;
 
@@ -169,7 +155,6 @@ unsafe fn four(p: *const i8, j: usize) -> i32 {
 unsafe fn direct_q4<const M: usize>(w: &[u8], a: &Acts<'_>, y: &mut [f32], t0: usize) {
     let size = Form::Q4.row_block_bytes(a.k);
     let row_blocks = w.len() / size;
-    let ahead = ahead(M);
     let low = _mm512_set1_epi8(0x0f);
     let high = _mm512_set1_epi8(0xf0u8 as i8);
     // Scale codes are scale minus one; the high nibbles carry a factor of 16 that the table takes out.
@@ -187,7 +172,7 @@ unsafe fn direct_q4<const M: usize>(w: &[u8], a: &Acts<'_>, y: &mut [f32], t0: u
                 let q = a.q.as_ptr().add(b * BLOCK * a.m + t0 * len);
                 let at = b * a.m + t0;
                 for line in 0..Q4_HEADER / 64 {
-                    prefetch(p.add(64 * line), ahead);
+                    prefetch(p.add(64 * line));
                 }
                 let mut sum = [_mm512_setzero_ps(); M];
                 let mut mins = [_mm512_setzero_si512(); M];
@@ -196,7 +181,7 @@ unsafe fn direct_q4<const M: usize>(w: &[u8], a: &Acts<'_>, y: &mut [f32], t0: u
                     let mut c0 = [_mm512_setzero_si512(); M];
                     let mut c1 = [_mm512_setzero_si512(); M];
                     for j in 0..8 {
-                        prefetch(lines.add(64 * j), ahead);
+                        prefetch(lines.add(64 * j));
                         let v = _mm512_load_si512(lines.add(64 * j).cast());
                         let (lo, hi) = (_mm512_and_si512(v, low), _mm512_and_si512(v, high));
                         for i in 0..M {
@@ -244,7 +229,6 @@ unsafe fn direct_q4<const M: usize>(w: &[u8], a: &Acts<'_>, y: &mut [f32], t0: u
 unsafe fn direct_q8<const M: usize>(w: &[u8], a: &Acts<'_>, y: &mut [f32], t0: usize) {
     let size = Form::Q8.row_block_bytes(a.k);
     let row_blocks = w.len() / size;
-    let ahead = ahead(M);
     let flip = _mm512_set1_epi8(-128);
     // SAFETY: as in `direct_q4`.
     unsafe {
@@ -255,7 +239,7 @@ unsafe fn direct_q8<const M: usize>(w: &[u8], a: &Acts<'_>, y: &mut [f32], t0: u
                 let len = a.len(b);
                 let q = a.q.as_ptr().add(b * BLOCK * a.m + t0 * len);
                 let at = b * a.m + t0;
-                prefetch(p, ahead);
+                prefetch(p);
                 let lines = p.add(Q8_HEADER);
                 let mut c0 = [_mm512_setzero_si512(); M];
                 let mut c1 = [_mm512_setzero_si512(); M];
@@ -264,8 +248,8 @@ unsafe fn direct_q8<const M: usize>(w: &[u8], a: &Acts<'_>, y: &mut [f32], t0: u
                 }
                 let mut j = 0;
                 while j < len / 4 {
-                    prefetch(lines.add(64 * j), ahead);
-                    prefetch(lines.add(64 * j + 64), ahead);
+                    prefetch(lines.add(64 * j));
+                    prefetch(lines.add(64 * j + 64));
                     let v0 = _mm512_load_si512(lines.add(64 * j).cast());
                     let v1 = _mm512_load_si512(lines.add(64 * j + 64).cast());
                     let (v0, v1) = (_mm512_xor_si512(v0, flip), _mm512_xor_si512(v1, flip));
@@ -297,11 +281,11 @@ unsafe fn direct_q8<const M: usize>(w: &[u8], a: &Acts<'_>, y: &mut [f32], t0: u
 /// # Safety
 /// The CPU has SSE. Any address may be asked for.
 #[inline(always)]
-pub(super) unsafe fn prefetch(p: *const u8, ahead: Ahead) {
+pub(super) unsafe fn prefetch(p: *const u8) {
     // SAFETY: a prefetch reads nothing that the program sees and never faults.
     unsafe {
-        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(ahead.near).cast());
-        _mm_prefetch::<_MM_HINT_T1>(p.wrapping_add(ahead.far).cast());
+        _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(NEAR).cast());
+        _mm_prefetch::<_MM_HINT_T1>(p.wrapping_add(FAR).cast());
     }
 }
 
@@ -376,7 +360,7 @@ pub(super) unsafe fn unpack<const FLIP: u8>(block: *const u8, t: usize, out: *mu
     // SAFETY: the caller's promise.
     unsafe {
         // A quarter of the header.
-        prefetch(block.add(64 * t), AHEAD);
+        prefetch(block.add(64 * t));
         let codes = _mm512_cvtepu8_epi32(_mm_load_si128(block.add(64 + 16 * t).cast()));
         let low = _mm512_and_si512(codes, _mm512_set1_epi32(15));
         let high = _mm512_srli_epi32::<4>(codes);
@@ -393,7 +377,7 @@ pub(super) unsafe fn unpack<const FLIP: u8>(block: *const u8, t: usize, out: *mu
         let m1 = _mm512_xor_si512(_mm512_mullo_epi32(m1, all), flip);
         for j in 0..8 {
             let line = block.add(Q4_HEADER + 512 * t + 64 * j);
-            prefetch(line, AHEAD);
+            prefetch(line);
             let v = _mm512_load_si512(line.cast());
             let lo = _mm512_and_si512(v, nibble);
             let hi = _mm512_and_si512(_mm512_srli_epi16::<4>(v), nibble);
@@ -416,7 +400,7 @@ unsafe fn flip(lines: *const u8, out: *mut u8) {
     // SAFETY: the caller's promise.
     unsafe {
         for j in 0..16 {
-            prefetch(lines.add(64 * j), AHEAD);
+            prefetch(lines.add(64 * j));
             let v = _mm512_load_si512(lines.add(64 * j).cast());
             let v = _mm512_xor_si512(v, _mm512_set1_epi8(-128));
             _mm512_store_si512(out.add(64 * j).cast(), v);
