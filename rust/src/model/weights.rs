@@ -181,7 +181,7 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// The vectors and matrices of a weight list, in the order that `take` asks for them.
+    /// All matrices, in the order in which `weights` takes them and the cache keeps them.
     fn plans(&self, quantization: Quantization) -> Result<Vec<Plan>> {
         let s = self.spec;
         let (q, kv) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
