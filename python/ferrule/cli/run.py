@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
 
 from ..errors import FerruleError, InvalidParameterError
 from ..hub import is_model_name
@@ -77,6 +76,10 @@ def _system(args: argparse.Namespace) -> list[dict[str, str]]:
     return [{"role": "system", "content": args.system}] if args.system else []
 
 
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
 def _show(stream: Stream, args: argparse.Namespace) -> Completion:
     """Print an answer as it comes (or as JSON, whole); Ctrl-C cancels it and is passed on."""
     with stream:
@@ -91,12 +94,11 @@ def _show(stream: Stream, args: argparse.Namespace) -> Completion:
         print()
     if args.stats:
         s = done.stats
-        rate: Callable[[float | None], str] = lambda v: "-" if v is None else f"{v:.1f}"  # noqa: E731
         first = "-" if s.ttft_s is None else f"{1000 * s.ttft_s:.1f} ms"
         print(
             f"[prompt {done.usage.prompt_tokens} tokens ({done.usage.cached_tokens} cached), "
-            f"{rate(s.prefill_tps)} t/s · answer {done.usage.completion_tokens} tokens, "
-            f"{rate(s.decode_tps)} t/s · first token {first} · seed {done.seed} · "
+            f"{_rate(s.prefill_tps)} t/s · answer {done.usage.completion_tokens} tokens, "
+            f"{_rate(s.decode_tps)} t/s · first token {first} · seed {done.seed} · "
             f"{done.finish_reason}]",
             file=sys.stderr,
         )
