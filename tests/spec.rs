@@ -2,7 +2,7 @@
 //! and no mutation of a valid configuration makes it panic.
 
 use ferrule::Error;
-use ferrule::model::spec::Spec;
+use ferrule::model::spec::{Mixer, Spec};
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -65,7 +65,7 @@ fn golden_checkpoints_have_the_weights_of_their_spec() {
             check(names.model(weight.what), &weight.shape);
         }
         for l in 0..spec.layers.len() {
-            for weight in spec.layer_weights() {
+            for weight in spec.layer_weights(l) {
                 check(names.layer(l, weight.what), &weight.shape);
             }
         }
@@ -196,20 +196,21 @@ proptest! {
             mutate(&mut config, &mut at, &new);
         }
         if let Ok(spec) = Spec::new(&config, None) {
-            prop_assert!(spec.heads % spec.kv_heads == 0 && spec.head_dim % 2 == 0);
-            prop_assert!(!spec.layers.is_empty());
-            for layer in &spec.layers {
-                let rope = &spec.ropes[layer.rope];
-                prop_assert_eq!(rope.inv_freq.len() * 2, spec.head_dim);
-                prop_assert!(rope.scale.is_finite());
-                prop_assert!(rope.inv_freq.iter().all(|f| f.is_finite()));
-                prop_assert!(layer.window != Some(0));
-            }
-            prop_assert!(spec.attn_scale > 0.0 && spec.attn_scale.is_finite() && spec.eps > 0.0);
+            prop_assert!(!spec.layers.is_empty() && spec.eps > 0.0);
             let names = spec.names(|_| false);
-            for weight in spec.layer_weights() {
-                prop_assert!(names.layer(0, weight.what).ends_with(['t', 's']));
-                prop_assert!(weight.shape.iter().all(|d| *d > 0));
+            for (l, layer) in spec.layers.iter().enumerate() {
+                let Mixer::Attention(a) = &layer.mixer;
+                prop_assert!(a.heads % a.kv_heads == 0 && a.head_dim % 2 == 0);
+                prop_assert!(a.scale > 0.0 && a.scale.is_finite() && a.window != Some(0));
+                if let Some(rope) = a.rope.map(|rope| &spec.ropes[rope]) {
+                    prop_assert_eq!(rope.inv_freq.len() * 2, a.head_dim);
+                    prop_assert!(rope.scale.is_finite());
+                    prop_assert!(rope.inv_freq.iter().all(|f| f.is_finite()));
+                }
+                for weight in spec.layer_weights(l) {
+                    prop_assert!(names.layer(l, weight.what).ends_with(['t', 's']));
+                    prop_assert!(weight.shape.iter().all(|d| *d > 0));
+                }
             }
         }
     }

@@ -126,13 +126,13 @@ pub trait Backend: Send + Sync {
     /// Cosines, then sines, of `position * inv_freq`, times `scale`, for each position.
     fn rope_table(&self, positions: &[u32], inv_freq: &[f32], scale: f32) -> Self::Buf;
     /// Of each row of `qkv`: RMS norm of each query and key head if there are gains, then rotation by the
-    /// row's part of `table`; then keys and values go into the pages of `layer`.
+    /// row's part of `table`, if there is one; then keys and values go into the pages of `layer`.
     fn rotate_and_store(
         &self,
         qkv: &mut Self::Buf,
         how: &Attention,
         norms: Option<(&Self::Row, &Self::Row, f32)>,
-        table: &Self::Buf,
+        table: Option<&Self::Buf>,
         kv: &mut Self::Kv,
         layer: usize,
         spans: &[Span<'_>],

@@ -1,10 +1,10 @@
 //! The forward pass. There is one, for every family and every back end; what differs between families is data
 //! in [`Spec`](super::spec::Spec).
 
-use super::spec::Act;
-use super::weights::{Layer, Weights};
+use super::spec::{self, Act};
+use super::weights::{self, Dense, Ffn, Layer, Mixer};
 use super::{Chunk, Forward, KvGroup, PAGE, Wanted};
-use crate::backend::{Activation, Attention, Backend, KvDtype, Span};
+use crate::backend::{self, Activation, Backend, KvDtype, Span};
 use crate::model::spec::Spec;
 use crate::{Error, Result};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,7 +15,7 @@ pub struct Model<B: Backend> {
     pub spec: Spec,
     /// The machine.
     pub backend: B,
-    pub(super) weights: Weights<B>,
+    pub(super) weights: weights::Weights<B::Mat, B::Row>,
     pub(super) kv_dtype: KvDtype,
     /// Index of each layer's [`KvGroup`].
     pub(super) group_of: Vec<usize>,
@@ -33,48 +33,75 @@ pub struct Kv<B: Backend> {
     after: B::Buf,
 }
 
+/// What one layer of a step reads beside the activations.
+struct Step<'a, B: Backend> {
+    /// For each of [`Spec::ropes`].
+    tables: &'a [B::Buf],
+    /// With the page tables of this layer.
+    spans: &'a [Span<'a>],
+}
+
 impl<B: Backend> Model<B> {
-    fn attention(&self, l: usize) -> Attention {
-        let s = &self.spec;
-        Attention {
-            heads: s.heads,
-            kv_heads: s.kv_heads,
-            head_dim: s.head_dim,
-            scale: s.attn_scale,
-            softcap: s.attn_softcap,
-            window: s.layers[l].window,
+    /// `x += mix(norm(x)); x += ffn(norm(x))`.
+    fn layer(&self, l: usize, w: &Layer<B::Mat, B::Row>, kv: &mut Kv<B>, step: &Step<'_, B>) {
+        match (&self.spec.layers[l].mixer, &w.mixer) {
+            (spec::Mixer::Attention(how), Mixer::Attention(attn)) => {
+                self.attend(l, how, w, attn, kv, step);
+            }
+        }
+        match &w.ffn {
+            Ffn::Dense(dense) => self.feed_forward(l, w, dense, kv),
         }
     }
 
     /// `x += attention(norm(x))`.
-    fn attend(&self, l: usize, w: &Layer<B>, kv: &mut Kv<B>, table: &B::Buf, spans: &[Span<'_>]) {
+    fn attend(
+        &self,
+        l: usize,
+        how: &spec::Attention,
+        layer: &Layer<B::Mat, B::Row>,
+        w: &weights::Attention<B::Mat, B::Row>,
+        kv: &mut Kv<B>,
+        step: &Step<'_, B>,
+    ) {
         let (b, s) = (&self.backend, &self.spec);
-        let how = self.attention(l);
+        let shape = backend::Attention {
+            heads: how.heads,
+            kv_heads: how.kv_heads,
+            head_dim: how.head_dim,
+            scale: how.scale,
+            softcap: how.softcap,
+            window: how.window,
+        };
         let norms = w.qk_norms.as_ref().map(|(q, k)| (q, k, s.eps));
+        let table = how.rope.map(|rope| &step.tables[rope]);
         let Kv { pages, x, a, wide, out, after } = kv;
-        let input = normed(b, w.attn_norm.as_ref(), s.eps, x, a);
+        let input = normed(b, layer.attn_norm.as_ref(), s.eps, x, a);
         b.linear(&w.qkv, w.qkv_bias.as_ref(), input, wide);
-        b.rotate_and_store(wide, &how, norms, table, pages, l, spans);
-        b.attend(wide, &how, pages, l, spans, out);
-        self.residual(&w.o, w.o_bias.as_ref(), w.attn_after_norm.as_ref(), [out, x, a, after]);
+        b.rotate_and_store(wide, &shape, norms, table, pages, l, step.spans);
+        b.attend(wide, &shape, pages, l, step.spans, out);
+        self.residual(&w.o, w.o_bias.as_ref(), layer.attn_after_norm.as_ref(), [out, x, a, after]);
     }
 
     /// `x += down(act(gate(norm(x))) * up(norm(x)))`.
-    fn feed_forward(&self, w: &Layer<B>, kv: &mut Kv<B>) {
+    fn feed_forward(
+        &self,
+        l: usize,
+        layer: &Layer<B::Mat, B::Row>,
+        w: &Dense<B::Mat, B::Row>,
+        kv: &mut Kv<B>,
+    ) {
         let (b, s) = (&self.backend, &self.spec);
+        let spec::Ffn::Dense(width) = s.layers[l].ffn;
         let act = match s.act {
             Act::Silu => Activation::Silu,
             Act::GeluTanh => Activation::GeluTanh,
         };
         let Kv { x, a, wide, after, .. } = kv;
-        let input = normed(b, w.ffn_norm.as_ref(), s.eps, x, a);
-        b.gated(&w.gate_up, w.gate_up_bias.as_ref(), act, s.ffn, input, wide);
-        self.residual(
-            &w.down,
-            w.down_bias.as_ref(),
-            w.ffn_after_norm.as_ref(),
-            [wide, x, a, after],
-        );
+        let input = normed(b, layer.ffn_norm.as_ref(), s.eps, x, a);
+        b.gated(&w.gate_up, w.gate_up_bias.as_ref(), act, width, input, wide);
+        let norm = layer.ffn_after_norm.as_ref();
+        self.residual(&w.down, w.down_bias.as_ref(), norm, [wide, x, a, after]);
     }
 
     /// `x += norm?(w y + bias)`, with two buffers to work in.
@@ -114,26 +141,29 @@ impl Model<crate::backend::cpu::Cpu> {
     /// Numbers that were trained.
     pub fn parameters(&self) -> u64 {
         let s = &self.spec;
-        let count = |weights: Vec<super::spec::Weight>| -> u64 {
+        let count = |weights: Vec<spec::Weight>| -> u64 {
             weights.iter().map(|w| w.shape.iter().map(|&n| n as u64).product::<u64>()).sum()
         };
-        count(s.model_weights()) + s.layers.len() as u64 * count(s.layer_weights())
+        let layers = (0..s.layers.len()).map(|l| count(s.layer_weights(l)));
+        count(s.model_weights()) + layers.sum::<u64>()
     }
 
     /// Bytes of the packed matrices.
     pub fn weight_bytes(&self) -> u64 {
         let w = &self.weights;
-        let layer = |l: &Layer<crate::backend::cpu::Cpu>| {
-            [&l.qkv, &l.o, &l.gate_up, &l.down].map(|m| m.bytes().len())
-        };
-        let layers = w.layers.iter().flat_map(layer);
-        let ends = std::iter::once(&w.embed).chain(&w.head).map(|m| m.bytes().len());
-        layers.chain(ends).sum::<usize>() as u64
+        let layers = w.layers.iter().flat_map(|l| {
+            let Mixer::Attention(a) = &l.mixer;
+            let Ffn::Dense(f) = &l.ffn;
+            [&a.qkv, &a.o, &f.gate_up, &f.down]
+        });
+        let ends = std::iter::once(&w.embed).chain(&w.head);
+        layers.chain(ends).map(|m| m.bytes().len() as u64).sum()
     }
 
     /// How the weights of the layers are stored.
     pub fn form(&self) -> &'static str {
-        self.weights.layers[0].down.form().name()
+        let Ffn::Dense(f) = &self.weights.layers[0].ffn;
+        f.down.form().name()
     }
 }
 
@@ -149,19 +179,27 @@ impl<B: Backend> Forward for Model<B> {
     }
 
     fn kv_groups(&self) -> Vec<KvGroup> {
-        let s = &self.spec;
-        let layer = s.kv_heads * self.kv_dtype.page_bytes(s.head_dim);
+        let layer = |l: usize| {
+            let spec::Mixer::Attention(how) = &self.spec.layers[l].mixer;
+            how.kv_heads * self.kv_dtype.page_bytes(how.head_dim)
+        };
         let group = |(g, &window): (usize, &Option<usize>)| KvGroup {
             window,
-            page_bytes: layer * self.group_of.iter().filter(|&&of| of == g).count(),
+            page_bytes: (0..self.group_of.len())
+                .filter(|&l| self.group_of[l] == g)
+                .map(layer)
+                .sum(),
         };
         self.windows.iter().enumerate().map(group).collect()
     }
 
     fn new_kv(&self, pages: &[usize]) -> Result<Kv<B>> {
-        let (b, s) = (&self.backend, &self.spec);
-        let layer = |&g: &usize| (pages[g], s.kv_heads, s.head_dim);
-        let layers: Vec<_> = self.group_of.iter().map(layer).collect();
+        let b = &self.backend;
+        let layer = |(l, &g): (usize, &usize)| {
+            let spec::Mixer::Attention(how) = &self.spec.layers[l].mixer;
+            (pages[g], how.kv_heads, how.head_dim)
+        };
+        let layers: Vec<_> = self.group_of.iter().enumerate().map(layer).collect();
         Ok(Kv {
             pages: b.kv(self.kv_dtype, &layers)?,
             x: b.buf(),
@@ -216,7 +254,7 @@ impl<B: Backend> Model<B> {
                 spans.push(Span { first_row, len, start: chunk.start, table });
             }
         }
-        let rope = |r: &super::spec::Rope| b.rope_table(&positions, &r.inv_freq, r.scale);
+        let rope = |r: &spec::Rope| b.rope_table(&positions, &r.inv_freq, r.scale);
         let tables: Vec<_> = s.ropes.iter().map(rope).collect();
 
         b.embed(&self.weights.embed, &ids, s.embed_scale, &mut kv.x);
@@ -225,8 +263,8 @@ impl<B: Backend> Model<B> {
             if interrupt.load(Ordering::Relaxed) {
                 return Err(Error::Interrupted);
             }
-            self.attend(l, w, kv, &tables[s.layers[l].rope], &spans[self.group_of[l]]);
-            self.feed_forward(w, kv);
+            let step = Step { tables: &tables, spans: &spans[self.group_of[l]] };
+            self.layer(l, w, kv, &step);
             see(&kv.x);
         }
         if wanted.is_empty() {

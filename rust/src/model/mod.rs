@@ -142,8 +142,9 @@ pub fn load(folder: &Path, mut options: LoadOptions) -> Result<Model<Cpu>> {
     let weights = weights::load(folder, &spec, &backend, &mut options)?;
     let mut windows: Vec<Option<usize>> = Vec::new();
     let group_of = spec.layers.iter().map(|layer| {
-        windows.iter().position(|w| *w == layer.window).unwrap_or_else(|| {
-            windows.push(layer.window);
+        let spec::Mixer::Attention(how) = &layer.mixer;
+        windows.iter().position(|w| *w == how.window).unwrap_or_else(|| {
+            windows.push(how.window);
             windows.len() - 1
         })
     });

@@ -1,7 +1,7 @@
 //! From a checkpoint's tensors to packed weights. Formats and checkpoint names end here.
 
 use super::cache;
-use super::spec::{Names, Norm, QkNorm, Spec};
+use super::spec::{self, Names, Norm, QkNorm, Spec};
 use super::{LoadOptions, Quantization};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
 use crate::backend::{Backend, Form, Part, Parts};
@@ -9,30 +9,57 @@ use crate::file::{Checkpoint, Dtype, TensorView};
 use crate::{Error, Result};
 use std::path::Path;
 
-/// The weights of one layer. Bias and norm exist where the family has them.
-pub(super) struct Layer<B: Backend> {
-    pub(super) attn_norm: Option<B::Row>,
-    pub(super) qkv: B::Mat,
-    pub(super) qkv_bias: Option<B::Row>,
-    pub(super) qk_norms: Option<(B::Row, B::Row)>,
-    pub(super) o: B::Mat,
-    pub(super) o_bias: Option<B::Row>,
-    pub(super) attn_after_norm: Option<B::Row>,
-    pub(super) ffn_norm: Option<B::Row>,
-    pub(super) gate_up: B::Mat,
-    pub(super) gate_up_bias: Option<B::Row>,
-    pub(super) down: B::Mat,
-    pub(super) down_bias: Option<B::Row>,
-    pub(super) ffn_after_norm: Option<B::Row>,
+/// All weights of a model: matrices `M`, vectors `V`. Bias and norm exist where the family has them.
+pub(super) struct Weights<M, V> {
+    pub(super) embed: M,
+    pub(super) layers: Vec<Layer<M, V>>,
+    pub(super) norm: V,
+    /// `None`: the embedding is the head.
+    pub(super) head: Option<M>,
 }
 
-/// All weights of a model.
-pub(super) struct Weights<B: Backend> {
-    pub(super) embed: B::Mat,
-    pub(super) layers: Vec<Layer<B>>,
-    pub(super) norm: B::Row,
-    /// `None`: the embedding is the head.
-    pub(super) head: Option<B::Mat>,
+/// The weights of one layer.
+pub(super) struct Layer<M, V> {
+    pub(super) attn_norm: Option<V>,
+    pub(super) mixer: Mixer<M, V>,
+    pub(super) attn_after_norm: Option<V>,
+    pub(super) ffn_norm: Option<V>,
+    pub(super) ffn: Ffn<M, V>,
+    pub(super) ffn_after_norm: Option<V>,
+}
+
+/// As [`spec::Mixer`].
+pub(super) enum Mixer<M, V> {
+    Attention(Attention<M, V>),
+}
+
+/// As [`spec::Ffn`].
+pub(super) enum Ffn<M, V> {
+    Dense(Dense<M, V>),
+}
+
+/// The weights of attention.
+pub(super) struct Attention<M, V> {
+    pub(super) qkv: M,
+    pub(super) qkv_bias: Option<V>,
+    pub(super) qk_norms: Option<(V, V)>,
+    pub(super) o: M,
+    pub(super) o_bias: Option<V>,
+}
+
+/// The weights of a feed-forward network.
+pub(super) struct Dense<M, V> {
+    pub(super) gate_up: M,
+    pub(super) gate_up_bias: Option<V>,
+    pub(super) down: M,
+    pub(super) down_bias: Option<V>,
+}
+
+/// A matrix as the checkpoint has it: tensors and their rows, all with `k` inputs.
+struct Source {
+    parts: Vec<(String, usize)>,
+    k: usize,
+    interleaved: bool,
 }
 
 /// One packed matrix to be: the checkpoint's tensors it comes from.
@@ -130,16 +157,11 @@ impl<'a> Reader<'a> {
         Ok(gain)
     }
 
-    /// What a matrix is made of; all parts have `k` inputs.
-    fn plan(
-        &self,
-        quantization: Quantization,
-        parts: &[(String, usize)],
-        k: usize,
-        interleaved: bool,
-    ) -> Result<Plan> {
+    /// How a matrix will be packed.
+    fn plan(&self, quantization: Quantization, source: Source) -> Result<Plan> {
+        let Source { parts, k, interleaved } = source;
         let mut form = None;
-        for (name, n) in parts {
+        for (name, n) in &parts {
             let (tensor, stored) = self.tensor(name, &[*n, k])?;
             let wanted = match quantization {
                 Quantization::Int4 => Form::Q4,
@@ -154,9 +176,9 @@ impl<'a> Reader<'a> {
                 )));
             }
         }
-        let names = parts.iter().map(|(name, _)| name.clone()).collect();
         let n = parts.iter().map(|(_, n)| n).sum::<usize>();
         let n = if interleaved { 2 * (n / 2).next_multiple_of(16) } else { n };
+        let names = parts.into_iter().map(|(name, _)| name).collect();
         Ok(Plan { names, n, k, form: form.unwrap_or(Form::F32), interleaved })
     }
 
@@ -183,67 +205,100 @@ impl<'a> Reader<'a> {
 
     /// All matrices, in the order in which `weights` takes them and the cache keeps them.
     fn plans(&self, quantization: Quantization) -> Result<Vec<Plan>> {
-        let s = self.spec;
-        let (q, kv) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
-        let plan = |parts: &[(String, usize)], k, interleaved| {
-            self.plan(quantization, parts, k, interleaved)
-        };
-        let mut plans = vec![plan(&[(self.names.model("embed"), s.vocab)], s.hidden, false)?];
-        for l in 0..s.layers.len() {
-            let name = |what, n| (self.names.layer(l, what), n);
-            plans.push(plan(&[name("q", q), name("k", kv), name("v", kv)], s.hidden, false)?);
-            plans.push(plan(&[name("o", s.hidden)], q, false)?);
-            plans.push(plan(&[name("gate", s.ffn), name("up", s.ffn)], s.hidden, true)?);
-            plans.push(plan(&[name("down", s.hidden)], s.ffn, false)?);
-        }
-        if !s.tied {
-            plans.push(plan(&[(self.names.model("head"), s.vocab)], s.hidden, false)?);
-        }
+        let mut plans = Vec::new();
+        self.weights(
+            |_| (),
+            |source| {
+                plans.push(self.plan(quantization, source)?);
+                Ok(())
+            },
+        )?;
         Ok(plans)
     }
 
-    /// Joins the matrices with the vectors, which are small and read anew each time.
-    fn weights(&self, cpu: &Cpu, mats: Vec<Mat>) -> Result<Weights<Cpu>> {
+    /// All weights. `mat` makes a matrix, in one order always; `row` a vector: these are small, and read anew
+    /// each time.
+    fn weights<M, V>(
+        &self,
+        row: impl Fn(&[f32]) -> V,
+        mut mat: impl FnMut(Source) -> Result<M>,
+    ) -> Result<Weights<M, V>> {
         let s = self.spec;
-        let mut mats = mats.into_iter();
-        let mut mat = || mats.next().ok_or(Error::Closed);
-        let embed = mat()?;
-        let mut layers = Vec::with_capacity(s.layers.len());
-        for l in 0..s.layers.len() {
-            let norm = |exists: bool, what: &str, n: usize| -> Result<Option<Vec<f32>>> {
-                let read = || Ok(cpu.row(&self.norm(&self.names.layer(l, what), n)?));
-                exists.then(read).transpose()
-            };
-            let vector = |what: &str, n: usize| self.vector(&self.names.layer(l, what), n);
-            let qkv_bias = || -> Result<Vec<f32>> {
-                let (q, kv) = (s.heads * s.head_dim, s.kv_heads * s.head_dim);
-                Ok([vector("q_bias", q)?, vector("k_bias", kv)?, vector("v_bias", kv)?].concat())
-            };
-            let gate_up_bias = || -> Result<Vec<f32>> {
-                Ok(interleave(&vector("gate_bias", s.ffn)?, &vector("up_bias", s.ffn)?))
-            };
-            let heads = s.qk_norm == QkNorm::Head;
-            let q_norm = norm(heads, "q_norm", s.head_dim)?;
-            let k_norm = norm(heads, "k_norm", s.head_dim)?;
-            layers.push(Layer {
-                attn_norm: norm(s.norms.attn, "attn_norm", s.hidden)?,
-                qkv: mat()?,
-                qkv_bias: s.qkv_bias.then(qkv_bias).transpose()?,
-                qk_norms: q_norm.zip(k_norm),
-                o: mat()?,
-                o_bias: s.o_bias.then(|| vector("o_bias", s.hidden)).transpose()?,
-                attn_after_norm: norm(s.norms.attn_after, "attn_after_norm", s.hidden)?,
-                ffn_norm: norm(s.norms.ffn, "ffn_norm", s.hidden)?,
-                gate_up: mat()?,
-                gate_up_bias: s.mlp_bias.then(gate_up_bias).transpose()?,
-                down: mat()?,
-                down_bias: s.mlp_bias.then(|| vector("down_bias", s.hidden)).transpose()?,
-                ffn_after_norm: norm(s.norms.ffn_after, "ffn_after_norm", s.hidden)?,
-            });
-        }
-        let norm = self.norm(&self.names.model("norm"), s.hidden)?;
-        let head = if s.tied { None } else { Some(mat()?) };
-        Ok(Weights { embed, layers, norm: cpu.row(&norm), head })
+        let mut one =
+            |name: String, n, k| mat(Source { parts: vec![(name, n)], k, interleaved: false });
+        let embed = one(self.names.model("embed"), s.vocab, s.hidden)?;
+        let layers = (0..s.layers.len()).map(|l| self.layer(l, &row, &mut mat));
+        let layers = layers.collect::<Result<_>>()?;
+        let mut one =
+            |name: String, n, k| mat(Source { parts: vec![(name, n)], k, interleaved: false });
+        let head =
+            (!s.tied).then(|| one(self.names.model("head"), s.vocab, s.hidden)).transpose()?;
+        Ok(Weights {
+            embed,
+            layers,
+            norm: row(&self.norm(&self.names.model("norm"), s.hidden)?),
+            head,
+        })
+    }
+
+    fn layer<M, V>(
+        &self,
+        l: usize,
+        row: &impl Fn(&[f32]) -> V,
+        mat: &mut impl FnMut(Source) -> Result<M>,
+    ) -> Result<Layer<M, V>> {
+        let s = self.spec;
+        let name = |what: &str| self.names.layer(l, what);
+        let norm = |exists: bool, what: &str, n: usize| -> Result<Option<V>> {
+            exists.then(|| Ok(row(&self.norm(&name(what), n)?))).transpose()
+        };
+        let vector = |what: &str, n: usize| self.vector(&name(what), n);
+        let bias = |exists: bool, what: &str, n: usize| -> Result<Option<V>> {
+            exists.then(|| Ok(row(&vector(what, n)?))).transpose()
+        };
+        let source = |parts: &[(&str, usize)], k, interleaved| Source {
+            parts: parts.iter().map(|&(what, n)| (name(what), n)).collect(),
+            k,
+            interleaved,
+        };
+        let mixer = match &s.layers[l].mixer {
+            spec::Mixer::Attention(a) => {
+                let (q, kv, d) = (a.q_width(), a.kv_width(), a.head_dim);
+                let qkv_bias = || -> Result<V> {
+                    let all = [vector("q_bias", q)?, vector("k_bias", kv)?, vector("v_bias", kv)?];
+                    Ok(row(&all.concat()))
+                };
+                let heads = s.qk_norm == QkNorm::Head;
+                Mixer::Attention(Attention {
+                    qkv: mat(source(&[("q", q), ("k", kv), ("v", kv)], s.hidden, false))?,
+                    qkv_bias: s.qkv_bias.then(qkv_bias).transpose()?,
+                    qk_norms: norm(heads, "q_norm", d)?.zip(norm(heads, "k_norm", d)?),
+                    o: mat(source(&[("o", s.hidden)], q, false))?,
+                    o_bias: bias(s.o_bias, "o_bias", s.hidden)?,
+                })
+            }
+        };
+        let ffn = match s.layers[l].ffn {
+            spec::Ffn::Dense(ffn) => {
+                let gate_up_bias = || -> Result<V> {
+                    Ok(row(&interleave(&vector("gate_bias", ffn)?, &vector("up_bias", ffn)?)))
+                };
+                Ffn::Dense(Dense {
+                    gate_up: mat(source(&[("gate", ffn), ("up", ffn)], s.hidden, true))?,
+                    gate_up_bias: s.mlp_bias.then(gate_up_bias).transpose()?,
+                    down: mat(source(&[("down", s.hidden)], ffn, false))?,
+                    down_bias: bias(s.mlp_bias, "down_bias", s.hidden)?,
+                })
+            }
+        };
+        Ok(Layer {
+            attn_norm: norm(s.norms.attn, "attn_norm", s.hidden)?,
+            mixer,
+            attn_after_norm: norm(s.norms.attn_after, "attn_after_norm", s.hidden)?,
+            ffn_norm: norm(s.norms.ffn, "ffn_norm", s.hidden)?,
+            ffn,
+            ffn_after_norm: norm(s.norms.ffn_after, "ffn_after_norm", s.hidden)?,
+        })
     }
 }
 
@@ -265,10 +320,14 @@ pub(super) fn load(
     spec: &Spec,
     cpu: &Cpu,
     options: &mut LoadOptions,
-) -> Result<Weights<Cpu>> {
+) -> Result<Weights<Mat, Vec<f32>>> {
     let checkpoint = Checkpoint::open(folder)?;
     let reader = Reader::new(folder, &checkpoint, spec)?;
     let plans = reader.plans(options.quantization)?;
+    let joined = |mats: Vec<Mat>| {
+        let mut mats = mats.into_iter();
+        reader.weights(|values| cpu.row(values), |_| mats.next().ok_or(Error::Closed))
+    };
     let total: u64 = plans.iter().map(|p| p.bytes() as u64).sum();
     let mut cache = match &options.cache_dir {
         Some(dir) if total >= cache::WORTH => Some(cache::Cache::new(dir, &checkpoint, &plans)),
@@ -276,7 +335,7 @@ pub(super) fn load(
     };
     if let Some(mats) = cache.as_ref().and_then(|cache| cache.read(&plans)) {
         options.report(total, total);
-        return reader.weights(cpu, mats);
+        return joined(mats);
     }
     // Straight to disk, one matrix in memory at a time, then mapped; or, without a cache, into memory.
     if let Some(mut writer) = cache.as_mut().and_then(|cache| cache.writer(&plans)) {
@@ -296,7 +355,7 @@ pub(super) fn load(
         if writer.finish()
             && let Some(mats) = cache.and_then(|cache| cache.read(&plans))
         {
-            return reader.weights(cpu, mats);
+            return joined(mats);
         }
     }
     let mut done = 0;
@@ -308,5 +367,5 @@ pub(super) fn load(
         done += plan.bytes() as u64;
         options.report(done, total);
     }
-    reader.weights(cpu, mats)
+    joined(mats)
 }

@@ -39,7 +39,7 @@ impl Cpu {
         qkv: &mut Buf,
         how: &Attention,
         norms: Option<(&Vec<f32>, &Vec<f32>, f32)>,
-        table: &Buf,
+        table: Option<&Buf>,
     ) {
         let (rows, width, d) = (qkv.rows, qkv.width, how.head_dim);
         let values = Disjoint::new(qkv.values_mut());
@@ -53,7 +53,9 @@ impl Cpu {
                     self.kernels.rms_norm(head, gain, eps, &mut normed);
                     head.copy_from_slice(&normed);
                 }
-                self.kernels.rope(head, table.row(r));
+                if let Some(table) = table {
+                    self.kernels.rope(head, table.row(r));
+                }
             }
         });
     }

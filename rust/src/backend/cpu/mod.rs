@@ -464,7 +464,7 @@ impl Backend for Cpu {
         qkv: &mut Buf,
         how: &Attention,
         norms: Option<(&Vec<f32>, &Vec<f32>, f32)>,
-        table: &Buf,
+        table: Option<&Buf>,
         kv: &mut Kv,
         layer: usize,
         spans: &[Span<'_>],

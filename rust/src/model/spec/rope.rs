@@ -1,8 +1,9 @@
 //! Rotary position embedding: frequencies from `rope_theta` and the scaling rules of `config.json`.
 //! Follows transformers' modeling_rope_utils.py in f32, operation by operation. Never rotates anything.
 
+use super::Rope;
 use super::config::Object;
-use super::{Error, Result, Rope};
+use crate::{Error, Result};
 use std::f64::consts::PI;
 
 /// What the rules need besides their own keys.

@@ -1,8 +1,9 @@
 //! Tests of `Spec` on small configurations.
 
 use super::family::{FAMILIES, Family};
+use super::names::{WEIGHTS, matches};
 use super::*;
-use serde_json::json;
+use serde_json::{Value, json};
 
 fn config(architecture: &str, more: Value) -> Value {
     let mut config = json!({"architectures": [architecture], "hidden_size": 64, "intermediate_size": 112,
@@ -19,8 +20,13 @@ fn error(architecture: &str, more: Value) -> String {
     Spec::new(&config(architecture, more), None).unwrap_err().to_string()
 }
 
+fn attention(layer: &Layer) -> Attention {
+    let Mixer::Attention(a) = layer.mixer;
+    a
+}
+
 fn windows(spec: &Spec) -> Vec<Option<usize>> {
-    spec.layers.iter().map(|l| l.window).collect()
+    spec.layers.iter().map(|l| attention(l).window).collect()
 }
 
 fn close(found: &[f32], expected: &[f64]) {
@@ -55,11 +61,8 @@ fn the_readme_lists_every_field_and_every_weight() {
     let readme = std::fs::read_to_string(readme).unwrap();
     let unknown = serde_json::from_value::<Family>(json!({"": 0})).unwrap_err().to_string();
     let fields = unknown.split('`').skip(3).step_by(2);
-    let spec = spec("LlamaForCausalLM", json!({}));
-    let weights = spec.layer_table().map(|(_, what, _)| what);
-    let weights = weights.into_iter().filter(|what| !what.ends_with("_bias"));
     let mut count = 0;
-    for name in fields.chain(weights).chain(["base", "embed", "norm", "head"]) {
+    for name in fields.chain(WEIGHTS.iter().copied()).chain(["base"]) {
         assert!(
             readme.contains(&format!("`{name}`")),
             "models/README.md does not explain `{name}`"
@@ -73,8 +76,9 @@ fn the_readme_lists_every_field_and_every_weight() {
 fn llama_defaults_are_those_of_its_class() {
     let spec =
         spec("LlamaForCausalLM", json!({"num_key_value_heads": null, "sliding_window": null}));
-    assert_eq!((spec.kv_heads, spec.head_dim, spec.context_length), (4, 16, 2048));
-    assert_eq!((spec.eps, spec.attn_scale, spec.embed_scale), (1e-6, 0.25, 1.0));
+    let a = attention(&spec.layers[0]);
+    assert_eq!((a.kv_heads, a.head_dim, spec.context_length), (4, 16, 2048));
+    assert_eq!((spec.eps, a.scale, spec.embed_scale), (1e-6, 0.25, 1.0));
     assert_eq!(
         (spec.tied, spec.qkv_bias, spec.o_bias, spec.mlp_bias),
         (false, false, false, false)
@@ -156,7 +160,7 @@ fn windows_of_each_family() {
     let mistral = spec("MistralForCausalLM", json!({"sliding_window": 16}));
     assert_eq!(windows(&mistral), [Some(16); 4]);
     let nemo = spec("MistralForCausalLM", json!({"sliding_window": null, "head_dim": 24}));
-    assert_eq!((windows(&nemo), nemo.head_dim), (vec![None; 4], 24));
+    assert_eq!((windows(&nemo), attention(&nemo.layers[0]).head_dim), (vec![None; 4], 24));
     let off = json!({"sliding_window": 16, "use_sliding_window": false, "max_window_layers": 1});
     assert_eq!(windows(&spec("Qwen2ForCausalLM", off)), [None; 4]);
     let on = json!({"sliding_window": 16, "use_sliding_window": true, "max_window_layers": 3});
@@ -174,8 +178,9 @@ fn gemma_facts() {
         "Gemma2ForCausalLM",
         json!({"query_pre_attn_scalar": 64, "attn_logit_softcapping": null}),
     );
-    assert_eq!((gemma2.attn_softcap, gemma2.logit_softcap), (None, Some(30.0)));
-    assert_eq!((gemma2.attn_scale, gemma2.embed_scale), (0.125, 8.0));
+    let a = attention(&gemma2.layers[0]);
+    assert_eq!((a.softcap, gemma2.logit_softcap), (None, Some(30.0)));
+    assert_eq!((a.scale, gemma2.embed_scale), (0.125, 8.0));
     assert_eq!((gemma2.act, gemma2.norm, gemma2.tied), (Act::GeluTanh, Norm::RmsPlusOne, true));
     let all = Norms { attn: true, attn_after: true, ffn: true, ffn_after: true };
     assert_eq!(gemma2.norms, all);
@@ -185,8 +190,9 @@ fn gemma_facts() {
         json!({"sliding_window": 16, "sliding_window_pattern": 3,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
     );
-    assert_eq!((gemma3.attn_softcap, gemma3.logit_softcap), (None, None));
-    let layers: Vec<_> = gemma3.layers.iter().map(|l| (l.window, l.rope)).collect();
+    assert_eq!((attention(&gemma3.layers[0]).softcap, gemma3.logit_softcap), (None, None));
+    let layers: Vec<_> =
+        gemma3.layers.iter().map(|l| (attention(l).window, attention(l).rope.unwrap())).collect();
     assert_eq!(layers, [(Some(16), 1), (Some(16), 1), (None, 0), (Some(16), 1)]);
     let frequency = |theta: f64, i: f64| theta.powf(-i / 128.0);
     close(&gemma3.ropes[0].inv_freq[2..3], &[frequency(1e6, 2.0) / 8.0]);
@@ -207,9 +213,10 @@ fn a_wrapper_reads_its_text_part() {
         "vision_config": {}, "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 34,
         "hidden_size": 2560}});
     let spec = Spec::new(&config, None).unwrap();
-    assert_eq!((spec.hidden, spec.heads, spec.kv_heads, spec.head_dim), (2560, 8, 4, 256));
+    let a = attention(&spec.layers[0]);
+    assert_eq!((spec.hidden, a.heads, a.kv_heads, a.head_dim), (2560, 8, 4, 256));
     assert_eq!((spec.vocab, spec.layers.len(), spec.context_length), (262_208, 34, 131_072));
-    assert_eq!((spec.layers[5].window, spec.layers[0].window), (None, Some(4096)));
+    assert_eq!((attention(&spec.layers[5]).window, a.window), (None, Some(4096)));
     for root in ["language_model.model.", "model.language_model."] {
         let names = spec.names(|n| n == format!("{root}embed_tokens.weight"));
         assert_eq!(names.layer(7, "q"), format!("{root}layers.7.self_attn.q_proj.weight"));

@@ -1,0 +1,189 @@
+//! The weights that a model has, and what they are called in a checkpoint. Never reads a tensor.
+
+use super::config::bad;
+use super::{Ffn, Mixer, QkNorm, Spec};
+use crate::{Error, Result};
+use std::collections::{BTreeMap, HashSet};
+
+/// Short names of all weights that a family can have; biases append `_bias`.
+pub(super) const WEIGHTS: &[&str] = &[
+    "embed",
+    "norm",
+    "head",
+    "attn_norm",
+    "q",
+    "k",
+    "v",
+    "o",
+    "q_norm",
+    "k_norm",
+    "attn_after_norm",
+    "ffn_norm",
+    "gate",
+    "up",
+    "down",
+    "ffn_after_norm",
+];
+
+/// A weight that the model has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Weight {
+    /// Its short name here: `embed`, `q`, `q_bias`, ...
+    pub what: &'static str,
+    /// Its shape: `[out, in]` for a matrix, `[n]` for a norm or a bias.
+    pub shape: Vec<usize>,
+}
+
+impl Spec {
+    /// Every weight has a name and a size that can be addressed, and every name a weight.
+    pub(super) fn check_names(&self) -> Result<()> {
+        let bad_name = |stem: &str, found: &str, expected: &str| {
+            let what = format!("names.{stem}: found {found}, expected {expected}");
+            Error::format(format!("family of {}", self.architecture), what)
+        };
+        if let Some(stem) = self.names.keys().find(|stem| !WEIGHTS.contains(&stem.as_str())) {
+            return Err(bad_name(stem, "this name", "the name of a weight (models/README.md)"));
+        }
+        let layers = (0..self.layers.len()).flat_map(|l| self.layer_weights(l));
+        for Weight { what, shape } in self.model_weights().into_iter().chain(layers) {
+            let stem = what.strip_suffix("_bias").unwrap_or(what);
+            if self.names.get(stem).is_none_or(|names| names.0.is_empty()) {
+                return Err(bad_name(stem, "nothing", "the name of this weight"));
+            }
+            let bytes = shape.iter().try_fold(4usize, |n, d| n.checked_mul(*d));
+            if bytes.is_none_or(|n| n > isize::MAX as usize) {
+                let found = format!("a weight {what} of shape {shape:?}");
+                return Err(bad("the dimensions", &found, "weights that can be addressed"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The weights outside the layers.
+    pub fn model_weights(&self) -> Vec<Weight> {
+        let all = [
+            (true, "embed", vec![self.vocab, self.hidden]),
+            (true, "norm", vec![self.hidden]),
+            (!self.tied, "head", vec![self.vocab, self.hidden]),
+        ];
+        existing(all)
+    }
+
+    /// The weights of layer `l`.
+    pub fn layer_weights(&self, l: usize) -> Vec<Weight> {
+        let (hidden, layer) = (self.hidden, &self.layers[l]);
+        let mut all = existing([
+            (self.norms.attn, "attn_norm", vec![hidden]),
+            (self.norms.attn_after, "attn_after_norm", vec![hidden]),
+            (self.norms.ffn, "ffn_norm", vec![hidden]),
+            (self.norms.ffn_after, "ffn_after_norm", vec![hidden]),
+        ]);
+        all.extend(match &layer.mixer {
+            Mixer::Attention(a) => {
+                let (q, kv, d) = (a.q_width(), a.kv_width(), a.head_dim);
+                let head_norm = self.qk_norm == QkNorm::Head;
+                existing([
+                    (true, "q", vec![q, hidden]),
+                    (true, "k", vec![kv, hidden]),
+                    (true, "v", vec![kv, hidden]),
+                    (true, "o", vec![hidden, q]),
+                    (self.qkv_bias, "q_bias", vec![q]),
+                    (self.qkv_bias, "k_bias", vec![kv]),
+                    (self.qkv_bias, "v_bias", vec![kv]),
+                    (self.o_bias, "o_bias", vec![hidden]),
+                    (head_norm, "q_norm", vec![d]),
+                    (head_norm, "k_norm", vec![d]),
+                ])
+            }
+        });
+        all.extend(match layer.ffn {
+            Ffn::Dense(ffn) => existing([
+                (true, "gate", vec![ffn, hidden]),
+                (true, "up", vec![ffn, hidden]),
+                (true, "down", vec![hidden, ffn]),
+                (self.mlp_bias, "gate_bias", vec![ffn]),
+                (self.mlp_bias, "up_bias", vec![ffn]),
+                (self.mlp_bias, "down_bias", vec![hidden]),
+            ]),
+        });
+        all
+    }
+
+    /// The names that this family's weights have in one checkpoint; `has` tells whether a tensor is there.
+    pub fn names(&self, has: impl Fn(&str) -> bool) -> Names {
+        let first = |what: &str, model: &str| {
+            let mut names = self.names[what].0.iter().map(|n| n.replace("{model}", model));
+            names.find(|n| has(&format!("{}.weight", n.replace("{l}", "0")))) // layer 0 decides
+        };
+        let model = self.model.iter().find(|m| first("embed", m).is_some());
+        let model = model.or(self.model.first()).cloned().unwrap_or_default();
+        let stems = self.names.iter().map(|(what, names)| {
+            let fallback = || names.0.first().map(|n| n.replace("{model}", &model));
+            (what.clone(), first(what, &model).or_else(fallback).unwrap_or_default())
+        });
+        Names { stems: stems.collect() }
+    }
+
+    /// Those of a checkpoint's tensors that are neither a weight of this model nor known to be ignorable: their
+    /// presence means that the model is not what the family says.
+    pub fn unused<'a>(
+        &self,
+        names: &Names,
+        tensors: impl IntoIterator<Item = &'a str>,
+    ) -> Vec<&'a str> {
+        let mut known: HashSet<String> = HashSet::new();
+        known.extend(names.stems.get("head").map(|h| format!("{h}.weight"))); // also where tied
+        known.extend(self.model_weights().iter().map(|w| names.model(w.what)));
+        for l in 0..self.layers.len() {
+            known.extend(self.layer_weights(l).iter().map(|w| names.layer(l, w.what)));
+        }
+        let ignored = |name: &str| self.ignore.iter().any(|pattern| matches(pattern, name));
+        tensors.into_iter().filter(|name| !known.contains(*name) && !ignored(name)).collect()
+    }
+}
+
+/// The weights of a table whose first column says that they exist.
+fn existing<const N: usize>(table: [(bool, &'static str, Vec<usize>); N]) -> Vec<Weight> {
+    let weights = table.into_iter().filter(|(exists, ..)| *exists);
+    weights.map(|(_, what, shape)| Weight { what, shape }).collect()
+}
+
+/// Short name of a weight -> its name in one checkpoint.
+#[derive(Clone, Debug)]
+pub struct Names {
+    stems: BTreeMap<String, String>,
+}
+
+impl Names {
+    /// The name of a weight outside the layers. Panics if `what` is none of `Spec::model_weights`.
+    pub fn model(&self, what: &str) -> String {
+        match what.strip_suffix("_bias") {
+            Some(what) => format!("{}.bias", self.stems[what]),
+            None => format!("{}.weight", self.stems[what]),
+        }
+    }
+
+    /// The name of a weight of layer `l`. Panics if `what` is none of `Spec::layer_weights`.
+    pub fn layer(&self, l: usize, what: &str) -> String {
+        self.model(what).replace("{l}", &l.to_string())
+    }
+}
+
+/// Whether `name` fits `pattern`, in which each `*` stands for any text.
+pub(super) fn matches(pattern: &str, name: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let Some(mut rest) = parts.next().and_then(|first| name.strip_prefix(first)) else {
+        return false;
+    };
+    let mut last = None;
+    for part in parts {
+        if let Some(part) = last.replace(part) {
+            let Some(at) = rest.find(part) else { return false };
+            rest = &rest[at + part.len()..];
+        }
+    }
+    match last {
+        None => rest.is_empty(),
+        Some(last) => rest.ends_with(last),
+    }
+}
