@@ -49,7 +49,7 @@ pub(super) struct Floats {
     pub(super) rope: unsafe fn(&mut [f32], &[f32]),
     pub(super) gate: unsafe fn(Activation, &mut [f32], &[f32]),
     pub(super) add: unsafe fn(&mut [f32], &[f32]),
-    pub(super) add_scaled: unsafe fn(&mut [f32], &[f32], f32),
+    pub(super) add_scaled: unsafe fn(&mut [f32], f32, &[f32]),
     pub(super) softcap: unsafe fn(&mut [f32], f32),
     pub(super) attend_f32: unsafe fn(&super::Attend<'_>, &mut [f32], &mut [f32]),
     pub(super) attend_f16: unsafe fn(&super::Attend<'_>, &mut [f32], &mut [f32]),
@@ -120,8 +120,8 @@ macro_rules! instantiate {
                 float::add(x, y)
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn add_scaled(x: &mut [f32], y: &[f32], scale: f32) {
-                float::add_scaled(x, y, scale)
+            unsafe fn add_scaled(x: &mut [f32], scale: f32, y: &[f32]) {
+                float::add_scaled(x, scale, y)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn softcap(x: &mut [f32], cap: f32) {
@@ -365,13 +365,7 @@ pub(super) fn rms_norm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) {
 
 /// `out = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * gain + bias` (Ba et al. 2016).
 #[inline(always)]
-pub(super) fn layer_norm(
-    x: &[f32],
-    gain: &[f32],
-    bias: Option<&[f32]>,
-    eps: f32,
-    out: &mut [f32],
-) {
+pub(super) fn layer_norm(x: &[f32], gain: &[f32], bias: Option<&[f32]>, eps: f32, out: &mut [f32]) {
     let (chunks, rest) = x.as_chunks::<16>();
     let mut sums = [0.0f32; 16];
     for x in chunks {
@@ -527,11 +521,11 @@ pub(super) fn add(x: &mut [f32], y: &[f32]) {
     }
 }
 
-/// `x += scale * y`.
+/// `x = fma(scale, y, x)`.
 #[inline(always)]
-pub(super) fn add_scaled(x: &mut [f32], y: &[f32], scale: f32) {
+pub(super) fn add_scaled(x: &mut [f32], scale: f32, y: &[f32]) {
     for (x, &y) in x.iter_mut().zip(y) {
-        *x = y.mul_add(scale, *x);
+        *x = scale.mul_add(y, *x);
     }
 }
 

@@ -243,11 +243,11 @@ impl Kernels {
         unsafe { (self.float.add)(x, y) }
     }
 
-    /// `x += scale * y`.
-    pub fn add_scaled(&self, x: &mut [f32], y: &[f32], scale: f32) {
+    /// `x = fma(scale, y, x)`.
+    pub fn add_scaled(&self, x: &mut [f32], scale: f32, y: &[f32]) {
         assert_eq!(x.len(), y.len());
         // SAFETY: see above.
-        unsafe { (self.float.add_scaled)(x, y, scale) }
+        unsafe { (self.float.add_scaled)(x, scale, y) }
     }
 
     /// `x = cap * tanh(x / cap)`.

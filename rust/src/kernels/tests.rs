@@ -270,7 +270,7 @@ proptest! {
             set.rope(&mut z, &y[..n / 2 * 2]);
             set.softcap(&mut z, 30.0);
             set.add(&mut z, &y);
-            set.add_scaled(&mut z, &x, 0.3);
+            set.add_scaled(&mut z, 0.3, &x);
             all.extend_from_slice(&z);
             all
         };
@@ -427,7 +427,10 @@ fn activations_are_their_formulas() {
     for (x, y) in curve(Activation::XIelu { alpha_p: 0.75, alpha_n: 1.5, beta: 0.5, eps }) {
         let bend = if x > 0.0 { 0.75 * x * x } else { 1.5 * (x.min(eps.into()).exp_m1() - x) };
         let want = 0.5 * x + bend;
-        assert!((y - want).abs() <= 4e-7 * (x.abs() + want.abs()), "xielu({x}) = {y}, expected {want}");
+        assert!(
+            (y - want).abs() <= 4e-7 * (x.abs() + want.abs()),
+            "xielu({x}) = {y}, expected {want}"
+        );
     }
     for (x, y) in curve(Activation::Relu2) {
         assert!((y - x.max(0.0).powi(2)).abs() <= 1e-7 * y);
