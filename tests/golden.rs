@@ -32,6 +32,10 @@ fn goldens() -> Vec<PathBuf> {
                 "gemma2-a",
                 "gemma2-b",
                 "gemma3-mm-a",
+                "phi4-a",
+                "glm4-a",
+                "ernie45-a",
+                "seed-oss-a",
             ]
             .iter()
             .map(|name| Path::new(&shared).join("goldens").join(name)),

@@ -37,6 +37,8 @@ pub struct Attention {
     pub softcap: Option<f32>,
     /// Keys seen, the position itself included; `None` = all before.
     pub window: Option<usize>,
+    /// Rotary pairs are dimensions `2 i` and `2 i + 1`, not `i` and `i` + half of those that turn.
+    pub rope_interleaved: bool,
 }
 
 impl Attention {
@@ -125,8 +127,8 @@ pub trait Backend: Send + Sync {
     fn add(&self, x: &mut Self::Buf, y: &Self::Buf);
     /// Cosines, then sines, of `position * inv_freq`, times `scale`, for each position.
     fn rope_table(&self, positions: &[u32], inv_freq: &[f32], scale: f32) -> Self::Buf;
-    /// Of each row of `qkv`: RMS norm of each query and key head if there are gains, then rotation by the
-    /// row's part of `table`, if there is one; then keys and values go into the pages of `layer`.
+    /// Of each row of `qkv`: RMS norm of each query and key head if there are gains, then rotation of the
+    /// first dimensions, as many as `table` is wide, by its row, if there is a table; then keys and values go into the pages of `layer`.
     fn rotate_and_store(
         &self,
         qkv: &mut Self::Buf,

@@ -72,6 +72,7 @@ impl<B: Backend> Model<B> {
             scale: how.scale,
             softcap: how.softcap,
             window: how.window,
+            rope_interleaved: how.rope_interleaved,
         };
         let norms = w.qk_norms.as_ref().map(|(q, k)| (q, k, s.eps));
         let table = how.rope.map(|rope| &step.tables[rope]);

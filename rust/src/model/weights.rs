@@ -1,7 +1,7 @@
 //! From a checkpoint's tensors to packed weights. Formats and checkpoint names end here.
 
 use super::cache;
-use super::spec::{self, Names, Norm, QkNorm, Spec};
+use super::spec::{self, Names, Norm, QkNorm, Rows, Spec};
 use super::{LoadOptions, Quantization};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
 use crate::backend::{Backend, Form, Part, Parts};
@@ -55,17 +55,24 @@ pub(super) struct Dense<M, V> {
     pub(super) down_bias: Option<V>,
 }
 
-/// A matrix as the checkpoint has it: tensors and their rows, all with `k` inputs.
+/// A matrix as the checkpoint has it: rows of tensors and their number, all with `k` inputs.
 struct Source {
-    parts: Vec<(String, usize)>,
+    parts: Vec<(Rows, usize)>,
     k: usize,
     interleaved: bool,
 }
 
-/// One packed matrix to be: the checkpoint's tensors it comes from.
+impl Source {
+    /// A whole tensor.
+    fn whole(name: String, n: usize, k: usize) -> Source {
+        Source { parts: vec![(Rows { name, first: 0, of: n }, n)], k, interleaved: false }
+    }
+}
+
+/// One packed matrix to be: the rows of the checkpoint's tensors it comes from.
 #[derive(Debug)]
 pub(super) struct Plan {
-    pub(super) names: Vec<String>,
+    pub(super) parts: Vec<(Rows, usize)>,
     pub(super) n: usize,
     pub(super) k: usize,
     pub(super) form: Form,
@@ -123,9 +130,9 @@ impl<'a> Reader<'a> {
     }
 
     /// A vector as f32.
-    fn vector(&self, name: &str, n: usize) -> Result<Vec<f32>> {
-        let (tensor, stored) = self.tensor(name, &[n])?;
-        let values: Vec<f32> = match stored {
+    fn vector(&self, rows: &Rows, n: usize) -> Result<Vec<f32>> {
+        let (tensor, stored) = self.tensor(&rows.name, &[rows.of])?;
+        let mut values: Vec<f32> = match stored {
             Form::F32 => {
                 tensor.bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
             }
@@ -138,10 +145,11 @@ impl<'a> Reader<'a> {
                 halves.map(|&b| half::bf16::from_le_bytes(b).to_f32()).collect()
             }
         };
-        match values.iter().position(|x| !x.is_finite()) {
-            None => Ok(values),
-            Some(i) => Err(self.not_finite(name, &format!("[{i}]"))),
+        if let Some(i) = values.iter().position(|x| !x.is_finite()) {
+            return Err(self.not_finite(&rows.name, &format!("[{i}]")));
         }
+        values.truncate(rows.first + n);
+        Ok(values.split_off(rows.first))
     }
 
     fn not_finite(&self, name: &str, at: &str) -> Error {
@@ -149,8 +157,8 @@ impl<'a> Reader<'a> {
         Error::format(self.folder, what)
     }
 
-    fn norm(&self, name: &str, n: usize) -> Result<Vec<f32>> {
-        let mut gain = self.vector(name, n)?;
+    fn norm(&self, rows: &Rows, n: usize) -> Result<Vec<f32>> {
+        let mut gain = self.vector(rows, n)?;
         if self.spec.norm == Norm::RmsPlusOne {
             gain.iter_mut().for_each(|g| *g += 1.0);
         }
@@ -161,8 +169,8 @@ impl<'a> Reader<'a> {
     fn plan(&self, quantization: Quantization, source: Source) -> Result<Plan> {
         let Source { parts, k, interleaved } = source;
         let mut form = None;
-        for (name, n) in &parts {
-            let (tensor, stored) = self.tensor(name, &[*n, k])?;
+        for (Rows { name, of, .. }, _) in &parts {
+            let (tensor, stored) = self.tensor(name, &[*of, k])?;
             let wanted = match quantization {
                 Quantization::Int4 => Form::Q4,
                 Quantization::Int8 => Form::Q8,
@@ -172,34 +180,31 @@ impl<'a> Reader<'a> {
                 return Err(Error::Unsupported(format!(
                     "tensor `{name}`: found {}, but `{}` beside it is stored otherwise; use quantization=\"int8\"",
                     tensor.dtype.name(),
-                    parts[0].0
+                    parts[0].0.name
                 )));
             }
         }
         let n = parts.iter().map(|(_, n)| n).sum::<usize>();
         let n = if interleaved { 2 * (n / 2).next_multiple_of(16) } else { n };
-        let names = parts.into_iter().map(|(name, _)| name).collect();
-        Ok(Plan { names, n, k, form: form.unwrap_or(Form::F32), interleaved })
+        Ok(Plan { parts, n, k, form: form.unwrap_or(Form::F32), interleaved })
     }
 
     /// Packs one matrix into `out`.
     fn pack(&self, cpu: &Cpu, plan: &Plan, out: &mut [u8]) -> Result<()> {
-        let tensors: Vec<TensorView<'a>> =
-            plan.names.iter().map(|name| self.checkpoint.tensor(name)).collect::<Result<_>>()?;
-        let part = |t: &TensorView<'a>| {
-            let stored = match t.dtype {
-                Dtype::F32 => Form::F32,
-                Dtype::F16 => Form::F16,
-                _ => Form::Bf16, // `plan` has checked
-            };
-            Part { stored, n: t.shape[0], bytes: t.bytes }
+        let part = |(rows, n): &(Rows, usize)| {
+            let (tensor, stored) = self.tensor(&rows.name, &[rows.of, plan.k])?;
+            let row = tensor.bytes.len() / rows.of;
+            Ok(Part { stored, n: *n, bytes: &tensor.bytes[rows.first * row..][..n * row] })
         };
-        let parts = tensors.iter().map(part).collect();
+        let parts = plan.parts.iter().map(part).collect::<Result<_>>()?;
         let parts = Parts { parts, k: plan.k, interleaved: plan.interleaved };
         cpu.pack_into(plan.form, &parts, out).map_err(|(p, row, column)| {
-            self.not_finite(&plan.names[p], &format!("[{row}, {column}]"))
+            let rows = &plan.parts[p].0;
+            self.not_finite(&rows.name, &format!("[{}, {column}]", rows.first + row))
         })?;
-        tensors.iter().for_each(|t| self.checkpoint.release(t));
+        for (rows, _) in &plan.parts {
+            self.checkpoint.release(&self.checkpoint.tensor(&rows.name)?);
+        }
         Ok(())
     }
 
@@ -224,21 +229,13 @@ impl<'a> Reader<'a> {
         mut mat: impl FnMut(Source) -> Result<M>,
     ) -> Result<Weights<M, V>> {
         let s = self.spec;
-        let mut one =
-            |name: String, n, k| mat(Source { parts: vec![(name, n)], k, interleaved: false });
-        let embed = one(self.names.model("embed"), s.vocab, s.hidden)?;
+        let embed = mat(Source::whole(self.names.model("embed"), s.vocab, s.hidden))?;
         let layers = (0..s.layers.len()).map(|l| self.layer(l, &row, &mut mat));
         let layers = layers.collect::<Result<_>>()?;
-        let mut one =
-            |name: String, n, k| mat(Source { parts: vec![(name, n)], k, interleaved: false });
-        let head =
-            (!s.tied).then(|| one(self.names.model("head"), s.vocab, s.hidden)).transpose()?;
-        Ok(Weights {
-            embed,
-            layers,
-            norm: row(&self.norm(&self.names.model("norm"), s.hidden)?),
-            head,
-        })
+        let head = || mat(Source::whole(self.names.model("head"), s.vocab, s.hidden));
+        let head = (!s.tied).then(head).transpose()?;
+        let norm = Rows { name: self.names.model("norm"), first: 0, of: s.hidden };
+        Ok(Weights { embed, layers, norm: row(&self.norm(&norm, s.hidden)?), head })
     }
 
     fn layer<M, V>(
@@ -248,16 +245,16 @@ impl<'a> Reader<'a> {
         mat: &mut impl FnMut(Source) -> Result<M>,
     ) -> Result<Layer<M, V>> {
         let s = self.spec;
-        let name = |what: &str| self.names.layer(l, what);
+        let place = |what: &str| s.place(&self.names, l, what);
         let norm = |exists: bool, what: &str, n: usize| -> Result<Option<V>> {
-            exists.then(|| Ok(row(&self.norm(&name(what), n)?))).transpose()
+            exists.then(|| Ok(row(&self.norm(&place(what), n)?))).transpose()
         };
-        let vector = |what: &str, n: usize| self.vector(&name(what), n);
+        let vector = |what: &str, n: usize| self.vector(&place(what), n);
         let bias = |exists: bool, what: &str, n: usize| -> Result<Option<V>> {
             exists.then(|| Ok(row(&vector(what, n)?))).transpose()
         };
         let source = |parts: &[(&str, usize)], k, interleaved| Source {
-            parts: parts.iter().map(|&(what, n)| (name(what), n)).collect(),
+            parts: parts.iter().map(|&(what, n)| (place(what), n)).collect(),
             k,
             interleaved,
         };

@@ -54,7 +54,7 @@ impl Cpu {
                     head.copy_from_slice(&normed);
                 }
                 if let Some(table) = table {
-                    self.kernels.rope(head, table.row(r));
+                    self.kernels.rope(head, table.row(r), how.rope_interleaved);
                 }
             }
         });

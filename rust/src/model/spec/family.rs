@@ -15,7 +15,20 @@ macro_rules! families {
         ];
     };
 }
-families!["llama", "mistral", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_mm"];
+families![
+    "llama",
+    "mistral",
+    "mistral3",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "gemma3_mm",
+    "phi3",
+    "glm4",
+    "ernie45",
+    "seed_oss",
+];
 
 /// One string or a list of them.
 #[derive(Clone, Debug, Deserialize)]
@@ -114,6 +127,12 @@ pub(super) struct Family {
     pub(super) full_every: Fact,
     #[serde(default)]
     pub(super) full_first: Fact,
+    #[serde(default)]
+    pub(super) rotary_dim: Fact,
+    #[serde(default)]
+    pub(super) rotary_factor: Fact,
+    #[serde(default)]
+    pub(super) rope_interleaved: Fact,
     pub(super) rope_theta: Fact,
     #[serde(default)]
     pub(super) rope_theta_local: Fact,
