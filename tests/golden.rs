@@ -37,6 +37,10 @@ fn goldens() -> Vec<PathBuf> {
                 "starcoder2-a",
                 "arcee-a",
                 "apertus-a",
+                "phi4-a",
+                "glm4-a",
+                "ernie45-a",
+                "seed-oss-a",
             ]
             .iter()
             .map(|name| Path::new(&shared).join("goldens").join(name)),

@@ -223,10 +223,10 @@ impl Kernels {
     }
 
     /// Rotates one head; `cos_sin` is as long as the part of the head that turns, cosines first.
-    pub fn rope(&self, x: &mut [f32], cos_sin: &[f32]) {
+    pub fn rope(&self, x: &mut [f32], cos_sin: &[f32], interleaved: bool) {
         assert!(cos_sin.len() <= x.len() && cos_sin.len().is_multiple_of(2));
         // SAFETY: see above.
-        unsafe { (self.float.rope)(x, cos_sin) }
+        unsafe { (self.float.rope)(x, cos_sin, interleaved) }
     }
 
     /// `gate = act(gate) * up`.

@@ -267,7 +267,8 @@ proptest! {
                 all.extend_from_slice(&z);
             }
             z.copy_from_slice(&x);
-            set.rope(&mut z, &y[..n / 2 * 2]);
+            set.rope(&mut z, &y[..n / 2 * 2], false);
+            set.rope(&mut z, &y[..n / 4 * 2], true);
             set.softcap(&mut z, 30.0);
             set.add(&mut z, &y);
             set.add_scaled(&mut z, 0.3, &x);

@@ -73,6 +73,7 @@ impl<B: Backend> Model<B> {
             clip: how.clip,
             softcap: how.softcap,
             window: how.window,
+            rope_interleaved: how.rope_interleaved,
         };
         let (centred, full) = (s.norm.centred(), s.qk_norm == QkNorm::Full);
         let norms = w.qk_norms.as_ref();

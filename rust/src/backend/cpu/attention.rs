@@ -56,7 +56,7 @@ impl Cpu {
             }
             if let Some(table) = table {
                 for head in row.chunks_exact_mut(d).take(how.heads + how.kv_heads) {
-                    self.kernels.rope(head, table.row(r));
+                    self.kernels.rope(head, table.row(r), how.rope_interleaved);
                 }
             }
         });

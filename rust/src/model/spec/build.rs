@@ -106,6 +106,7 @@ impl Spec {
             softcap: softcap(&family.attn_softcap)?,
             window: None,
             rope: None,
+            rope_interleaved: facts.flag(&family.rope_interleaved)?,
         };
         let width =
             match (facts.count(&family.ffn, MAX_FFN)?, facts.count(&family.ffn_per_hidden, 64)?) {
@@ -263,6 +264,42 @@ fn windows(family: &Family, facts: &Facts<'_>) -> Result<Vec<Option<usize>>> {
         .collect()
 }
 
+/// How many dimensions of a head rotate.
+fn rotary_dim(
+    family: &Family,
+    facts: &Facts<'_>,
+    params: Option<&Object<'_>>,
+    head_dim: usize,
+) -> Result<usize> {
+    const KEY: &str = "partial_rotary_factor";
+    let outside = facts.number(&family.rotary_factor, f64::MIN_POSITIVE, 1.0)?;
+    let inside = match params {
+        Some(params) => params.number_in(KEY, f64::MIN_POSITIVE, 1.0)?,
+        None => None,
+    };
+    let other = match facts.given(&family.rotary_factor) {
+        Some(given) => given.as_f64(),
+        None if family.rotary_factor.key.is_empty() => Some(1.0), // the family rotates whole heads
+        None => inside,
+    };
+    if let (Some(inside), Some(params)) = (inside, params)
+        && Some(inside) != other
+    {
+        return Err(Error::Unsupported(format!(
+            "config.json: {}: found {inside}, but {} of each head rotates here",
+            params.label(KEY),
+            other.unwrap_or(1.0)
+        )));
+    }
+    let part = (head_dim as f64 * inside.or(outside).unwrap_or(1.0)) as usize;
+    let dim = facts.count(&family.rotary_dim, MAX_HEAD_DIM)?.unwrap_or(part);
+    if dim == 0 || dim > head_dim || dim % 2 != 0 {
+        let found = format!("{dim} rotating dimensions of {head_dim}");
+        return Err(bad(KEY, &found, "an even part of the head"));
+    }
+    Ok(dim)
+}
+
 /// The rotary embedding of full layers, that of sliding layers if it differs, the index of the latter, and the
 /// context that scaling reaches.
 fn ropes(
@@ -288,7 +325,7 @@ fn ropes(
             Some(theta) => theta,
             None => outside?,
         };
-        Ok(rope::Base { head_dim, theta, max_position })
+        Ok(rope::Base { dim: rotary_dim(family, facts, params, head_dim)?, theta, max_position })
     };
     let (mut full, mut local, mut reach) = (Vec::new(), Vec::new(), None);
     let own_local = !family.rope_theta_local.key.is_empty();

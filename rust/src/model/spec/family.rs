@@ -29,6 +29,10 @@ families![
     "starcoder2",
     "arcee",
     "apertus",
+    "phi3",
+    "glm4",
+    "ernie45",
+    "seed_oss",
 ];
 
 /// One string or a list of them.
@@ -157,6 +161,12 @@ pub(super) struct Family {
     pub(super) full_every: Fact,
     #[serde(default)]
     pub(super) full_first: Fact,
+    #[serde(default)]
+    pub(super) rotary_dim: Fact,
+    #[serde(default)]
+    pub(super) rotary_factor: Fact,
+    #[serde(default)]
+    pub(super) rope_interleaved: Fact,
     pub(super) rope_theta: Fact,
     #[serde(default)]
     pub(super) rope_theta_local: Fact,

@@ -9,7 +9,7 @@ mod rope;
 #[cfg(test)]
 mod tests;
 
-pub use names::{Names, Weight};
+pub use names::{Names, Rows, Weight};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 
@@ -138,6 +138,8 @@ pub struct Attention {
     pub window: Option<usize>,
     /// Index into `Spec::ropes`; `None`: queries and keys carry no position.
     pub rope: Option<usize>,
+    /// Rotary pairs are neighbours: `2i` and `2i + 1` (GPT-J), not half a rotation apart (GPT-NeoX).
+    pub rope_interleaved: bool,
 }
 
 impl Attention {
@@ -151,11 +153,12 @@ impl Attention {
     }
 }
 
-/// Rotary embedding in half-split layout: with `a = position * inv_freq[i]`, `c = scale * cos(a)`,
-/// `s = scale * sin(a)`, the pair `(x[i], x[i + d/2])` becomes `(c x[i] - s x[i+d/2], c x[i+d/2] + s x[i])`.
+/// Rotary embedding (Su et al. 2021) of the first `r = 2 inv_freq.len()` dimensions of a head: with
+/// `a = position * inv_freq[i]`, `c = scale * cos(a)`, `s = scale * sin(a)`, pair i, `(x, y)`, becomes
+/// `(c x - s y, c y + s x)`. Pair i is dimensions `i` and `i + r/2`, or `2i` and `2i + 1` if interleaved.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
-    /// One frequency for each pair, `[head_dim / 2]`, scaling rules applied.
+    /// One frequency for each pair, scaling rules applied; at most `head_dim / 2`, the rest of a head stays.
     pub inv_freq: Vec<f32>,
     /// Multiplies cos and sin (YaRN's attention factor; else 1).
     pub scale: f32,

@@ -154,6 +154,22 @@ impl Spec {
         Names { stems: stems.collect() }
     }
 
+    /// Where weight `what` of layer `l` is. Weights with one name are rows of one tensor, one below the other in the
+    /// order of `layer_weights`: q, k, v and gate, up. Panics if the layer has no such weight.
+    pub fn place(&self, names: &Names, l: usize, what: &str) -> Rows {
+        let name = names.layer(l, what);
+        let (mut first, mut of) = (0, 0);
+        for weight in self.layer_weights(l) {
+            if weight.what == what {
+                first = of;
+            }
+            if names.layer(l, weight.what) == name {
+                of += weight.shape[0];
+            }
+        }
+        Rows { name, first, of }
+    }
+
     /// Those of a checkpoint's tensors that are neither a weight of this model nor known to be ignorable: their
     /// presence means that the model is not what the family says.
     pub fn unused<'a>(
@@ -176,6 +192,17 @@ impl Spec {
 fn existing<const N: usize>(table: [(bool, &'static str, Vec<usize>); N]) -> Vec<Weight> {
     let weights = table.into_iter().filter(|(exists, ..)| *exists);
     weights.map(|(_, what, shape)| Weight { what, shape }).collect()
+}
+
+/// Rows of a checkpoint's tensor that are one weight.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rows {
+    /// The tensor.
+    pub name: String,
+    /// The first of them.
+    pub first: usize,
+    /// Rows that the tensor has.
+    pub of: usize,
 }
 
 /// Short name of a weight -> its name in one checkpoint.
