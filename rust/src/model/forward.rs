@@ -80,7 +80,7 @@ impl<B: Backend> Model<B> {
         let input = normed(b, layer.attn_norm.as_ref(), s.eps, x, a);
         b.linear(&w.qkv, w.qkv_bias.as_ref(), input, wide);
         b.rotate_and_store(wide, &shape, norms, table, pages, l, step.spans);
-        b.attend(wide, &shape, pages, l, step.spans, out);
+        b.attend(wide, &shape, w.sinks.as_ref(), pages, l, step.spans, out);
         self.residual(&w.o, w.o_bias.as_ref(), layer.attn_after_norm.as_ref(), [out, x, a, after]);
     }
 

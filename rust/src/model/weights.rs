@@ -43,6 +43,7 @@ pub(super) struct Attention<M, V> {
     pub(super) qkv: M,
     pub(super) qkv_bias: Option<V>,
     pub(super) qk_norms: Option<(V, V)>,
+    pub(super) sinks: Option<V>,
     pub(super) o: M,
     pub(super) o_bias: Option<V>,
 }
@@ -270,6 +271,7 @@ impl<'a> Reader<'a> {
                     qkv: mat(source(&[("q", q), ("k", kv), ("v", kv)], s.hidden, false))?,
                     qkv_bias: s.qkv_bias.then(qkv_bias).transpose()?,
                     qk_norms: norm(heads, "q_norm", d)?.zip(norm(heads, "k_norm", d)?),
+                    sinks: bias(a.sinks, "sinks", a.heads)?,
                     o: mat(source(&[("o", s.hidden)], q, false))?,
                     o_bias: bias(s.o_bias, "o_bias", s.hidden)?,
                 })

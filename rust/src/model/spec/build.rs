@@ -84,6 +84,7 @@ impl Spec {
             softcap: softcap(&family.attn_softcap)?,
             window: None,
             rope: Some(0),
+            sinks: facts.flag(&family.sinks)?,
             rope_interleaved: facts.flag(&family.rope_interleaved)?,
         };
         let ffn = Ffn::Dense(facts.need_count(&family.ffn, MAX_FFN)?);

@@ -118,6 +118,8 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) attn_softcap: Fact,
     #[serde(default)]
+    pub(super) sinks: Fact,
+    #[serde(default)]
     pub(super) logit_softcap: Fact,
     #[serde(default)]
     pub(super) window: Fact,

@@ -107,6 +107,8 @@ pub struct Attention {
     pub window: Option<usize>,
     /// Index into `Spec::ropes`; `None`: queries and keys carry no position.
     pub rope: Option<usize>,
+    /// One more score in each head's softmax, without a value: weight `sinks`, `[heads]` (gpt-oss).
+    pub sinks: bool,
     /// Rotary pairs are neighbours: `2i` and `2i + 1` (GPT-J), not half a rotation apart (GPT-NeoX).
     pub rope_interleaved: bool,
 }

@@ -17,6 +17,7 @@ pub(super) const WEIGHTS: &[&str] = &[
     "o",
     "q_norm",
     "k_norm",
+    "sinks",
     "attn_after_norm",
     "ffn_norm",
     "gate",
@@ -93,6 +94,7 @@ impl Spec {
                     (self.o_bias, "o_bias", vec![hidden]),
                     (head_norm, "q_norm", vec![d]),
                     (head_norm, "k_norm", vec![d]),
+                    (a.sinks, "sinks", vec![a.heads]),
                 ])
             }
         });
@@ -113,7 +115,7 @@ impl Spec {
     pub fn names(&self, has: impl Fn(&str) -> bool) -> Names {
         let first = |what: &str, model: &str| {
             let mut names = self.names[what].0.iter().map(|n| n.replace("{model}", model));
-            names.find(|n| has(&format!("{}.weight", n.replace("{l}", "0")))) // layer 0 decides
+            names.find(|n| has(&whole(&n.replace("{l}", "0"), ".weight"))) // layer 0 decides
         };
         let model = self.model.iter().find(|m| first("embed", m).is_some());
         let model = model.or(self.model.first()).cloned().unwrap_or_default();
@@ -185,8 +187,8 @@ impl Names {
     /// The name of a weight outside the layers. Panics if `what` is none of `Spec::model_weights`.
     pub fn model(&self, what: &str) -> String {
         match what.strip_suffix("_bias") {
-            Some(what) => format!("{}.bias", self.stems[what]),
-            None => format!("{}.weight", self.stems[what]),
+            Some(what) => whole(&self.stems[what], ".bias"),
+            None => whole(&self.stems[what], ".weight"),
         }
     }
 
@@ -194,6 +196,11 @@ impl Names {
     pub fn layer(&self, l: usize, what: &str) -> String {
         self.model(what).replace("{l}", &l.to_string())
     }
+}
+
+/// A tensor's name: the stem and what is appended to it, or the stem alone if it ends in `!`.
+fn whole(stem: &str, suffix: &str) -> String {
+    stem.strip_suffix('!').map_or_else(|| format!("{stem}{suffix}"), str::to_owned)
 }
 
 /// Whether `name` fits `pattern`, in which each `*` stands for any text.
