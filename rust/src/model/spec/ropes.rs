@@ -29,6 +29,11 @@ struct Reader<'a> {
 }
 
 impl Ropes {
+    /// No embedding in any layer.
+    pub(super) fn none(layers: usize) -> Ropes {
+        Ropes { all: Vec::new(), of: vec![None; layers], reach: None }
+    }
+
     /// `windows` are those of the layers.
     pub(super) fn read(
         family: &Family,
