@@ -34,6 +34,7 @@ families![
     "gpt_neox",
     "stablelm",
     "cohere",
+    "cohere2",
     "granitemoehybrid",
     "phi3",
     "glm4",
