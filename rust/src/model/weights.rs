@@ -4,7 +4,7 @@ use super::cache;
 use super::spec::{self, Names, Norm, QkNorm, Spec};
 use super::{LoadOptions, Quantization};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
-use crate::backend::{Backend, Form, Part, Parts};
+use crate::backend::{Backend, Expert, Form, Part, Parts};
 use crate::file::{Checkpoint, Dtype, TensorView};
 use crate::{Error, Result};
 use std::path::Path;
@@ -36,6 +36,7 @@ pub(super) enum Mixer<M, V> {
 /// As [`spec::Ffn`].
 pub(super) enum Ffn<M, V> {
     Dense(Dense<M, V>),
+    Moe(Moe<M, V>),
 }
 
 /// The weights of attention.
@@ -55,11 +56,60 @@ pub(super) struct Dense<M, V> {
     pub(super) down_bias: Option<V>,
 }
 
+/// The weights of experts.
+pub(super) struct Moe<M, V> {
+    pub(super) router: M,
+    pub(super) router_bias: Option<V>,
+    pub(super) correction: Option<V>,
+    pub(super) experts: Vec<Expert<M, V>>,
+    pub(super) shared: Option<Shared<M>>,
+}
+
+/// The weights of shared experts.
+pub(super) struct Shared<M> {
+    pub(super) gate_up: M,
+    pub(super) down: M,
+    /// One row.
+    pub(super) router: Option<M>,
+}
+
+impl<M, V> Weights<M, V> {
+    /// All matrices.
+    pub(super) fn mats(&self) -> impl Iterator<Item = &M> {
+        let layers = self.layers.iter().flat_map(|layer| {
+            let Mixer::Attention(a) = &layer.mixer;
+            [&a.qkv, &a.o].into_iter().chain(layer.ffn.mats())
+        });
+        layers.chain([&self.embed]).chain(&self.head)
+    }
+}
+
+impl<M, V> Ffn<M, V> {
+    /// All matrices, gate and up first.
+    pub(super) fn mats(&self) -> Vec<&M> {
+        match self {
+            Ffn::Dense(dense) => vec![&dense.gate_up, &dense.down],
+            Ffn::Moe(moe) => {
+                let mut mats: Vec<&M> =
+                    moe.experts.iter().flat_map(|e| [&e.gate_up, &e.down]).collect();
+                if let Some(shared) = &moe.shared {
+                    mats.extend([&shared.gate_up, &shared.down]);
+                    mats.extend(&shared.router);
+                }
+                mats.push(&moe.router);
+                mats
+            }
+        }
+    }
+}
+
 /// A matrix as the checkpoint has it: tensors and their rows, all with `k` inputs.
 struct Source {
     parts: Vec<(String, usize)>,
     k: usize,
     interleaved: bool,
+    /// Never quantized: a small matrix whose errors would choose other experts.
+    exact: bool,
 }
 
 /// One packed matrix to be: the checkpoint's tensors it comes from.
@@ -159,11 +209,12 @@ impl<'a> Reader<'a> {
 
     /// How a matrix will be packed.
     fn plan(&self, quantization: Quantization, source: Source) -> Result<Plan> {
-        let Source { parts, k, interleaved } = source;
+        let Source { parts, k, interleaved, exact } = source;
         let mut form = None;
         for (name, n) in &parts {
             let (tensor, stored) = self.tensor(name, &[*n, k])?;
             let wanted = match quantization {
+                _ if exact => stored,
                 Quantization::Int4 => Form::Q4,
                 Quantization::Int8 => Form::Q8,
                 Quantization::Auto | Quantization::None => stored,
@@ -224,15 +275,17 @@ impl<'a> Reader<'a> {
         mut mat: impl FnMut(Source) -> Result<M>,
     ) -> Result<Weights<M, V>> {
         let s = self.spec;
-        let mut one =
-            |name: String, n, k| mat(Source { parts: vec![(name, n)], k, interleaved: false });
-        let embed = one(self.names.model("embed"), s.vocab, s.hidden)?;
+        let one = |name: String, n, k| Source {
+            parts: vec![(name, n)],
+            k,
+            interleaved: false,
+            exact: false,
+        };
+        let embed = mat(one(self.names.model("embed"), s.vocab, s.hidden))?;
         let layers = (0..s.layers.len()).map(|l| self.layer(l, &row, &mut mat));
         let layers = layers.collect::<Result<_>>()?;
-        let mut one =
-            |name: String, n, k| mat(Source { parts: vec![(name, n)], k, interleaved: false });
         let head =
-            (!s.tied).then(|| one(self.names.model("head"), s.vocab, s.hidden)).transpose()?;
+            (!s.tied).then(|| mat(one(self.names.model("head"), s.vocab, s.hidden))).transpose()?;
         Ok(Weights {
             embed,
             layers,
@@ -260,6 +313,7 @@ impl<'a> Reader<'a> {
             parts: parts.iter().map(|&(what, n)| (name(what), n)).collect(),
             k,
             interleaved,
+            exact: false,
         };
         let mixer = match &s.layers[l].mixer {
             spec::Mixer::Attention(a) => {
@@ -278,8 +332,9 @@ impl<'a> Reader<'a> {
                 })
             }
         };
-        let ffn = match s.layers[l].ffn {
-            spec::Ffn::Dense(ffn) => {
+        let ffn = match &s.layers[l].ffn {
+            spec::Ffn::Moe(moe) => Ffn::Moe(self.moe(l, moe, row, mat)?),
+            &spec::Ffn::Dense(ffn) => {
                 let gate_up_bias = || -> Result<V> {
                     Ok(row(&interleave(&vector("gate_bias", ffn)?, &vector("up_bias", ffn)?)))
                 };
@@ -298,6 +353,55 @@ impl<'a> Reader<'a> {
             ffn_norm: norm(s.norms.ffn, "ffn_norm", s.hidden)?,
             ffn,
             ffn_after_norm: norm(s.norms.ffn_after, "ffn_after_norm", s.hidden)?,
+        })
+    }
+}
+
+impl Reader<'_> {
+    fn moe<M, V>(
+        &self,
+        l: usize,
+        moe: &spec::Moe,
+        row: &impl Fn(&[f32]) -> V,
+        mat: &mut impl FnMut(Source) -> Result<M>,
+    ) -> Result<Moe<M, V>> {
+        let hidden = self.spec.hidden;
+        let name = |what: &str| self.names.layer(l, what);
+        let vector = |exists: bool, what: &str| -> Result<Option<V>> {
+            exists.then(|| Ok(row(&self.vector(&name(what), moe.experts)?))).transpose()
+        };
+        let mut source = |parts: Vec<(String, usize)>, k, exact| {
+            let interleaved = parts.len() == 2;
+            mat(Source { parts, k, interleaved, exact })
+        };
+        let router = source(vec![(name("router"), moe.experts)], hidden, true)?;
+        let mut expert = |e: usize| -> Result<Expert<M, V>> {
+            let name = |what: &str| name(what).replace("{e}", &e.to_string());
+            let gate_up = vec![(name("expert_gate"), moe.width), (name("expert_up"), moe.width)];
+            Ok(Expert {
+                gate_up: source(gate_up, hidden, false)?,
+                gate_up_bias: None,
+                down: source(vec![(name("expert_down"), hidden)], moe.width, false)?,
+                down_bias: None,
+            })
+        };
+        let experts = (0..moe.experts).map(&mut expert).collect::<Result<_>>()?;
+        let shared = |shared: spec::Shared| -> Result<Shared<M>> {
+            let width = shared.width;
+            let gate_up = vec![(name("shared_gate"), width), (name("shared_up"), width)];
+            let gate = vec![(name("shared_router"), 1)];
+            Ok(Shared {
+                gate_up: source(gate_up, hidden, false)?,
+                down: source(vec![(name("shared_down"), hidden)], width, false)?,
+                router: shared.gate.then(|| source(gate, hidden, true)).transpose()?,
+            })
+        };
+        Ok(Moe {
+            router,
+            router_bias: vector(moe.router_bias, "router_bias")?,
+            correction: vector(moe.correction, "router_correction")?,
+            experts,
+            shared: moe.shared.map(shared).transpose()?,
         })
     }
 }

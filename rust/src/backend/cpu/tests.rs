@@ -2,7 +2,7 @@
 
 use super::*;
 
-fn noise(n: usize, mut seed: u32) -> Vec<f32> {
+pub(super) fn noise(n: usize, mut seed: u32) -> Vec<f32> {
     (0..n)
         .map(|_| {
             seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -15,7 +15,13 @@ fn bytes(x: &[f32]) -> Vec<u8> {
     x.iter().flat_map(|x| x.to_le_bytes()).collect()
 }
 
-fn mat(cpu: &Cpu, form: Form, parts: &[(&[f32], usize)], k: usize, interleaved: bool) -> Mat {
+pub(super) fn mat(
+    cpu: &Cpu,
+    form: Form,
+    parts: &[(&[f32], usize)],
+    k: usize,
+    interleaved: bool,
+) -> Mat {
     let stored: Vec<Vec<u8>> = parts.iter().map(|(x, _)| bytes(x)).collect();
     let parts = parts.iter().zip(&stored);
     let parts = parts.map(|(&(_, n), bytes)| Part { stored: Form::F32, n, bytes }).collect();

@@ -4,11 +4,13 @@
 mod build;
 mod config;
 mod family;
+mod moe;
 mod names;
 mod rope;
 #[cfg(test)]
 mod tests;
 
+pub use moe::{Moe, Shared};
 pub use names::{Names, Weight};
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -88,6 +90,8 @@ pub enum Mixer {
 pub enum Ffn {
     /// `down(act(gate(x)) * up(x))` of this width.
     Dense(usize),
+    /// Experts, of which each position uses some.
+    Moe(Moe),
 }
 
 /// Shape of attention in one layer.
