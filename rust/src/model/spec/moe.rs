@@ -150,7 +150,7 @@ impl MoeFacts {
             return Ok(None);
         }
         let chosen = facts.need_count(&self.top_groups, count)?;
-        if experts % count != 0 || experts / count * chosen < top_k {
+        if !experts.is_multiple_of(count) || experts / count * chosen < top_k {
             let found =
                 format!("{count} groups, {chosen} chosen, for {top_k} of {experts} experts");
             return Err(bad(
@@ -167,7 +167,7 @@ impl MoeFacts {
         let first = facts.number(&self.dense_first, 0.0, 1e9)?.unwrap_or(0.0);
         let every = facts.count(&self.every, layers)?.unwrap_or(1);
         let mut moe: Vec<bool> =
-            (0..layers).map(|l| l as f64 >= first && (l + 1) % every == 0).collect();
+            (0..layers).map(|l| l as f64 >= first && (l + 1).is_multiple_of(every)).collect();
         for layer in facts.list(&self.dense_layers)?.into_iter().flatten() {
             let place = layer.as_u64().and_then(|l| moe.get_mut(usize::try_from(l).ok()?));
             let Some(place) = place else {
