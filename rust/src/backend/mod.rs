@@ -86,15 +86,28 @@ pub struct Expert<M, V> {
     pub down_bias: Option<V>,
 }
 
-/// Stored rows of one checkpoint tensor `[n, k]`.
+/// Stored rows of one checkpoint tensor.
 #[derive(Clone, Copy, Debug)]
 pub struct Part<'a> {
-    /// F32, F16 or Bf16.
+    /// F32, F16, Bf16 or Mxfp4.
     pub stored: Form,
     /// Rows.
     pub n: usize,
-    /// Little-endian, row-major.
+    /// From the first number on, little-endian. MXFP4: two codes in a byte, the first in the low nibble.
     pub bytes: &'a [u8],
+    /// Numbers from one to the one below it. MXFP4: a multiple of 32.
+    pub row: usize,
+    /// Numbers from one to the one beside it. MXFP4: 1.
+    pub column: usize,
+    /// MXFP4: the exponent of each 32 numbers.
+    pub scales: &'a [u8],
+}
+
+impl<'a> Part<'a> {
+    /// A matrix `[n, k]` of plain floats.
+    pub fn floats(stored: Form, n: usize, k: usize, bytes: &'a [u8]) -> Part<'a> {
+        Part { stored, n, bytes, row: k, column: 1, scales: &[] }
+    }
 }
 
 /// Rows that become one matrix.

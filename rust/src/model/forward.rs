@@ -143,6 +143,7 @@ impl<B: Backend> Model<B> {
         match self.spec.act {
             Act::Silu => Activation::Silu,
             Act::GeluTanh => Activation::GeluTanh,
+            Act::ClampedSwiglu => Activation::ClampedSwiglu,
         }
     }
 

@@ -1,7 +1,7 @@
 //! From a checkpoint's tensors to packed weights. Formats and checkpoint names end here.
 
 use super::cache;
-use super::spec::{self, Names, Norm, QkNorm, Spec};
+use super::spec::{self, Names, Norm, Slice, QkNorm, Spec};
 use super::{LoadOptions, Quantization};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
 use crate::backend::{Backend, Expert, Form, Part, Parts};
@@ -103,19 +103,27 @@ impl<M, V> Ffn<M, V> {
     }
 }
 
-/// A matrix as the checkpoint has it: tensors and their rows, all with `k` inputs.
+/// A matrix as the checkpoint has it: places of rows and their number, all with `k` inputs.
 struct Source {
-    parts: Vec<(String, usize)>,
+    parts: Vec<(Slice, usize)>,
     k: usize,
     interleaved: bool,
     /// Never quantized: a small matrix whose errors would choose other experts.
     exact: bool,
 }
 
-/// One packed matrix to be: the checkpoint's tensors it comes from.
+impl Source {
+    /// A whole tensor.
+    fn whole(name: String, n: usize, k: usize) -> Source {
+        let parts = vec![(Slice::whole(name, vec![n, k]), n)];
+        Source { parts, k, interleaved: false, exact: false }
+    }
+}
+
+/// One packed matrix to be: what it comes from.
 #[derive(Debug)]
 pub(super) struct Plan {
-    pub(super) names: Vec<String>,
+    parts: Vec<(Slice, usize)>,
     pub(super) n: usize,
     pub(super) k: usize,
     pub(super) form: Form,
@@ -150,57 +158,82 @@ impl<'a> Reader<'a> {
         Ok(Reader { folder, checkpoint, spec, names })
     }
 
-    /// The tensor of a weight, its shape and type checked.
-    fn tensor(&self, name: &str, shape: &[usize]) -> Result<(TensorView<'a>, Form)> {
+    /// A tensor, its shape checked.
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<TensorView<'a>> {
         let tensor = self.checkpoint.tensor(name)?;
         if tensor.shape != shape {
             let what =
                 format!("tensor `{name}`: found shape {:?}, expected {shape:?}", tensor.shape);
             return Err(Error::format(self.folder, what));
         }
-        let stored = match tensor.dtype {
-            Dtype::F32 => Form::F32,
-            Dtype::F16 => Form::F16,
-            Dtype::BF16 => Form::Bf16,
-            other => {
-                return Err(Error::Unsupported(format!(
-                    "tensor `{name}`: found {}, expected F32, F16 or BF16",
-                    other.name()
-                )));
-            }
-        };
-        Ok((tensor, stored))
+        Ok(tensor)
+    }
+
+    /// The tensors of a weight, their shapes and types checked. One, or two for MXFP4.
+    fn tensors(&self, place: &Slice) -> Result<(Vec<TensorView<'a>>, Form)> {
+        let tensor = |(name, shape): (String, Vec<usize>)| self.tensor(&name, &shape);
+        let tensors: Vec<_> = place.tensors().into_iter().map(tensor).collect::<Result<_>>()?;
+        let mut stored = Form::Mxfp4;
+        for tensor in &tensors {
+            stored = match (tensor.dtype, place.mxfp4) {
+                (Dtype::F32, false) => Form::F32,
+                (Dtype::F16, false) => Form::F16,
+                (Dtype::BF16, false) => Form::Bf16,
+                (Dtype::U8, true) => Form::Mxfp4,
+                (other, mxfp4) => {
+                    return Err(Error::Unsupported(format!(
+                        "tensor `{}`: found {}, expected {}",
+                        tensor.name,
+                        other.name(),
+                        if mxfp4 { "U8" } else { "F32, F16 or BF16" }
+                    )));
+                }
+            };
+        }
+        Ok((tensors, stored))
+    }
+
+    /// `n` rows of `k` numbers.
+    fn part(&self, place: &Slice, n: usize, k: usize) -> Result<(Vec<TensorView<'a>>, Part<'a>)> {
+        let (mut tensors, stored) = self.tensors(place)?;
+        let numbers: usize = place.shape.iter().product();
+        let end = place.first + (n - 1) * place.row + (k - 1) * place.column + 1;
+        for tensor in &mut tensors {
+            // Whole bytes of codes and whole exponents: rows of MXFP4 start and end with a group.
+            let byte =
+                |number: usize| number as u128 * tensor.bytes.len() as u128 / numbers as u128;
+            tensor.bytes = &tensor.bytes[byte(place.first) as usize..byte(end) as usize];
+        }
+        let scales = tensors.get(1).map_or(&[][..], |scales| scales.bytes);
+        let Slice { row, column, .. } = *place;
+        let part = Part { stored, n, bytes: tensors[0].bytes, row, column, scales };
+        Ok((tensors, part))
     }
 
     /// A vector as f32.
-    fn vector(&self, name: &str, n: usize) -> Result<Vec<f32>> {
-        let (tensor, stored) = self.tensor(name, &[n])?;
-        let values: Vec<f32> = match stored {
-            Form::F32 => {
-                tensor.bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
-            }
-            Form::F16 => {
-                let halves = tensor.bytes.as_chunks().0.iter();
-                halves.map(|&b| half::f16::from_le_bytes(b).to_f32()).collect()
-            }
-            _ => {
-                let halves = tensor.bytes.as_chunks().0.iter();
-                halves.map(|&b| half::bf16::from_le_bytes(b).to_f32()).collect()
-            }
+    fn vector(&self, place: &Slice, n: usize) -> Result<Vec<f32>> {
+        let (_, Part { stored, bytes, row, .. }) = self.part(place, n, 1)?;
+        let (words, halves) = (bytes.as_chunks().0, bytes.as_chunks().0);
+        let value = |i: usize| match stored {
+            Form::F32 => f32::from_le_bytes(words[i * row]),
+            Form::F16 => half::f16::from_le_bytes(halves[i * row]).to_f32(),
+            _ => half::bf16::from_le_bytes(halves[i * row]).to_f32(),
         };
+        let values: Vec<f32> = (0..n).map(value).collect();
         match values.iter().position(|x| !x.is_finite()) {
             None => Ok(values),
-            Some(i) => Err(self.not_finite(name, &format!("[{i}]"))),
+            Some(i) => Err(self.not_finite(place, i, 0)),
         }
     }
 
-    fn not_finite(&self, name: &str, at: &str) -> Error {
-        let what = format!("tensor `{name}`{at}: found a number that is not finite");
+    fn not_finite(&self, place: &Slice, i: usize, j: usize) -> Error {
+        let (tensor, at) = (&place.tensor, place.index(i, j));
+        let what = format!("tensor `{tensor}`{at:?}: found a number that is not finite");
         Error::format(self.folder, what)
     }
 
-    fn norm(&self, name: &str, n: usize) -> Result<Vec<f32>> {
-        let mut gain = self.vector(name, n)?;
+    fn norm(&self, place: &Slice, n: usize) -> Result<Vec<f32>> {
+        let mut gain = self.vector(place, n)?;
         if self.spec.norm == Norm::RmsPlusOne {
             gain.iter_mut().for_each(|g| *g += 1.0);
         }
@@ -211,46 +244,38 @@ impl<'a> Reader<'a> {
     fn plan(&self, quantization: Quantization, source: Source) -> Result<Plan> {
         let Source { parts, k, interleaved, exact } = source;
         let mut form = None;
-        for (name, n) in &parts {
-            let (tensor, stored) = self.tensor(name, &[*n, k])?;
+        for (place, _) in &parts {
+            let (_, stored) = self.tensors(place)?;
             let wanted = match quantization {
-                _ if exact => stored,
+                Quantization::None if stored == Form::Mxfp4 => Form::Mxfp4Float,
+                _ if exact || stored == Form::Mxfp4 => stored,
                 Quantization::Int4 => Form::Q4,
                 Quantization::Int8 => Form::Q8,
                 Quantization::Auto | Quantization::None => stored,
             };
             if *form.get_or_insert(wanted) != wanted {
                 return Err(Error::Unsupported(format!(
-                    "tensor `{name}`: found {}, but `{}` beside it is stored otherwise; use quantization=\"int8\"",
-                    tensor.dtype.name(),
-                    parts[0].0
+                    "tensor `{}`: found {}, but `{}` beside it is stored otherwise; use quantization=\"int8\"",
+                    place.tensor,
+                    stored.name(),
+                    parts[0].0.tensor
                 )));
             }
         }
         let n = parts.iter().map(|(_, n)| n).sum::<usize>();
         let n = if interleaved { 2 * (n / 2).next_multiple_of(16) } else { n };
-        let names = parts.into_iter().map(|(name, _)| name).collect();
-        Ok(Plan { names, n, k, form: form.unwrap_or(Form::F32), interleaved })
+        Ok(Plan { parts, n, k, form: form.unwrap_or(Form::F32), interleaved })
     }
 
     /// Packs one matrix into `out`.
     fn pack(&self, cpu: &Cpu, plan: &Plan, out: &mut [u8]) -> Result<()> {
-        let tensors: Vec<TensorView<'a>> =
-            plan.names.iter().map(|name| self.checkpoint.tensor(name)).collect::<Result<_>>()?;
-        let part = |t: &TensorView<'a>| {
-            let stored = match t.dtype {
-                Dtype::F32 => Form::F32,
-                Dtype::F16 => Form::F16,
-                _ => Form::Bf16, // `plan` has checked
-            };
-            Part { stored, n: t.shape[0], bytes: t.bytes }
-        };
-        let parts = tensors.iter().map(part).collect();
+        let part = |(place, n): &(Slice, usize)| self.part(place, *n, plan.k);
+        let sources: Vec<_> = plan.parts.iter().map(part).collect::<Result<_>>()?;
+        let parts = sources.iter().map(|(_, part)| *part).collect();
         let parts = Parts { parts, k: plan.k, interleaved: plan.interleaved };
-        cpu.pack_into(plan.form, &parts, out).map_err(|(p, row, column)| {
-            self.not_finite(&plan.names[p], &format!("[{row}, {column}]"))
-        })?;
-        tensors.iter().for_each(|t| self.checkpoint.release(t));
+        cpu.pack_into(plan.form, &parts, out)
+            .map_err(|(p, row, column)| self.not_finite(&plan.parts[p].0, row, column))?;
+        sources.iter().flat_map(|(tensors, _)| tensors).for_each(|t| self.checkpoint.release(t));
         Ok(())
     }
 
@@ -275,23 +300,13 @@ impl<'a> Reader<'a> {
         mut mat: impl FnMut(Source) -> Result<M>,
     ) -> Result<Weights<M, V>> {
         let s = self.spec;
-        let one = |name: String, n, k| Source {
-            parts: vec![(name, n)],
-            k,
-            interleaved: false,
-            exact: false,
-        };
-        let embed = mat(one(self.names.model("embed"), s.vocab, s.hidden))?;
+        let embed = mat(Source::whole(self.names.model("embed"), s.vocab, s.hidden))?;
         let layers = (0..s.layers.len()).map(|l| self.layer(l, &row, &mut mat));
         let layers = layers.collect::<Result<_>>()?;
-        let head =
-            (!s.tied).then(|| mat(one(self.names.model("head"), s.vocab, s.hidden))).transpose()?;
-        Ok(Weights {
-            embed,
-            layers,
-            norm: row(&self.norm(&self.names.model("norm"), s.hidden)?),
-            head,
-        })
+        let head = || mat(Source::whole(self.names.model("head"), s.vocab, s.hidden));
+        let head = (!s.tied).then(head).transpose()?;
+        let norm = Slice::whole(self.names.model("norm"), vec![s.hidden]);
+        Ok(Weights { embed, layers, norm: row(&self.norm(&norm, s.hidden)?), head })
     }
 
     fn layer<M, V>(
@@ -301,16 +316,16 @@ impl<'a> Reader<'a> {
         mat: &mut impl FnMut(Source) -> Result<M>,
     ) -> Result<Layer<M, V>> {
         let s = self.spec;
-        let name = |what: &str| self.names.layer(l, what);
+        let place = |what: &str| s.place(&self.names, l, what, 0);
         let norm = |exists: bool, what: &str, n: usize| -> Result<Option<V>> {
-            exists.then(|| Ok(row(&self.norm(&name(what), n)?))).transpose()
+            exists.then(|| Ok(row(&self.norm(&place(what), n)?))).transpose()
         };
-        let vector = |what: &str, n: usize| self.vector(&name(what), n);
+        let vector = |what: &str, n: usize| self.vector(&place(what), n);
         let bias = |exists: bool, what: &str, n: usize| -> Result<Option<V>> {
             exists.then(|| Ok(row(&vector(what, n)?))).transpose()
         };
         let source = |parts: &[(&str, usize)], k, interleaved| Source {
-            parts: parts.iter().map(|&(what, n)| (name(what), n)).collect(),
+            parts: parts.iter().map(|&(what, n)| (place(what), n)).collect(),
             k,
             interleaved,
             exact: false,
@@ -365,35 +380,40 @@ impl Reader<'_> {
         row: &impl Fn(&[f32]) -> V,
         mat: &mut impl FnMut(Source) -> Result<M>,
     ) -> Result<Moe<M, V>> {
-        let hidden = self.spec.hidden;
-        let name = |what: &str| self.names.layer(l, what);
+        let (hidden, width) = (self.spec.hidden, moe.width);
+        let place = |what: &str, e| self.spec.place(&self.names, l, what, e);
         let vector = |exists: bool, what: &str| -> Result<Option<V>> {
-            exists.then(|| Ok(row(&self.vector(&name(what), moe.experts)?))).transpose()
+            exists.then(|| Ok(row(&self.vector(&place(what, 0), moe.experts)?))).transpose()
         };
-        let mut source = |parts: Vec<(String, usize)>, k, exact| {
+        let mut source = |parts: Vec<(Slice, usize)>, k, exact| {
             let interleaved = parts.len() == 2;
             mat(Source { parts, k, interleaved, exact })
         };
-        let router = source(vec![(name("router"), moe.experts)], hidden, true)?;
+        let router = source(vec![(place("router", 0), moe.experts)], hidden, true)?;
         let mut expert = |e: usize| -> Result<Expert<M, V>> {
-            let name = |what: &str| name(what).replace("{e}", &e.to_string());
-            let gate_up = vec![(name("expert_gate"), moe.width), (name("expert_up"), moe.width)];
+            let bias = |what: &str, n| self.vector(&place(what, e), n);
+            let gate_up_bias = || -> Result<V> {
+                let gate = bias("expert_gate_bias", width)?;
+                Ok(row(&interleave(&gate, &bias("expert_up_bias", width)?)))
+            };
+            let down_bias = || -> Result<V> { Ok(row(&bias("expert_down_bias", hidden)?)) };
+            let gate_up = vec![(place("expert_gate", e), width), (place("expert_up", e), width)];
             Ok(Expert {
                 gate_up: source(gate_up, hidden, false)?,
-                gate_up_bias: None,
-                down: source(vec![(name("expert_down"), hidden)], moe.width, false)?,
-                down_bias: None,
+                gate_up_bias: moe.expert_bias.then(gate_up_bias).transpose()?,
+                down: source(vec![(place("expert_down", e), hidden)], width, false)?,
+                down_bias: moe.expert_bias.then(down_bias).transpose()?,
             })
         };
         let experts = (0..moe.experts).map(&mut expert).collect::<Result<_>>()?;
         let shared = |shared: spec::Shared| -> Result<Shared<M>> {
             let width = shared.width;
-            let gate_up = vec![(name("shared_gate"), width), (name("shared_up"), width)];
-            let gate = vec![(name("shared_router"), 1)];
+            let gate_up = vec![(place("shared_gate", 0), width), (place("shared_up", 0), width)];
+            let gate = || vec![(place("shared_router", 0), 1)];
             Ok(Shared {
                 gate_up: source(gate_up, hidden, false)?,
-                down: source(vec![(name("shared_down"), hidden)], width, false)?,
-                router: shared.gate.then(|| source(gate, hidden, true)).transpose()?,
+                down: source(vec![(place("shared_down", 0), hidden)], width, false)?,
+                router: shared.gate.then(|| source(gate(), hidden, true)).transpose()?,
             })
         };
         Ok(Moe {

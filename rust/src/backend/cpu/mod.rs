@@ -14,11 +14,12 @@ use super::{
     Activation, Attention, Backend, Expert, KvDtype, NotFinite, Part, Parts, Routing, Score, Span,
 };
 use crate::kernels::{Acts, Form, Kernels, layout};
-use crate::quant::{BLOCK, GROUPS};
+use crate::quant::{BLOCK, BlockMxfp4, GROUP, GROUPS};
 use crate::{Error, Result};
 use layout::ROWS;
 use memory::Disjoint;
 use pool::{Claims, Pool};
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Mutex;
 
@@ -357,16 +358,20 @@ impl Cpu {
     ) -> std::result::Result<(), NotFinite> {
         let k = parts.k;
         let row = |r: usize| parts.locate(rb * ROWS + r);
+        if matches!(form, Form::Mxfp4 | Form::Mxfp4Float) {
+            return pack_mxfp4(form, parts, rb, out);
+        }
         if !form.is_quantized() {
             let width = Part::width(form);
-            let bytes = |r: usize| row(r).map(|(p, i)| parts.parts[p].row(i, k));
-            layout::pack_float(width, bytes, out);
+            let rows: Vec<_> =
+                (0..ROWS).map(|r| row(r).map(|(p, i)| parts.parts[p].range(i, 0, k))).collect();
+            layout::pack_float(width, |r| rows[r].as_deref(), out);
             // Checked like quantized weights: a NaN would spread over every answer.
             let mut values = [0.0; BLOCK];
             for (p, i) in (0..ROWS).filter_map(row) {
                 for b in (0..k).step_by(BLOCK) {
                     let len = BLOCK.min(k - b);
-                    parts.parts[p].values(i, k, b, &mut values[..len]);
+                    parts.parts[p].values(i, b, &mut values[..len]);
                     finite(&values[..len]).map_err(|c| (p, i, b + c))?;
                 }
             }
@@ -378,7 +383,7 @@ impl Cpu {
             let len = BLOCK.min(k - b);
             for (r, values) in rows.iter_mut().enumerate() {
                 let Some((p, i)) = row(r) else { continue };
-                parts.parts[p].values(i, k, b, &mut values[..len]);
+                parts.parts[p].values(i, b, &mut values[..len]);
                 finite(&values[..len]).map_err(|c| (p, i, b + c))?;
             }
             let bytes = form.row_block_bytes(len);
@@ -387,6 +392,37 @@ impl Cpu {
         }
         Ok(())
     }
+}
+
+/// Row block `rb` of `parts`, which are MXFP4, as it is.
+fn pack_mxfp4(
+    form: Form,
+    parts: &Parts<'_>,
+    rb: usize,
+    out: &mut [u8],
+) -> std::result::Result<(), NotFinite> {
+    let mut done = 0;
+    for b in (0..parts.k).step_by(BLOCK) {
+        let len = BLOCK.min(parts.k - b);
+        let mut rows = [BlockMxfp4::ZERO; ROWS];
+        for (r, row) in rows.iter_mut().enumerate() {
+            let Some((p, i)) = parts.locate(rb * ROWS + r) else { continue };
+            let part = &parts.parts[p];
+            let start = i * part.row + b;
+            for (j, byte) in part.bytes[start / 2..][..len / 2].iter().enumerate() {
+                (row.q[2 * j], row.q[2 * j + 1]) = (byte & 15, byte >> 4);
+            }
+            let e = &part.scales[start / GROUP..][..len / GROUP];
+            row.e[..e.len()].copy_from_slice(e);
+            if let Some(g) = e.iter().position(|&e| e == BlockMxfp4::NAN) {
+                return Err((p, i, b + g * GROUP));
+            }
+        }
+        let bytes = form.row_block_bytes(len);
+        layout::pack_mxfp4(&rows, &mut out[done..done + bytes]);
+        done += bytes;
+    }
+    Ok(())
 }
 
 /// `Err` with the index of the first number that is not finite.
@@ -584,16 +620,20 @@ impl Part<'_> {
         if stored == Form::F32 { 4 } else { 2 }
     }
 
-    /// The bytes of row `i`.
-    fn row(&self, i: usize, k: usize) -> &[u8] {
-        let width = k * Part::width(self.stored);
-        &self.bytes[i * width..][..width]
+    /// The bytes of `len` numbers of row `i`, from number `from` on.
+    fn range(&self, i: usize, from: usize, len: usize) -> Cow<'_, [u8]> {
+        let width = Part::width(self.stored);
+        let start = i * self.row + from * self.column;
+        if self.column == 1 {
+            return Cow::Borrowed(&self.bytes[start * width..][..len * width]);
+        }
+        let number = |j| &self.bytes[(start + j * self.column) * width..][..width];
+        (0..len).flat_map(number).copied().collect()
     }
 
     /// Numbers `from..from + out.len()` of row `i`.
-    fn values(&self, i: usize, k: usize, from: usize, out: &mut [f32]) {
-        let width = Part::width(self.stored);
-        let bytes = &self.row(i, k)[from * width..][..out.len() * width];
+    fn values(&self, i: usize, from: usize, out: &mut [f32]) {
+        let bytes = &self.range(i, from, out.len())[..];
         match self.stored {
             Form::F32 => {
                 for (out, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {

@@ -86,7 +86,7 @@ impl Spec {
             rope: Some(0),
         };
         let windows = windows(&family, facts)?;
-        let ffns = ffns(&family, facts, windows.len())?;
+        let ffns = ffns(&family, facts, hidden, windows.len())?;
         let layers = windows.into_iter().zip(ffns).map(|(window, ffn)| {
             let rope = Some(if window.is_some() { local } else { 0 });
             let mixer = Mixer::Attention(Attention { window, rope, ..attention });
@@ -109,6 +109,7 @@ impl Spec {
             act: match facts.need_text(&family.act)? {
                 "silu" | "swish" => Act::Silu,
                 "gelu_pytorch_tanh" | "gelu_new" => Act::GeluTanh,
+                "clamped_swiglu" => Act::ClampedSwiglu,
                 other => {
                     return Err(Error::Unsupported(format!(
                         "config.json: activation {other:?} is not supported, only silu and gelu_pytorch_tanh"
@@ -139,6 +140,10 @@ fn refuse(family: &Family, architecture: &str, top: &Object<'_>, text: &Object<'
         for key in ["quantization_config", "compression_config"] {
             if let Some(value) = object.get(key) {
                 let method = value["quant_method"].as_str().unwrap_or("unknown");
+                if family.quantized.iter().any(|known| known == method) {
+                    only_experts(object, key)?;
+                    continue;
+                }
                 return Err(Error::Unsupported(format!(
                     "config.json: {}: checkpoints quantized with {method:?} are not supported; take the model's \
                      unquantized checkpoint",
@@ -173,13 +178,38 @@ fn refuse(family: &Family, architecture: &str, top: &Object<'_>, text: &Object<'
     Ok(())
 }
 
+/// Checks that a description of MXFP4 weights says no more than that experts are so.
+fn only_experts(object: &Object<'_>, key: &str) -> Result<()> {
+    let Some(said) = object.object(key)? else { return Ok(()) };
+    let kept = said.get("modules_to_not_convert").and_then(Value::as_array);
+    let modules = kept.into_iter().flatten().filter_map(Value::as_str);
+    let mut strange =
+        said.keys().filter(|k| !["quant_method", "modules_to_not_convert"].contains(k));
+    if let Some(strange) = strange.next() {
+        return Err(Error::Unsupported(format!(
+            "config.json: {}: not known for MXFP4 weights",
+            said.label(strange)
+        )));
+    }
+    for module in modules.filter(|module| module.contains("experts")).take(1) {
+        return Err(Error::Unsupported(format!(
+            "config.json: {}: {module:?} is expected to be MXFP4",
+            said.label("modules_to_not_convert")
+        )));
+    }
+    Ok(())
+}
+
 /// The feed-forward network of each layer.
-fn ffns(family: &Family, facts: &Facts<'_>, layers: usize) -> Result<Vec<Ffn>> {
+fn ffns(family: &Family, facts: &Facts<'_>, hidden: usize, layers: usize) -> Result<Vec<Ffn>> {
     let dense = facts.count(&family.ffn, MAX_FFN)?;
     let (moe, has) = match &family.moe {
         None => (None, vec![false; layers]),
         Some(moe) => {
-            let (moe, has) = moe.read(facts, dense, layers)?;
+            // `refuse` lets nothing else pass.
+            let mxfp4 = [&facts.top, &facts.text].map(|o| o.get("quantization_config"));
+            let mxfp4 = mxfp4.iter().any(Option::is_some);
+            let (moe, has) = moe.read(facts, hidden, dense, layers, mxfp4)?;
             (Some(moe), has)
         }
     };

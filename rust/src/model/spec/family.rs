@@ -25,6 +25,7 @@ families![
     "qwen2_moe",
     "qwen3",
     "qwen3_moe",
+    "gpt_oss",
     "gemma2",
     "gemma3",
     "gemma3_mm",
@@ -132,6 +133,8 @@ pub(super) struct Family {
     pub(super) rope_theta_local: Fact,
     pub(super) rope_scaling: Fact,
     pub(super) moe: Option<MoeFacts>,
+    #[serde(default)]
+    pub(super) quantized: Vec<String>,
     pub(super) model: Vec<String>,
     pub(super) ignore: Vec<String>,
     pub(super) names: BTreeMap<String, Names>,

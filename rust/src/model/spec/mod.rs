@@ -6,12 +6,14 @@ mod config;
 mod family;
 mod moe;
 mod names;
+mod place;
 mod rope;
 #[cfg(test)]
 mod tests;
 
-pub use moe::{Moe, Shared};
+pub use moe::{Moe, Shared, Stored};
 pub use names::{Names, Weight};
+pub use place::Slice;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 
@@ -67,6 +69,8 @@ pub enum Act {
     Silu,
     /// `x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))`.
     GeluTanh,
+    /// `g * sigmoid(1.702 g)` with `g = min(x, 7)`; `up` becomes `clamp(up, -7, 7) + 1` (GPT-OSS).
+    ClampedSwiglu,
 }
 
 /// One layer: positions are mixed, then each is transformed.

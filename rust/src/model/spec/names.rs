@@ -1,11 +1,12 @@
 //! The weights that a model has, and what they are called in a checkpoint. Never reads a tensor.
 
 use super::config::bad;
-use super::{Ffn, Mixer, Moe, QkNorm, Spec};
+use super::{Ffn, Mixer, Moe, QkNorm, Slice, Spec};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, HashSet};
 
-/// Short names of all weights that a family can have; biases append `_bias`.
+/// Short names of all weights that a family can have; biases append `_bias`, and need a name of their own only where it
+/// is not the weight's with `.bias`.
 pub(super) const WEIGHTS: &[&str] = &[
     "embed",
     "norm",
@@ -28,6 +29,9 @@ pub(super) const WEIGHTS: &[&str] = &[
     "expert_gate",
     "expert_up",
     "expert_down",
+    "expert_gate_bias",
+    "expert_up_bias",
+    "expert_down_bias",
     "shared_gate",
     "shared_up",
     "shared_down",
@@ -56,7 +60,10 @@ impl Spec {
         }
         let layers = (0..self.layers.len()).flat_map(|l| self.layer_weights(l));
         for Weight { what, shape } in self.model_weights().into_iter().chain(layers) {
-            let stem = what.strip_suffix("_bias").unwrap_or(what);
+            let stem = match what.strip_suffix("_bias") {
+                Some(stem) if !self.names.contains_key(what) => stem,
+                _ => what,
+            };
             if self.names.get(stem).is_none_or(|names| names.0.is_empty()) {
                 return Err(bad_name(stem, "nothing", "the name of this weight"));
             }
@@ -143,7 +150,7 @@ impl Spec {
         let first = |what: &str, model: &str| {
             let mut names = self.names[what].0.iter().map(|n| n.replace("{model}", model));
             // Layer 0 and expert 0 decide.
-            names.find(|n| has(&format!("{}.weight", n.replace("{l}", "0").replace("{e}", "0"))))
+            names.find(|n| has(&whole(&n.replace("{l}", "0").replace("{e}", "0"), ".weight")))
         };
         let model = self.model.iter().find(|m| first("embed", m).is_some());
         let model = model.or(self.model.first()).cloned().unwrap_or_default();
@@ -166,7 +173,8 @@ impl Spec {
         known.extend(self.model_weights().iter().map(|w| names.model(w.what)));
         for l in 0..self.layers.len() {
             for weight in self.layer_weights(l) {
-                known.extend(names.tensors(l, &weight).into_iter().map(|(name, _)| name));
+                let places = self.places(names, l, weight.what);
+                known.extend(places.iter().flat_map(Slice::tensors).map(|(name, _)| name));
             }
         }
         let ignored = |name: &str| self.ignore.iter().any(|pattern| matches(pattern, name));
@@ -189,9 +197,9 @@ pub struct Names {
 impl Names {
     /// The name of a weight outside the layers. Panics if `what` is none of `Spec::model_weights`.
     pub fn model(&self, what: &str) -> String {
-        match what.strip_suffix("_bias") {
-            Some(what) => format!("{}.bias", self.stems[what]),
-            None => format!("{}.weight", self.stems[what]),
+        match (self.stems.get(what), what.strip_suffix("_bias")) {
+            (None, Some(what)) => whole(&self.stems[what], ".bias"),
+            _ => whole(&self.stems[what], ".weight"),
         }
     }
 
@@ -199,16 +207,11 @@ impl Names {
     pub fn layer(&self, l: usize, what: &str) -> String {
         self.model(what).replace("{l}", &l.to_string())
     }
+}
 
-    /// The tensors of a weight of layer `l` and their shapes: one, or one for each expert.
-    pub fn tensors(&self, l: usize, weight: &Weight) -> Vec<(String, Vec<usize>)> {
-        let name = self.layer(l, weight.what);
-        if !name.contains("{e}") {
-            return vec![(name, weight.shape.clone())];
-        }
-        let each = |e: usize| (name.replace("{e}", &e.to_string()), weight.shape[1..].to_vec());
-        (0..weight.shape[0]).map(each).collect()
-    }
+/// A tensor's name: the stem and what is appended to it, or the stem alone if it ends in `!`.
+fn whole(stem: &str, suffix: &str) -> String {
+    stem.strip_suffix('!').map_or_else(|| format!("{stem}{suffix}"), str::to_owned)
 }
 
 /// Whether `name` fits `pattern`, in which each `*` stands for any text.
