@@ -32,10 +32,17 @@ fn goldens() -> Vec<PathBuf> {
                 "gemma2-a",
                 "gemma2-b",
                 "gemma3-mm-a",
+                "granite3-a",
+                "olmo2-a",
+                "starcoder2-a",
+                "arcee-a",
+                "apertus-a",
                 "mixtral-a",
                 "qwen2-moe-a",
                 "qwen3-moe-a",
                 "qwen3-moe-b",
+                "olmoe-a",
+                "granite3-moe-a",
             ]
             .iter()
             .map(|name| Path::new(&shared).join("goldens").join(name)),

@@ -26,10 +26,17 @@ const GOLDENS: &[&str] = &[
     "gemma2-b",
     "gemma3-a",
     "gemma3-mm-a",
+    "granite3-a",
+    "olmo2-a",
+    "starcoder2-a",
+    "arcee-a",
+    "apertus-a",
     "mixtral-a",
     "qwen2-moe-a",
     "qwen3-moe-a",
     "qwen3-moe-b",
+    "olmoe-a",
+    "granite3-moe-a",
 ];
 
 fn shapes(folder: &Path) -> BTreeMap<String, Vec<usize>> {

@@ -1,10 +1,10 @@
 //! From a checkpoint's tensors to packed weights. Formats and checkpoint names end here.
 
 use super::cache;
-use super::spec::{self, Names, Norm, Slice, QkNorm, Spec};
+use super::spec::{self, Act, Names, QkNorm, Slice, Spec};
 use super::{LoadOptions, Quantization};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
-use crate::backend::{Backend, Expert, Form, Part, Parts};
+use crate::backend::{Activation, Backend, Expert, Form, Part, Parts};
 use crate::file::{Checkpoint, Dtype, TensorView};
 use crate::{Error, Result};
 use std::path::Path;
@@ -12,20 +12,28 @@ use std::path::Path;
 /// All weights of a model: matrices `M`, vectors `V`. Bias and norm exist where the family has them.
 pub(super) struct Weights<M, V> {
     pub(super) embed: M,
+    pub(super) positions: Option<M>,
     pub(super) layers: Vec<Layer<M, V>>,
-    pub(super) norm: V,
+    pub(super) norm: Norm<V>,
     /// `None`: the embedding is the head.
     pub(super) head: Option<M>,
+    pub(super) head_bias: Option<V>,
+}
+
+/// The weights of a norm.
+pub(super) struct Norm<V> {
+    pub(super) gain: V,
+    pub(super) bias: Option<V>,
 }
 
 /// The weights of one layer.
 pub(super) struct Layer<M, V> {
-    pub(super) attn_norm: Option<V>,
+    pub(super) attn_norm: Option<Norm<V>>,
     pub(super) mixer: Mixer<M, V>,
-    pub(super) attn_after_norm: Option<V>,
-    pub(super) ffn_norm: Option<V>,
+    pub(super) attn_after_norm: Option<Norm<V>>,
+    pub(super) ffn_norm: Option<Norm<V>>,
     pub(super) ffn: Ffn<M, V>,
-    pub(super) ffn_after_norm: Option<V>,
+    pub(super) ffn_after_norm: Option<Norm<V>>,
 }
 
 /// As [`spec::Mixer`].
@@ -50,6 +58,8 @@ pub(super) struct Attention<M, V> {
 
 /// The weights of a feed-forward network.
 pub(super) struct Dense<M, V> {
+    pub(super) act: Activation,
+    /// Up alone, where there is no gate.
     pub(super) gate_up: M,
     pub(super) gate_up_bias: Option<V>,
     pub(super) down: M,
@@ -58,6 +68,7 @@ pub(super) struct Dense<M, V> {
 
 /// The weights of experts.
 pub(super) struct Moe<M, V> {
+    pub(super) act: Activation,
     pub(super) router: M,
     pub(super) router_bias: Option<V>,
     pub(super) correction: Option<V>,
@@ -80,7 +91,7 @@ impl<M, V> Weights<M, V> {
             let Mixer::Attention(a) = &layer.mixer;
             [&a.qkv, &a.o].into_iter().chain(layer.ffn.mats())
         });
-        layers.chain([&self.embed]).chain(&self.head)
+        layers.chain([&self.embed]).chain(&self.positions).chain(&self.head)
     }
 }
 
@@ -110,14 +121,6 @@ struct Source {
     interleaved: bool,
     /// Never quantized: a small matrix whose errors would choose other experts.
     exact: bool,
-}
-
-impl Source {
-    /// A whole tensor.
-    fn whole(name: String, n: usize, k: usize) -> Source {
-        let parts = vec![(Slice::whole(name, vec![n, k]), n)];
-        Source { parts, k, interleaved: false, exact: false }
-    }
 }
 
 /// One packed matrix to be: what it comes from.
@@ -212,17 +215,25 @@ impl<'a> Reader<'a> {
 
     /// A vector as f32.
     fn vector(&self, place: &Slice, n: usize) -> Result<Vec<f32>> {
-        let (_, Part { stored, bytes, row, .. }) = self.part(place, n, 1)?;
+        self.values(place, n, 1)
+    }
+
+    /// `n` rows of `k` numbers as f32.
+    fn values(&self, place: &Slice, n: usize, k: usize) -> Result<Vec<f32>> {
+        let (_, Part { stored, bytes, row, column, .. }) = self.part(place, n, k)?;
         let (words, halves) = (bytes.as_chunks().0, bytes.as_chunks().0);
-        let value = |i: usize| match stored {
-            Form::F32 => f32::from_le_bytes(words[i * row]),
-            Form::F16 => half::f16::from_le_bytes(halves[i * row]).to_f32(),
-            _ => half::bf16::from_le_bytes(halves[i * row]).to_f32(),
+        let value = |i: usize| {
+            let at = i / k * row + i % k * column;
+            match stored {
+                Form::F32 => f32::from_le_bytes(words[at]),
+                Form::F16 => half::f16::from_le_bytes(halves[at]).to_f32(),
+                _ => half::bf16::from_le_bytes(halves[at]).to_f32(),
+            }
         };
-        let values: Vec<f32> = (0..n).map(value).collect();
+        let values: Vec<f32> = (0..n * k).map(value).collect();
         match values.iter().position(|x| !x.is_finite()) {
             None => Ok(values),
-            Some(i) => Err(self.not_finite(place, i, 0)),
+            Some(i) => Err(self.not_finite(place, i / k, i % k)),
         }
     }
 
@@ -232,9 +243,9 @@ impl<'a> Reader<'a> {
         Error::format(self.folder, what)
     }
 
-    fn norm(&self, place: &Slice, n: usize) -> Result<Vec<f32>> {
-        let mut gain = self.vector(place, n)?;
-        if self.spec.norm == Norm::RmsPlusOne {
+    fn norm(&self, place: &Slice, n: usize, k: usize) -> Result<Vec<f32>> {
+        let mut gain = self.values(place, n, k)?;
+        if self.spec.norm.plus_one() {
             gain.iter_mut().for_each(|g| *g += 1.0);
         }
         Ok(gain)
@@ -300,13 +311,24 @@ impl<'a> Reader<'a> {
         mut mat: impl FnMut(Source) -> Result<M>,
     ) -> Result<Weights<M, V>> {
         let s = self.spec;
-        let embed = mat(Source::whole(self.names.model("embed"), s.vocab, s.hidden))?;
+        let whole = |what: &str, n, exact| {
+            let place = Slice::whole(self.names.model(what), vec![n, s.hidden]);
+            Source { parts: vec![(place, n)], k: s.hidden, interleaved: false, exact }
+        };
+        let embed = mat(whole("embed", s.vocab, false))?;
+        let positions = s.positions.map(|n| mat(whole("positions", n, true))).transpose()?;
         let layers = (0..s.layers.len()).map(|l| self.layer(l, &row, &mut mat));
         let layers = layers.collect::<Result<_>>()?;
-        let head = || mat(Source::whole(self.names.model("head"), s.vocab, s.hidden));
+        let head = || mat(whole("head", s.vocab, false));
         let head = (!s.tied).then(head).transpose()?;
-        let norm = Slice::whole(self.names.model("norm"), vec![s.hidden]);
-        Ok(Weights { embed, layers, norm: row(&self.norm(&norm, s.hidden)?), head })
+        let place = |what: &str, n| Slice::whole(self.names.model(what), vec![n]);
+        let vector = |what: &str, n| Ok(row(&self.vector(&place(what, n), n)?));
+        let norm = Norm {
+            gain: row(&self.norm(&place("norm", s.hidden), s.hidden, 1)?),
+            bias: s.norm_bias.then(|| vector("norm_bias", s.hidden)).transpose()?,
+        };
+        let head_bias = s.head_bias.then(|| vector("head_bias", s.vocab)).transpose()?;
+        Ok(Weights { embed, positions, layers, norm, head, head_bias })
     }
 
     fn layer<M, V>(
@@ -317,12 +339,14 @@ impl<'a> Reader<'a> {
     ) -> Result<Layer<M, V>> {
         let s = self.spec;
         let place = |what: &str| s.place(&self.names, l, what, 0);
-        let norm = |exists: bool, what: &str, n: usize| -> Result<Option<V>> {
-            exists.then(|| Ok(row(&self.norm(&place(what), n)?))).transpose()
-        };
         let vector = |what: &str, n: usize| self.vector(&place(what), n);
         let bias = |exists: bool, what: &str, n: usize| -> Result<Option<V>> {
             exists.then(|| Ok(row(&vector(what, n)?))).transpose()
+        };
+        let norm = |exists: bool, what: &str, bias_what: &str| -> Result<Option<Norm<V>>> {
+            let gain = || Ok(row(&self.norm(&place(what), s.hidden, 1)?));
+            let bias = || bias(s.norm_bias, bias_what, s.hidden);
+            exists.then(|| Ok(Norm { gain: gain()?, bias: bias()? })).transpose()
         };
         let source = |parts: &[(&str, usize)], k, interleaved| Source {
             parts: parts.iter().map(|&(what, n)| (place(what), n)).collect(),
@@ -337,11 +361,18 @@ impl<'a> Reader<'a> {
                     let all = [vector("q_bias", q)?, vector("k_bias", kv)?, vector("v_bias", kv)?];
                     Ok(row(&all.concat()))
                 };
-                let heads = s.qk_norm == QkNorm::Head;
+                let gain = |what: &str, heads: usize| match s.qk_norm {
+                    QkNorm::Head => self.norm(&place(what), d, 1),
+                    QkNorm::EachHead => self.norm(&place(what), heads, d),
+                    QkNorm::Full | QkNorm::None => self.norm(&place(what), heads * d, 1),
+                };
+                let qk_norms = || -> Result<(V, V)> {
+                    Ok((row(&gain("q_norm", a.heads)?), row(&gain("k_norm", a.kv_heads)?)))
+                };
                 Mixer::Attention(Attention {
                     qkv: mat(source(&[("q", q), ("k", kv), ("v", kv)], s.hidden, false))?,
                     qkv_bias: s.qkv_bias.then(qkv_bias).transpose()?,
-                    qk_norms: norm(heads, "q_norm", d)?.zip(norm(heads, "k_norm", d)?),
+                    qk_norms: (s.qk_norm != QkNorm::None).then(qk_norms).transpose()?,
                     o: mat(source(&[("o", s.hidden)], q, false))?,
                     o_bias: bias(s.o_bias, "o_bias", s.hidden)?,
                 })
@@ -354,20 +385,53 @@ impl<'a> Reader<'a> {
                     Ok(row(&interleave(&vector("gate_bias", ffn)?, &vector("up_bias", ffn)?)))
                 };
                 Ffn::Dense(Dense {
+                    act: self.activation(l)?,
                     gate_up: mat(source(&[("gate", ffn), ("up", ffn)], s.hidden, true))?,
                     gate_up_bias: s.mlp_bias.then(gate_up_bias).transpose()?,
                     down: mat(source(&[("down", s.hidden)], ffn, false))?,
                     down_bias: bias(s.mlp_bias, "down_bias", s.hidden)?,
                 })
             }
+            &spec::Ffn::Plain(ffn) => Ffn::Dense(Dense {
+                act: self.activation(l)?,
+                gate_up: mat(source(&[("up", ffn)], s.hidden, false))?,
+                gate_up_bias: bias(s.mlp_bias, "up_bias", ffn)?,
+                down: mat(source(&[("down", s.hidden)], ffn, false))?,
+                down_bias: bias(s.mlp_bias, "down_bias", s.hidden)?,
+            }),
         };
         Ok(Layer {
-            attn_norm: norm(s.norms.attn, "attn_norm", s.hidden)?,
+            attn_norm: norm(s.norms.attn, "attn_norm", "attn_norm_bias")?,
             mixer,
-            attn_after_norm: norm(s.norms.attn_after, "attn_after_norm", s.hidden)?,
-            ffn_norm: norm(s.norms.ffn, "ffn_norm", s.hidden)?,
+            attn_after_norm: norm(s.norms.attn_after, "attn_after_norm", "attn_after_norm_bias")?,
+            ffn_norm: norm(s.norms.ffn, "ffn_norm", "ffn_norm_bias")?,
             ffn,
-            ffn_after_norm: norm(s.norms.ffn_after, "ffn_after_norm", s.hidden)?,
+            ffn_after_norm: norm(s.norms.ffn_after, "ffn_after_norm", "ffn_after_norm_bias")?,
+        })
+    }
+
+    /// The activation of layer `l`.
+    fn activation(&self, l: usize) -> Result<Activation> {
+        Ok(match self.spec.act {
+            Act::Silu => Activation::Silu,
+            Act::Gelu => Activation::Gelu,
+            Act::GeluTanh => Activation::GeluTanh,
+            Act::Relu2 => Activation::Relu2,
+            Act::ClampedSwiglu => Activation::ClampedSwiglu,
+            Act::XIelu => {
+                let number = |what: &str| -> Result<f32> {
+                    Ok(self.vector(&self.spec.place(&self.names, l, what, 0), 1)?[0])
+                };
+                let softplus =
+                    |x: f32| x.max(0.0) + libm::log1p(libm::exp(-f64::from(x.abs()))) as f32;
+                let beta = number("xielu_beta")?;
+                Activation::XIelu {
+                    alpha_p: softplus(number("xielu_alpha_p")?),
+                    alpha_n: beta + softplus(number("xielu_alpha_n")?),
+                    beta,
+                    eps: number("xielu_eps")?,
+                }
+            }
         })
     }
 }
@@ -417,6 +481,7 @@ impl Reader<'_> {
             })
         };
         Ok(Moe {
+            act: self.activation(l)?,
             router,
             router_bias: vector(moe.router_bias, "router_bias")?,
             correction: vector(moe.correction, "router_correction")?,

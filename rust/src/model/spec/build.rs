@@ -3,7 +3,7 @@
 
 use super::config::{Facts, Object, bad, shown};
 use super::family::{self, Family};
-use super::{Act, Attention, Ffn, Layer, Mixer, Norms, Place, Rope, Spec, rope};
+use super::{Act, Attention, Ffn, Layer, Mixer, Norms, Place, QkNorm, Rope, Spec, rope};
 use crate::{Error, Result};
 use serde_json::Value;
 
@@ -71,28 +71,55 @@ impl Spec {
             return Err(bad("head_dim", &head_dim.to_string(), "an even number"));
         }
         let file_context = facts.need_count(&family.context_length, MAX_POSITIONS)?;
-        let (ropes, local, reach) = ropes(&family, facts, head_dim, file_context)?;
+        let positions = facts.count(&family.positions, MAX_POSITIONS)?;
+        let (ropes, local, reach) = match positions {
+            Some(_) => (Vec::new(), 0, None),
+            None => ropes(&family, facts, head_dim, file_context)?,
+        };
         let scale_of = facts.number(&family.attn_scale_rsqrt_of, 1e-9, 1e9)?;
         let softcap =
             |fact| -> Result<Option<f32>> { Ok(facts.number(fact, 1e-6, 1e9)?.map(|x| x as f32)) };
-        let has = |place| family.norms.contains(&place);
+        let parallel = facts.flag(&family.parallel)?;
+        let norms = if parallel { family.norms_parallel.as_ref() } else { None };
+        let norms = norms.unwrap_or(&family.norms);
+        let has = |place| norms.contains(&place);
+        let norm_bias = facts.flag(&family.norm_bias)?;
+        if norm_bias && !family.norm.centred()
+            || parallel && (has(Place::AttnAfter) || has(Place::FfnAfter))
+        {
+            return Err(Error::format(
+                format!("family of {architecture}"),
+                "found a bias on an rms norm, or a norm of outputs in a parallel layer, expected neither",
+            ));
+        }
+        let scale =
+            |fact| -> Result<f32> { Ok(facts.number(fact, 1e-6, 1e6)?.unwrap_or(1.0) as f32) };
         let attention = Attention {
             heads,
             kv_heads,
             head_dim,
-            scale: (1.0 / scale_of.unwrap_or(head_dim as f64).sqrt()) as f32,
+            scale: match facts.number(&family.attn_scale, 1e-6, 1e6)? {
+                Some(scale) => scale as f32,
+                None => (1.0 / scale_of.unwrap_or(head_dim as f64).sqrt()) as f32,
+            },
+            clip: softcap(&family.attn_clip)?,
             softcap: softcap(&family.attn_softcap)?,
             window: None,
-            rope: Some(0),
+            rope: None,
         };
         let windows = windows(&family, facts)?;
         let ffns = ffns(&family, facts, hidden, windows.len())?;
         let layers = windows.into_iter().zip(ffns).map(|(window, ffn)| {
-            let rope = Some(if window.is_some() { local } else { 0 });
+            let rope = positions.is_none().then_some(if window.is_some() { local } else { 0 });
             let mixer = Mixer::Attention(Attention { window, rope, ..attention });
             Layer { mixer, ffn }
         });
-        let layers = layers.collect();
+        let layers: Vec<Layer> = layers.collect();
+        let embed_scale = scale(&family.embed_scale)?;
+        let depth = facts.number(&family.residual_depth, 1e-6, 1e6)?;
+        let depth = depth.map_or(1.0, |depth| depth / (layers.len() as f64).sqrt());
+        let logit_width = facts.count(&family.logit_width, MAX_WIDTH)?.unwrap_or(hidden);
+        let logit_width = logit_width as f64 / hidden as f64;
         let spec = Spec {
             architecture: architecture.to_owned(),
             hidden,
@@ -105,26 +132,43 @@ impl Spec {
                 ffn: has(Place::Ffn),
                 ffn_after: has(Place::FfnAfter),
             },
-            qk_norm: family.qk_norm,
+            norm_bias,
+            parallel,
+            residual_scale: scale(&family.residual_scale)? * depth as f32,
+            qk_norm: if facts.flag(&family.use_qk_norm)? { family.qk_norm } else { QkNorm::None },
             act: match facts.need_text(&family.act)? {
                 "silu" | "swish" => Act::Silu,
-                "gelu_pytorch_tanh" | "gelu_new" => Act::GeluTanh,
+                "gelu" | "gelu_python" => Act::Gelu,
+                "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" | "gelu_accurate" => Act::GeluTanh,
+                "relu2" => Act::Relu2,
                 "clamped_swiglu" => Act::ClampedSwiglu,
+                "xielu" if !family.gated => Act::XIelu,
                 other => {
                     return Err(Error::Unsupported(format!(
-                        "config.json: activation {other:?} is not supported, only silu and gelu_pytorch_tanh"
+                        "config.json: activation {other:?} is not supported, only silu, gelu, gelu_pytorch_tanh, \
+                         relu2, and xielu where there is no gate"
                     )));
                 }
             },
             qkv_bias: facts.flag(&family.qkv_bias)?,
             o_bias: facts.flag(&family.o_bias)?,
             mlp_bias: facts.flag(&family.mlp_bias)?,
+            logit_scale: scale(&family.logit_scale)? / scale(&family.logit_divisor)?
+                * logit_width as f32,
             logit_softcap: softcap(&family.logit_softcap)?,
-            embed_scale: if family.embed_times_sqrt_hidden { (hidden as f32).sqrt() } else { 1.0 },
+            embed_scale: match family.embed_times_sqrt_hidden {
+                true => (hidden as f32).sqrt() * embed_scale,
+                false => embed_scale,
+            },
+            positions,
             tied: facts.flag(&family.tied)?,
+            head_bias: facts.flag(&family.head_bias)?,
             layers,
             ropes,
-            context_length: file_context.max(reach.unwrap_or(0).min(MAX_POSITIONS)),
+            context_length: match positions {
+                Some(positions) => file_context.min(positions),
+                None => file_context.max(reach.unwrap_or(0).min(MAX_POSITIONS)),
+            },
             model: family.model,
             names: family.names,
             ignore: family.ignore,
@@ -165,6 +209,7 @@ fn refuse(family: &Family, architecture: &str, top: &Object<'_>, text: &Object<'
     for (key, neutral) in &family.neutral {
         let same = |v: &Value| v == neutral || (v.is_number() && v.as_f64() == neutral.as_f64());
         if let Some(value) = text.get(key)
+            && neutral != "*"
             && !family.honoured.contains(key)
             && !same(value)
         {
@@ -202,20 +247,27 @@ fn only_experts(object: &Object<'_>, key: &str) -> Result<()> {
 
 /// The feed-forward network of each layer.
 fn ffns(family: &Family, facts: &Facts<'_>, hidden: usize, layers: usize) -> Result<Vec<Ffn>> {
-    let dense = facts.count(&family.ffn, MAX_FFN)?;
+    let width = facts.count(&family.ffn, MAX_FFN)?;
+    let width = match facts.count(&family.ffn_per_hidden, 64)? {
+        Some(times) => width.or(Some(times * hidden)),
+        None => width,
+    };
     let (moe, has) = match &family.moe {
         None => (None, vec![false; layers]),
         Some(moe) => {
             // `refuse` lets nothing else pass.
             let mxfp4 = [&facts.top, &facts.text].map(|o| o.get("quantization_config"));
             let mxfp4 = mxfp4.iter().any(Option::is_some);
-            let (moe, has) = moe.read(facts, hidden, dense, layers, mxfp4)?;
+            let (moe, has) = moe.read(facts, hidden, width, layers, mxfp4)?;
             (Some(moe), has)
         }
     };
     let ffn = |has| match (moe, has) {
         (Some(moe), true) => Ok(Ffn::Moe(moe)),
-        _ => Ok(Ffn::Dense(facts.need_count(&family.ffn, MAX_FFN)?)),
+        _ => {
+            let width = width.map_or_else(|| facts.need_count(&family.ffn, MAX_FFN), Ok)?;
+            Ok(if family.gated { Ffn::Dense(width) } else { Ffn::Plain(width) })
+        }
     };
     has.into_iter().map(ffn).collect()
 }

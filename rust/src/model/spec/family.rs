@@ -29,6 +29,13 @@ families![
     "gemma2",
     "gemma3",
     "gemma3_mm",
+    "granite",
+    "granite_moe",
+    "olmo2",
+    "olmoe",
+    "starcoder2",
+    "arcee",
+    "apertus",
 ];
 
 /// One string or a list of them.
@@ -97,8 +104,15 @@ pub(super) struct Family {
     pub(super) model_types: Vec<String>,
     pub(super) section: Option<String>,
     pub(super) norm: Norm,
+    #[serde(default)]
+    pub(super) norm_bias: Fact,
     pub(super) norms: Vec<Place>,
+    pub(super) norms_parallel: Option<Vec<Place>>,
+    #[serde(default)]
+    pub(super) parallel: Fact,
     pub(super) qk_norm: QkNorm,
+    pub(super) use_qk_norm: Fact,
+    pub(super) gated: bool,
     pub(super) embed_times_sqrt_hidden: bool,
     pub(super) hidden: Fact,
     pub(super) layers: Fact,
@@ -106,6 +120,8 @@ pub(super) struct Family {
     pub(super) kv_heads: Fact,
     pub(super) head_dim: Fact,
     pub(super) ffn: Fact,
+    #[serde(default)]
+    pub(super) ffn_per_hidden: Fact,
     pub(super) vocab: Fact,
     pub(super) eps: Fact,
     pub(super) act: Fact,
@@ -114,6 +130,26 @@ pub(super) struct Family {
     pub(super) qkv_bias: Fact,
     pub(super) o_bias: Fact,
     pub(super) mlp_bias: Fact,
+    #[serde(default)]
+    pub(super) head_bias: Fact,
+    #[serde(default)]
+    pub(super) positions: Fact,
+    #[serde(default)]
+    pub(super) embed_scale: Fact,
+    #[serde(default)]
+    pub(super) residual_scale: Fact,
+    #[serde(default)]
+    pub(super) residual_depth: Fact,
+    #[serde(default)]
+    pub(super) logit_scale: Fact,
+    #[serde(default)]
+    pub(super) logit_divisor: Fact,
+    #[serde(default)]
+    pub(super) logit_width: Fact,
+    #[serde(default)]
+    pub(super) attn_scale: Fact,
+    #[serde(default)]
+    pub(super) attn_clip: Fact,
     #[serde(default)]
     pub(super) attn_scale_rsqrt_of: Fact,
     #[serde(default)]

@@ -23,16 +23,15 @@ pub struct Slice {
 impl Slice {
     /// A whole tensor.
     pub fn whole(tensor: String, shape: Vec<usize>) -> Slice {
-        let row = shape[1..].iter().product();
+        let row = shape.iter().skip(1).product();
         Slice { tensor, shape, first: 0, row, column: 1, mxfp4: false }
     }
 
     /// The checkpoint's tensors and their shapes.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
-        let [rows @ .., k] = &self.shape[..] else { return Vec::new() };
-        if !self.mxfp4 {
+        let (true, [rows @ .., k]) = (self.mxfp4, &self.shape[..]) else {
             return vec![(self.tensor.clone(), self.shape.clone())];
-        }
+        };
         let with = |end: &[usize]| [rows, &[k / 32], end].concat();
         let name = |end| format!("{}{end}", self.tensor);
         vec![(name("_blocks"), with(&[16])), (name("_scales"), with(&[]))]
@@ -68,12 +67,14 @@ impl Spec {
                 shape.clone_from(&weight.shape);
             }
             if names.model(weight.what) == name {
-                rows += weight.shape[outer];
+                rows += weight.shape.get(outer).unwrap_or(&1);
                 count += 1;
             }
         }
-        let (experts, inner) = shape.split_at(outer);
-        let inner = &inner[1..];
+        if shape.is_empty() {
+            return Slice::whole(names.layer(l, what), shape); // a single number
+        }
+        let (experts, inner) = (&shape[..outer], &shape[outer + 1..]);
         let k: usize = inner.iter().product();
         let turned = stored == Stored::Columns && !inner.is_empty();
         // Alternating rows, or blocks of them.
