@@ -33,6 +33,13 @@ families![
     "glm4",
     "ernie45",
     "seed_oss",
+    "smollm3",
+    "exaone4",
+    "hunyuan_dense",
+    "olmo3",
+    "ministral3",
+    "ministral3_mm",
+    "granite_swa",
 ];
 
 /// One string or a list of them.
@@ -109,6 +116,8 @@ pub(super) struct Family {
     pub(super) parallel: Fact,
     pub(super) qk_norm: QkNorm,
     pub(super) use_qk_norm: Fact,
+    #[serde(default)]
+    pub(super) qk_norm_after_rope: bool,
     pub(super) gated: bool,
     pub(super) embed_times_sqrt_hidden: bool,
     pub(super) hidden: Fact,
@@ -199,23 +208,39 @@ pub(super) struct Family {
 }
 
 impl Family {
-    /// The family of `architecture`, or an error that names it and the nearest known one.
-    pub(super) fn of(architecture: &str) -> Result<Family> {
+    /// The family of `architecture`, and of the text model's type where several share a wrapper; or an error that
+    /// names it and the nearest known one.
+    pub(super) fn of(architecture: &str, config: &Map<String, Value>) -> Result<Family> {
+        let mut other = None;
         let mut nearest = (usize::MAX, String::new());
         for (name, text) in FAMILIES {
             let family = Family::parse(text, name)?;
             for known in &family.architectures {
                 if known == architecture {
-                    return Ok(family);
+                    if family.fits(config) {
+                        return Ok(family);
+                    }
+                    other.get_or_insert_with(|| family.clone()); // to say which types it has
                 }
                 nearest = nearest.min((distance(known, architecture), known.clone()));
             }
+        }
+        if let Some(family) = other {
+            return Ok(family);
         }
         Err(Error::Unsupported(format!(
             "config.json: architecture {architecture:?} is not known; the nearest known is {}; a \
              family of your own can be given as TOML text (models/README.md)",
             nearest.1
         )))
+    }
+
+    /// Whether the text model has a type of this family, or none is said.
+    fn fits(&self, config: &Map<String, Value>) -> bool {
+        let section = self.section.as_ref().and_then(|key| config.get(key)?.as_object());
+        let kind = section.unwrap_or(config).get("model_type").and_then(Value::as_str);
+        let types = &self.model_types;
+        kind.is_none_or(|kind| types.is_empty() || types.iter().any(|t| t == kind))
     }
 
     /// Parses a family, merging its base in; `source` names the text in errors.

@@ -166,7 +166,7 @@ impl Spec {
                 first = of;
             }
             if names.layer(l, weight.what) == name {
-                of += weight.shape[0];
+                of += weight.shape.first().copied().unwrap_or(1);
             }
         }
         Rows { name, first, of }
