@@ -97,6 +97,7 @@ fn norms_of_queries_and_keys_are_over_a_head_or_over_all() {
         softcap: None,
         window: None,
         rope_interleaved: false,
+        query_growth: None,
     };
     let x = noise(8 * 16, 3);
     let gain = noise(4 * 16, 4);
@@ -104,7 +105,7 @@ fn norms_of_queries_and_keys_are_over_a_head_or_over_all() {
     let (one, each) = (gain[..16].to_vec(), gain.clone());
     let run = |how: &Attention, q: &Vec<f32>, k: &Vec<f32>, full, centred| {
         let mut qkv = Buf::new(x.clone(), 8 * 16);
-        let norms = QkNorm { q, k, centred, full, eps: 1e-5 };
+        let norms = QkNorm { q, k, centred, full, after_rope: false, eps: 1e-5 };
         cpu.rotate(&mut qkv, how, Some(&norms), None);
         qkv.values().to_vec()
     };

@@ -240,6 +240,8 @@ pub struct Spec {
     pub residual_scale: f32,
     /// Norm of queries and keys.
     pub qk_norm: QkNorm,
+    /// The norm of queries and keys comes after the rotation (Hunyuan), not before it.
+    pub qk_norm_after_rope: bool,
     /// Activation of the feed-forward network.
     pub act: Act,
     /// The matrices of layers are stored as `[in, out]` (GPT-2).
@@ -274,4 +276,11 @@ pub struct Spec {
     model: Vec<String>,
     names: BTreeMap<String, family::Names>,
     ignore: Vec<String>,
+}
+
+impl Spec {
+    /// Where sequences begin to be long: [`Long::after`].
+    pub fn long_after(&self) -> Option<usize> {
+        self.ropes.iter().find_map(|rope| rope.long.as_ref()).map(|long| long.after)
+    }
 }
