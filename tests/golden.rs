@@ -37,11 +37,18 @@ fn goldens() -> Vec<PathBuf> {
                 "starcoder2-a",
                 "arcee-a",
                 "apertus-a",
+                "phi4-a",
+                "glm4-a",
+                "ernie45-a",
+                "seed-oss-a",
                 "mixtral-a",
                 "qwen2-moe-a",
                 "qwen3-moe-a",
                 "qwen3-moe-b",
                 "olmoe-a",
+                "gpt-oss-a",
+                "quant-gpt-oss-mxfp4-a",
+                "glm4-moe-a",
                 "granite3-moe-a",
             ]
             .iter()

@@ -2,7 +2,7 @@
 //! Knows no number of any model and no tensor; `Spec` applies a family to one `config.json`.
 
 use super::moe::MoeFacts;
-use super::{Norm, Place, QkNorm};
+use super::{Norm, Place, QkNorm, RopeOn};
 use crate::{Error, Result};
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -26,6 +26,7 @@ families![
     "qwen3",
     "qwen3_moe",
     "gpt_oss",
+    "glm4_moe",
     "gemma2",
     "gemma3",
     "gemma3_mm",
@@ -36,6 +37,10 @@ families![
     "starcoder2",
     "arcee",
     "apertus",
+    "phi3",
+    "glm4",
+    "ernie45",
+    "seed_oss",
 ];
 
 /// One string or a list of them.
@@ -155,6 +160,8 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) attn_softcap: Fact,
     #[serde(default)]
+    pub(super) sinks: Fact,
+    #[serde(default)]
     pub(super) logit_softcap: Fact,
     #[serde(default)]
     pub(super) window: Fact,
@@ -163,10 +170,32 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) full_every: Fact,
     #[serde(default)]
+    pub(super) full_at: Fact,
+    #[serde(default)]
     pub(super) full_first: Fact,
+    #[serde(default)]
+    pub(super) rope_on: RopeOn,
+    #[serde(default)]
+    pub(super) rope_layers: Fact,
+    #[serde(default)]
+    pub(super) nope_every: Fact,
+    #[serde(default)]
+    pub(super) rotary_dim: Fact,
+    #[serde(default)]
+    pub(super) rotary_factor: Fact,
+    #[serde(default)]
+    pub(super) rope_interleaved: Fact,
     pub(super) rope_theta: Fact,
     #[serde(default)]
     pub(super) rope_theta_local: Fact,
+    #[serde(default)]
+    pub(super) rope_theta_layers: Fact,
+    #[serde(default)]
+    pub(super) original_context: Fact,
+    #[serde(default)]
+    pub(super) query_growth: Fact,
+    #[serde(default)]
+    pub(super) query_growth_every: Fact,
     pub(super) rope_scaling: Fact,
     pub(super) moe: Option<MoeFacts>,
     #[serde(default)]

@@ -19,6 +19,7 @@ pub(super) const WEIGHTS: &[&str] = &[
     "o",
     "q_norm",
     "k_norm",
+    "sinks",
     "attn_after_norm",
     "ffn_norm",
     "gate",
@@ -127,6 +128,7 @@ impl Spec {
                     (self.o_bias, "o_bias", vec![hidden]),
                     (normed, "q_norm", norm(a.heads)),
                     (normed, "k_norm", norm(a.kv_heads)),
+                    (a.sinks, "sinks", vec![a.heads]),
                 ])
             }
         });
