@@ -50,6 +50,9 @@ const GOLDENS: &[&str] = &[
     "qwen3-moe-a",
     "qwen3-moe-b",
     "olmoe-a",
+    "gpt-oss-a",
+    "quant-gpt-oss-mxfp4-a",
+    "glm4-moe-a",
     "granite3-moe-a",
     "phi3-a",
     "phi3-b",
@@ -100,17 +103,25 @@ fn golden_checkpoints_have_the_weights_of_their_spec() {
             check(names.model(weight.what), &weight.shape);
         }
         for l in 0..spec.layers.len() {
+            let mut covered: BTreeMap<(String, usize), usize> = BTreeMap::new();
             for weight in spec.layer_weights(l) {
-                for place in spec.places(&names, l, weight.what) {
+                let places = spec.places(&names, l, weight.what);
+                let part = weight.shape.iter().product::<usize>() / places.len();
+                for place in places {
                     place.tensors().into_iter().for_each(|(tensor, shape)| check(tensor, &shape));
+                    let all: usize = place.shape.iter().product();
+                    *covered.entry((place.tensor, all)).or_default() += part;
                 }
+            }
+            for ((tensor, all), numbers) in covered {
+                assert_eq!(numbers, all, "{name}: parts of {tensor}");
             }
         }
         assert_eq!(spec.unused(&names, shapes.keys().map(String::as_str)), [""; 0], "{name}");
         let golden = std::fs::read(folder.join("golden.json")).unwrap();
         let golden: Value = serde_json::from_slice(&golden).unwrap();
-        let ignored = golden["ignored_tensors"].as_array().unwrap();
-        used.extend(ignored.iter().map(|tensor| tensor.as_str().unwrap().to_owned()));
+        let ignored = golden["ignored_tensors"].as_array().into_iter().flatten();
+        used.extend(ignored.map(|tensor| tensor.as_str().unwrap().to_owned()));
         assert_eq!(used.len(), shapes.len(), "{name}: every tensor is used or ignored");
     }
 }

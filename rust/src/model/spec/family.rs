@@ -26,6 +26,7 @@ families![
     "qwen3",
     "qwen3_moe",
     "gpt_oss",
+    "glm4_moe",
     "gemma2",
     "gemma3",
     "gemma3_mm",
