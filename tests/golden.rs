@@ -14,10 +14,11 @@ type Cpu = ferrule::backend::cpu::Cpu;
 /// Golden folders of the supported families: those in the repository, and all if `FERRULE_SHARED` is set.
 fn goldens() -> Vec<PathBuf> {
     let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    let mut all: Vec<PathBuf> = ["llama31-a", "mistral-a", "qwen25-a", "qwen3-a", "gemma3-a"]
-        .iter()
-        .map(|name| own.join(name))
-        .collect();
+    let mut all: Vec<PathBuf> =
+        ["llama31-a", "mistral-a", "qwen25-a", "qwen3-a", "gemma3-a", "granite3-a", "phi2-a"]
+            .iter()
+            .map(|name| own.join(name))
+            .collect();
     match std::env::var_os("FERRULE_SHARED") {
         Some(shared) => all.extend(
             [
@@ -32,14 +33,12 @@ fn goldens() -> Vec<PathBuf> {
                 "gemma2-a",
                 "gemma2-b",
                 "gemma3-mm-a",
-                "granite3-a",
                 "olmo2-a",
                 "starcoder2-a",
                 "arcee-a",
                 "apertus-a",
                 "granite4-dense-a",
                 "nemotron-a",
-                "phi2-a",
                 "gpt2-a",
                 "pythia-a",
                 "pythia-b",

@@ -86,13 +86,18 @@ impl Spec {
         let norms = norms.unwrap_or(&family.norms);
         let has = |place| norms.contains(&place);
         let norm_bias = facts.flag(&family.norm_bias)?;
-        if norm_bias && !family.norm.centred()
-            || parallel && (has(Place::AttnAfter) || has(Place::FfnAfter))
+        let unknown = if norm_bias && !family.norm.centred() {
+            Some("found biases on rms norms, expected none")
+        } else if parallel && norms.iter().any(|p| [Place::AttnAfter, Place::FfnAfter].contains(p))
         {
-            return Err(Error::format(
-                format!("family of {architecture}"),
-                "found a bias on an rms norm, or a norm of outputs in a parallel layer, expected neither",
-            ));
+            Some("found a norm of outputs in parallel layers, expected none")
+        } else if parallel && norms.is_empty() {
+            Some("found parallel layers without a norm, expected one or two")
+        } else {
+            None
+        };
+        if let Some(what) = unknown {
+            return Err(Error::format(format!("family of {architecture}"), what));
         }
         let scale =
             |fact| -> Result<f32> { Ok(facts.number(fact, 1e-6, 1e6)?.unwrap_or(1.0) as f32) };

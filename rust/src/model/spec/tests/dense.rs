@@ -52,10 +52,13 @@ fn norms_and_their_biases() {
     let text = "base = 'llama'\narchitectures = ['MyForCausalLM']\nnorm_bias = true";
     let config = config("MyForCausalLM", json!({}));
     let e = Spec::new(&config, Some(text)).unwrap_err().to_string();
-    assert!(e.contains("bias on an rms norm"), "{e}");
+    assert!(e.contains("found biases on rms norms"), "{e}");
     let text = format!("{text}\nnorm = 'layer'\nparallel = true\nnorms = ['attn', 'attn_after']");
     let e = Spec::new(&config, Some(&text)).unwrap_err().to_string();
-    assert!(e.contains("norm of outputs in a parallel layer"), "{e}");
+    assert!(e.contains("a norm of outputs in parallel layers"), "{e}");
+    let text = text.replace("['attn', 'attn_after']", "[]");
+    let e = Spec::new(&config, Some(&text)).unwrap_err().to_string();
+    assert!(e.contains("parallel layers without a norm"), "{e}");
 }
 
 #[test]
