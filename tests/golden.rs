@@ -270,6 +270,24 @@ fn chunks_batches_threads_and_sets_do_not_change_a_bit() {
     }
 }
 
+#[test]
+fn positions_beyond_the_learned_ones_are_an_error() {
+    let Some(folder) = goldens().into_iter().find(|folder| folder.ends_with("gpt2-a")) else {
+        return; // no reference data: `goldens` has said so
+    };
+    let model = load(&folder, options(Quantization::Int8)).unwrap();
+    let last = model.context_length();
+    let mut session = Session::new(&model, 1);
+    let mut feed = |start, tokens| {
+        let chunk =
+            Chunk { tokens, start, long: false, pages: &session.pages, wanted: Wanted::Last };
+        model.forward(&mut session.kv, &[chunk], &AtomicBool::new(false))
+    };
+    assert!(feed(last - 2, &[1, 2]).is_ok());
+    let error = feed(last - 2, &[1, 2, 3]).unwrap_err().to_string();
+    assert!(error.contains("position") && error.contains("160 positions"), "{error}");
+}
+
 /// Softmax in f64.
 fn probabilities(logits: &[f32]) -> Vec<f64> {
     let max = logits.iter().fold(f32::MIN, |a, &b| a.max(b));

@@ -189,6 +189,21 @@ fn configs() -> Vec<Value> {
             json!({"num_local_experts": 8, "intermediate_size": 96, "head_dim": 16,
             "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}),
         ),
+        with(
+            "GPTNeoXForCausalLM",
+            json!({"rotary_pct": 0.25, "rotary_emb_base": 10000, "use_parallel_residual": false}),
+        ),
+        with(
+            "StableLmForCausalLM",
+            json!({"use_parallel_residual": true, "qk_layernorm": true, "partial_rotary_factor": 0.5}),
+        ),
+        with(
+            "GraniteForCausalLM",
+            json!({"attention_multiplier": 0.0625, "embedding_multiplier": 12, "logits_scaling": 8,
+            "residual_multiplier": 0.22}),
+        ),
+        json!({"architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 2, "n_head": 4,
+            "n_inner": null, "n_positions": 160, "vocab_size": 400}),
         json!({"architectures": ["Gemma3ForConditionalGeneration"],
             "text_config": {"head_dim": 16, "num_hidden_layers": 6, "rope_scaling": scaling}}),
     ]
