@@ -164,6 +164,7 @@ impl Spec {
                     )));
                 }
             },
+            qkv_by_head: family.qkv_by_head,
             qkv_bias: facts.flag(&family.qkv_bias)?,
             o_bias: facts.flag(&family.o_bias)?,
             mlp_bias: facts.flag(&family.mlp_bias)?,
@@ -254,7 +255,7 @@ fn windows(family: &Family, facts: &Facts<'_>) -> Result<Vec<Option<usize>>> {
     (0..count)
         .map(|l| {
             let slides = match types.map(|t| &t[l]) {
-                Some(Value::String(t)) if t == "full_attention" => false,
+                Some(Value::String(t)) if t == "full_attention" || t == "attention" => false,
                 Some(Value::String(t)) if t == "sliding_attention" => {
                     if window.is_none() {
                         let label = format!("layer_types[{l}]");

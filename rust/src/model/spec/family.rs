@@ -29,6 +29,13 @@ families![
     "starcoder2",
     "arcee",
     "apertus",
+    "nemotron",
+    "phi",
+    "gpt_neox",
+    "stablelm",
+    "cohere",
+    "cohere2",
+    "granitemoehybrid",
     "phi3",
     "glm4",
     "ernie45",
@@ -119,6 +126,8 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) qk_norm_after_rope: bool,
     pub(super) gated: bool,
+    #[serde(default)]
+    pub(super) qkv_by_head: bool,
     pub(super) embed_times_sqrt_hidden: bool,
     pub(super) hidden: Fact,
     pub(super) layers: Fact,
@@ -209,10 +218,10 @@ pub(super) struct Family {
 
 impl Family {
     /// The family of `architecture`, and of the text model's type where several share a wrapper; or an error that
-    /// names it and the nearest known one.
+    /// names it and the nearest known ones.
     pub(super) fn of(architecture: &str, config: &Map<String, Value>) -> Result<Family> {
         let mut other = None;
-        let mut nearest = (usize::MAX, String::new());
+        let mut near = Vec::new();
         for (name, text) in FAMILIES {
             let family = Family::parse(text, name)?;
             for known in &family.architectures {
@@ -222,16 +231,18 @@ impl Family {
                     }
                     other.get_or_insert_with(|| family.clone()); // to say which types it has
                 }
-                nearest = nearest.min((distance(known, architecture), known.clone()));
+                near.push((distance(known, architecture), known.clone()));
             }
         }
         if let Some(family) = other {
             return Ok(family);
         }
+        near.sort();
+        let near: Vec<_> = near.into_iter().take(3).map(|(_, name)| name).collect();
         Err(Error::Unsupported(format!(
-            "config.json: architecture {architecture:?} is not known; the nearest known is {}; a \
-             family of your own can be given as TOML text (models/README.md)",
-            nearest.1
+            "config.json: architecture {architecture:?} is not known; the nearest known are {}; a family of \
+             your own can be given as TOML (family=, models/README.md)",
+            near.join(", ")
         )))
     }
 
