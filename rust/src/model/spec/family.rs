@@ -1,6 +1,7 @@
 //! Architecture families: the TOML files under `models/families`, each a difference from its base.
 //! Knows no number of any model and no tensor; `Spec` applies a family to one `config.json`.
 
+use super::moe::MoeFacts;
 use super::{Norm, Place, QkNorm, RopeOn};
 use crate::{Error, Result};
 use serde::Deserialize;
@@ -19,18 +20,25 @@ families![
     "llama",
     "mistral",
     "mistral3",
+    "mixtral",
     "qwen2",
+    "qwen2_moe",
     "qwen3",
+    "qwen3_moe",
+    "gpt_oss",
     "gemma2",
     "gemma3",
     "gemma3_mm",
     "granite",
+    "granite_moe",
     "olmo2",
+    "olmoe",
     "starcoder2",
     "arcee",
     "apertus",
     "nemotron",
     "phi",
+    "gpt2",
     "gpt_neox",
     "stablelm",
     "cohere",
@@ -127,6 +135,8 @@ pub(super) struct Family {
     pub(super) qk_norm_after_rope: bool,
     pub(super) gated: bool,
     #[serde(default)]
+    pub(super) transposed: bool,
+    #[serde(default)]
     pub(super) qkv_by_head: bool,
     pub(super) embed_times_sqrt_hidden: bool,
     pub(super) hidden: Fact,
@@ -207,6 +217,9 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) query_growth_every: Fact,
     pub(super) rope_scaling: Fact,
+    pub(super) moe: Option<MoeFacts>,
+    #[serde(default)]
+    pub(super) quantized: Vec<String>,
     pub(super) model: Vec<String>,
     pub(super) ignore: Vec<String>,
     pub(super) names: BTreeMap<String, Names>,
@@ -258,7 +271,9 @@ impl Family {
     pub(super) fn parse(text: &str, source: &str) -> Result<Family> {
         let bad = |what: String| Error::format(format!("family {source}"), what);
         let table = merged(text, source, 0)?;
-        let facts = table.values().filter_map(|v| Fact::try_from(v.clone()).ok());
+        let moe = table.get("moe").and_then(Value::as_object);
+        let facts = table.values().chain(moe.into_iter().flat_map(|moe| moe.values()));
+        let facts = facts.filter_map(|v| Fact::try_from(v.clone()).ok());
         let honoured = facts.flat_map(|fact| fact.key).collect();
         let mut family: Family =
             serde_json::from_value(Value::Object(table)).map_err(|e| bad(e.to_string()))?;

@@ -4,13 +4,17 @@
 mod build;
 mod config;
 mod family;
+mod moe;
 mod names;
+mod place;
 mod rope;
 mod ropes;
 #[cfg(test)]
 mod tests;
 
-pub use names::{Names, Rows, Weight};
+pub use moe::{Moe, Shared, Stored};
+pub use names::{Names, Weight};
+pub use place::Slice;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 
@@ -93,6 +97,8 @@ pub enum Act {
     /// xIELU (Huang and Schlag 2024), with numbers of each layer: `beta x + softplus(alpha_p) x^2` where `x > 0`,
     /// else `beta x + (beta + softplus(alpha_n)) (exp(min(x, eps)) - 1 - x)`.
     XIelu,
+    /// `g * sigmoid(1.702 g)` with `g = min(x, 7)`; `up` becomes `clamp(up, -7, 7) + 1` (GPT-OSS).
+    ClampedSwiglu,
 }
 
 /// One layer: positions are mixed, then each is transformed.
@@ -116,6 +122,8 @@ pub enum Mixer {
 pub enum Ffn {
     /// `down(act(gate(x)) * up(x))` of this width.
     Dense(usize),
+    /// Experts, of which each position uses some.
+    Moe(Moe),
     /// `down(act(up(x)))` of this width.
     Plain(usize),
 }
@@ -236,6 +244,8 @@ pub struct Spec {
     pub qk_norm_after_rope: bool,
     /// Activation of the feed-forward network.
     pub act: Act,
+    /// The matrices of layers are stored as `[in, out]` (GPT-2).
+    pub transposed: bool,
     /// Queries, keys and values are one tensor `[kv_heads, heads / kv_heads + 2, head_dim]`: of each key/value head
     /// its queries, its key, its value (GPT-NeoX).
     pub qkv_by_head: bool,
