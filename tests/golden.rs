@@ -20,9 +20,10 @@ fn goldens() -> Vec<PathBuf> {
         "qwen25-a",
         "qwen3-a",
         "gemma3-a",
-        "granite3-a",
         "phi2-a",
         "quant-gpt-oss-mxfp4-a",
+        "phi4-mini-a",
+        "granite-swa-a",
     ]
     .iter()
     .map(|name| own.join(name))
@@ -41,6 +42,7 @@ fn goldens() -> Vec<PathBuf> {
                 "gemma2-a",
                 "gemma2-b",
                 "gemma3-mm-a",
+                "granite3-a",
                 "olmo2-a",
                 "starcoder2-a",
                 "arcee-a",
@@ -68,14 +70,12 @@ fn goldens() -> Vec<PathBuf> {
                 "granite3-moe-a",
                 "phi3-a",
                 "phi3-b",
-                "phi4-mini-a",
                 "smollm3-a",
                 "exaone4-a",
                 "exaone4-b",
                 "hunyuan-dense-a",
                 "olmo3-a",
                 "ministral3-a",
-                "granite-swa-a",
             ]
             .iter()
             .map(|name| Path::new(&shared).join("goldens").join(name)),
@@ -176,6 +176,34 @@ fn reference_logits_and_greedy_ids() {
                 assert_eq!(next, expected, "{name} {prompt} greedy step {step}");
                 next = argmax(&session.feed(&[next], Wanted::Last));
             }
+        }
+    }
+}
+
+/// LongRoPE: what transformers generates from its cache over the end of the first context is what one request gets
+/// here; what it generates without a cache is what requests get whose prompts hold all that was said.
+#[test]
+fn generation_over_the_end_of_the_first_context() {
+    for folder in goldens() {
+        let golden = Golden::open(&folder);
+        let Some(ids) = golden.ints("cross.ids") else { continue };
+        let model = load(&folder, options(Quantization::None)).unwrap();
+        let after = model.long_after().unwrap();
+        let cached = golden.ints("cross.greedy_hf_cached").unwrap();
+        assert!(ids.len() < after && after < ids.len() + cached.len());
+        let mut session = Session::new(&model, ids.len());
+        let mut next = argmax(&session.feed(&ids, Wanted::Last));
+        for (step, &expected) in cached.iter().enumerate() {
+            assert_eq!(next, expected, "{folder:?} cached, step {step}");
+            next = argmax(&session.feed(&[next], Wanted::Last));
+        }
+        let mut text = ids;
+        for (step, &expected) in golden.ints("cross.greedy_hf_uncached").unwrap().iter().enumerate()
+        {
+            let mut session = Session::new(&model, text.len());
+            let next = argmax(&session.feed(&text, Wanted::Last));
+            assert_eq!(next, expected, "{folder:?} uncached, step {step}");
+            text.push(next);
         }
     }
 }
