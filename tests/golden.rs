@@ -37,6 +37,17 @@ fn goldens() -> Vec<PathBuf> {
                 "starcoder2-a",
                 "arcee-a",
                 "apertus-a",
+                "granite4-dense-a",
+                "nemotron-a",
+                "phi2-a",
+                "pythia-a",
+                "pythia-b",
+                "stablelm-a",
+                "command-r-a",
+                "phi4-a",
+                "glm4-a",
+                "ernie45-a",
+                "seed-oss-a",
             ]
             .iter()
             .map(|name| Path::new(&shared).join("goldens").join(name)),

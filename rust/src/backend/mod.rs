@@ -39,6 +39,8 @@ pub struct Attention {
     pub softcap: Option<f32>,
     /// Keys seen, the position itself included; `None` = all before.
     pub window: Option<usize>,
+    /// Rotary pairs are dimensions `2 i` and `2 i + 1`, not `i` and `i` + half of those that turn.
+    pub rope_interleaved: bool,
 }
 
 impl Attention {
@@ -161,8 +163,9 @@ pub trait Backend: Send + Sync {
     fn add_scaled(&self, x: &mut Self::Buf, scale: f32, y: &Self::Buf);
     /// Cosines, then sines, of `position * inv_freq`, times `scale`, for each position.
     fn rope_table(&self, positions: &[u32], inv_freq: &[f32], scale: f32) -> Self::Buf;
-    /// Of each row of `qkv`: norms of queries and keys, if given; clamped, if asked for; then rotation by the
-    /// row's part of `table`, if there is one; then keys and values go into the pages of `layer`.
+    /// Of each row of `qkv`: norms of queries and keys, if given; clamped, if asked for; then rotation of the first
+    /// dimensions of a head, as many as `table` is wide, by its row, if there is a table; then keys and values go into
+    /// the pages of `layer`.
     fn rotate_and_store(
         &self,
         qkv: &mut Self::Buf,
@@ -173,11 +176,13 @@ pub trait Backend: Send + Sync {
         layer: usize,
         spans: &[Span<'_>],
     );
-    /// `out[r] = softmax(softcap(scale * q k)) v` over the positions that row `r` sees, for each head.
+    /// `out[r] = softmax(softcap(scale * q k)) v` over the positions that row `r` sees, for each head. `sinks`
+    /// holds for each head one more score of that softmax, whose value is zero.
     fn attend(
         &self,
         qkv: &Self::Buf,
         how: &Attention,
+        sinks: Option<&Self::Row>,
         kv: &Self::Kv,
         layer: usize,
         spans: &[Span<'_>],

@@ -46,7 +46,7 @@ pub(super) struct Floats {
     pub(super) pack_q8: unsafe fn(&[[f32; BLOCK]; ROWS], usize, &mut [u8]),
     pub(super) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     pub(super) layer_norm: unsafe fn(&[f32], &[f32], Option<&[f32]>, f32, &mut [f32]),
-    pub(super) rope: unsafe fn(&mut [f32], &[f32]),
+    pub(super) rope: unsafe fn(&mut [f32], &[f32], bool),
     pub(super) gate: unsafe fn(Activation, &mut [f32], &[f32]),
     pub(super) add: unsafe fn(&mut [f32], &[f32]),
     pub(super) add_scaled: unsafe fn(&mut [f32], f32, &[f32]),
@@ -108,8 +108,8 @@ macro_rules! instantiate {
                 float::layer_norm(x, gain, bias, eps, out)
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn rope(x: &mut [f32], cos_sin: &[f32]) {
-                float::rope(x, cos_sin)
+            unsafe fn rope(x: &mut [f32], cos_sin: &[f32], interleaved: bool) {
+                float::rope(x, cos_sin, interleaved)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn gate(act: Activation, gate: &mut [f32], up: &[f32]) {
@@ -395,12 +395,20 @@ pub(super) fn layer_norm(x: &[f32], gain: &[f32], bias: Option<&[f32]>, eps: f32
     }
 }
 
-/// Rotates one head: `x[i]` and `x[i + half]` are a pair (Su et al. 2021, half-split order).
-/// `cos_sin`: `half` cosines, then `half` sines.
+/// Rotates one head (Su et al. 2021): `x[i]` and `x[i + half]` are a pair, or `x[2 i]` and `x[2 i + 1]` if
+/// `interleaved`. `cos_sin`: `half` cosines, then `half` sines.
 #[inline(always)]
-pub(super) fn rope(x: &mut [f32], cos_sin: &[f32]) {
+pub(super) fn rope(x: &mut [f32], cos_sin: &[f32], interleaved: bool) {
     let half = cos_sin.len() / 2;
     let (cos, sin) = cos_sin.split_at(half);
+    if interleaved {
+        for (i, pair) in x[..2 * half].chunks_exact_mut(2).enumerate() {
+            let (p, q) = (pair[0], pair[1]);
+            pair[0] = p.mul_add(cos[i], -(q * sin[i]));
+            pair[1] = q.mul_add(cos[i], p * sin[i]);
+        }
+        return;
+    }
     let (a, b) = x[..2 * half].split_at_mut(half);
     for i in 0..half {
         let (p, q) = (a[i], b[i]);

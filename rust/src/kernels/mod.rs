@@ -223,10 +223,10 @@ impl Kernels {
     }
 
     /// Rotates one head; `cos_sin` is as long as the part of the head that turns, cosines first.
-    pub fn rope(&self, x: &mut [f32], cos_sin: &[f32]) {
+    pub fn rope(&self, x: &mut [f32], cos_sin: &[f32], interleaved: bool) {
         assert!(cos_sin.len() <= x.len() && cos_sin.len().is_multiple_of(2));
         // SAFETY: see above.
-        unsafe { (self.float.rope)(x, cos_sin) }
+        unsafe { (self.float.rope)(x, cos_sin, interleaved) }
     }
 
     /// `gate = act(gate) * up`.
@@ -262,6 +262,7 @@ impl Kernels {
         let rows = a.seen.len();
         assert!(rows <= MAX_ROWS && a.q.len() == rows * a.d);
         assert!(out.len() == rows * a.d.next_multiple_of(16));
+        assert!(a.sinks.is_none_or(|sinks| sinks.len() == rows));
         let offsets = a.kv.as_ptr().addr() | a.page_stride | a.head_offset;
         assert!(offsets.is_multiple_of(4), "pages hold f32 scales");
         let attend = match dtype {

@@ -1,7 +1,7 @@
 //! From a checkpoint's tensors to packed weights. Formats and checkpoint names end here.
 
 use super::cache;
-use super::spec::{self, Act, Names, QkNorm, Spec};
+use super::spec::{self, Act, Names, QkNorm, Rows, Spec};
 use super::{LoadOptions, Quantization};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
 use crate::backend::{Activation, Backend, Form, Part, Parts};
@@ -51,6 +51,7 @@ pub(super) struct Attention<M, V> {
     pub(super) qkv: M,
     pub(super) qkv_bias: Option<V>,
     pub(super) qk_norms: Option<(V, V)>,
+    pub(super) sinks: Option<V>,
     pub(super) o: M,
     pub(super) o_bias: Option<V>,
 }
@@ -65,19 +66,31 @@ pub(super) struct Dense<M, V> {
     pub(super) down_bias: Option<V>,
 }
 
-/// A matrix as the checkpoint has it: tensors and their rows, all with `k` inputs.
+/// A matrix as the checkpoint has it: rows of tensors and their number, all with `k` inputs.
 struct Source {
-    parts: Vec<(String, usize)>,
+    parts: Vec<(Rows, usize)>,
     k: usize,
     interleaved: bool,
     /// Never quantized.
     exact: bool,
 }
 
-/// One packed matrix to be: the checkpoint's tensors it comes from.
+impl Source {
+    /// A whole tensor.
+    fn whole(name: String, n: usize, k: usize) -> Source {
+        Source {
+            parts: vec![(Rows { name, first: 0, of: n }, n)],
+            k,
+            interleaved: false,
+            exact: false,
+        }
+    }
+}
+
+/// One packed matrix to be: the rows of the checkpoint's tensors it comes from.
 #[derive(Debug)]
 pub(super) struct Plan {
-    pub(super) names: Vec<String>,
+    pub(super) parts: Vec<(Rows, usize)>,
     pub(super) n: usize,
     pub(super) k: usize,
     pub(super) form: Form,
@@ -135,8 +148,10 @@ impl<'a> Reader<'a> {
     }
 
     /// A vector as f32.
-    fn vector(&self, name: &str, n: usize) -> Result<Vec<f32>> {
-        self.values(name, &[n])
+    fn vector(&self, rows: &Rows, n: usize) -> Result<Vec<f32>> {
+        let mut values = self.values(&rows.name, &[rows.of])?;
+        values.truncate(rows.first + n);
+        Ok(values.split_off(rows.first))
     }
 
     /// A small tensor as f32.
@@ -178,8 +193,8 @@ impl<'a> Reader<'a> {
     fn plan(&self, quantization: Quantization, source: Source) -> Result<Plan> {
         let Source { parts, k, interleaved, exact } = source;
         let mut form = None;
-        for (name, n) in &parts {
-            let (tensor, stored) = self.tensor(name, &[*n, k])?;
+        for (Rows { name, of, .. }, _) in &parts {
+            let (tensor, stored) = self.tensor(name, &[*of, k])?;
             let wanted = match quantization {
                 _ if exact => stored,
                 Quantization::Int4 => Form::Q4,
@@ -190,34 +205,31 @@ impl<'a> Reader<'a> {
                 return Err(Error::Unsupported(format!(
                     "tensor `{name}`: found {}, but `{}` beside it is stored otherwise; use quantization=\"int8\"",
                     tensor.dtype.name(),
-                    parts[0].0
+                    parts[0].0.name
                 )));
             }
         }
         let n = parts.iter().map(|(_, n)| n).sum::<usize>();
         let n = if interleaved { 2 * (n / 2).next_multiple_of(16) } else { n };
-        let names = parts.into_iter().map(|(name, _)| name).collect();
-        Ok(Plan { names, n, k, form: form.unwrap_or(Form::F32), interleaved })
+        Ok(Plan { parts, n, k, form: form.unwrap_or(Form::F32), interleaved })
     }
 
     /// Packs one matrix into `out`.
     fn pack(&self, cpu: &Cpu, plan: &Plan, out: &mut [u8]) -> Result<()> {
-        let tensors: Vec<TensorView<'a>> =
-            plan.names.iter().map(|name| self.checkpoint.tensor(name)).collect::<Result<_>>()?;
-        let part = |t: &TensorView<'a>| {
-            let stored = match t.dtype {
-                Dtype::F32 => Form::F32,
-                Dtype::F16 => Form::F16,
-                _ => Form::Bf16, // `plan` has checked
-            };
-            Part { stored, n: t.shape[0], bytes: t.bytes }
+        let part = |(rows, n): &(Rows, usize)| {
+            let (tensor, stored) = self.tensor(&rows.name, &[rows.of, plan.k])?;
+            let row = tensor.bytes.len() / rows.of;
+            Ok(Part { stored, n: *n, bytes: &tensor.bytes[rows.first * row..][..n * row] })
         };
-        let parts = tensors.iter().map(part).collect();
+        let parts = plan.parts.iter().map(part).collect::<Result<_>>()?;
         let parts = Parts { parts, k: plan.k, interleaved: plan.interleaved };
         cpu.pack_into(plan.form, &parts, out).map_err(|(p, row, column)| {
-            self.not_finite(&plan.names[p], &format!("[{row}, {column}]"))
+            let rows = &plan.parts[p].0;
+            self.not_finite(&rows.name, &format!("[{}, {column}]", rows.first + row))
         })?;
-        tensors.iter().for_each(|t| self.checkpoint.release(t));
+        for (rows, _) in &plan.parts {
+            self.checkpoint.release(&self.checkpoint.tensor(&rows.name)?);
+        }
         Ok(())
     }
 
@@ -242,20 +254,14 @@ impl<'a> Reader<'a> {
         mut mat: impl FnMut(Source) -> Result<M>,
     ) -> Result<Weights<M, V>> {
         let s = self.spec;
-        let mut one = |what: &str, n, exact| {
-            let parts = vec![(self.names.model(what), n)];
-            mat(Source { parts, k: s.hidden, interleaved: false, exact })
-        };
-        let embed = one("embed", s.vocab, false)?;
-        let positions = s.positions.map(|n| one("positions", n, true)).transpose()?;
+        let whole = |what: &str, n| Source::whole(self.names.model(what), n, s.hidden);
+        let embed = mat(whole("embed", s.vocab))?;
+        let positions = |n| mat(Source { exact: true, ..whole("positions", n) });
+        let positions = s.positions.map(positions).transpose()?;
         let layers = (0..s.layers.len()).map(|l| self.layer(l, &row, &mut mat));
         let layers = layers.collect::<Result<_>>()?;
-        let head = || {
-            let parts = vec![(self.names.model("head"), s.vocab)];
-            mat(Source { parts, k: s.hidden, interleaved: false, exact: false })
-        };
-        let head = (!s.tied).then(head).transpose()?;
-        let vector = |what: &str, n| Ok(row(&self.vector(&self.names.model(what), n)?));
+        let head = (!s.tied).then(|| mat(whole("head", s.vocab))).transpose()?;
+        let vector = |what: &str, n| Ok(row(&self.values(&self.names.model(what), &[n])?));
         let norm = Norm {
             gain: row(&self.norm(&self.names.model("norm"), &[s.hidden])?),
             bias: s.norm_bias.then(|| vector("norm_bias", s.hidden)).transpose()?,
@@ -272,7 +278,8 @@ impl<'a> Reader<'a> {
     ) -> Result<Layer<M, V>> {
         let s = self.spec;
         let name = |what: &str| self.names.layer(l, what);
-        let vector = |what: &str, n: usize| self.vector(&name(what), n);
+        let place = |what: &str| s.place(&self.names, l, what);
+        let vector = |what: &str, n: usize| self.vector(&place(what), n);
         let bias = |exists: bool, what: &str, n: usize| -> Result<Option<V>> {
             exists.then(|| Ok(row(&vector(what, n)?))).transpose()
         };
@@ -282,7 +289,7 @@ impl<'a> Reader<'a> {
             exists.then(|| Ok(Norm { gain: gain()?, bias: bias()? })).transpose()
         };
         let source = |parts: &[(&str, usize)], k, interleaved| Source {
-            parts: parts.iter().map(|&(what, n)| (name(what), n)).collect(),
+            parts: parts.iter().map(|&(what, n)| (place(what), n)).collect(),
             k,
             interleaved,
             exact: false,
@@ -290,9 +297,15 @@ impl<'a> Reader<'a> {
         let mixer = match &s.layers[l].mixer {
             spec::Mixer::Attention(a) => {
                 let (q, kv, d) = (a.q_width(), a.kv_width(), a.head_dim);
+                let parts = |what: [&str; 3]| match s.qkv_by_head {
+                    false => what.map(&place).into_iter().zip([q, kv, kv]).collect(),
+                    true => by_head(&place(what[0]), a),
+                };
+                let qkv = Source { parts: parts(["q", "k", "v"]), ..source(&[], s.hidden, false) };
                 let qkv_bias = || -> Result<V> {
-                    let all = [vector("q_bias", q)?, vector("k_bias", kv)?, vector("v_bias", kv)?];
-                    Ok(row(&all.concat()))
+                    let parts = parts(["q_bias", "k_bias", "v_bias"]);
+                    let all = parts.iter().map(|(rows, n)| self.vector(rows, *n));
+                    Ok(row(&all.collect::<Result<Vec<_>>>()?.concat()))
                 };
                 let gain = |what: &str, heads: usize| match s.qk_norm {
                     QkNorm::Head => self.norm(&name(what), &[d]),
@@ -303,9 +316,10 @@ impl<'a> Reader<'a> {
                     Ok((row(&gain("q_norm", a.heads)?), row(&gain("k_norm", a.kv_heads)?)))
                 };
                 Mixer::Attention(Attention {
-                    qkv: mat(source(&[("q", q), ("k", kv), ("v", kv)], s.hidden, false))?,
+                    qkv: mat(qkv)?,
                     qkv_bias: s.qkv_bias.then(qkv_bias).transpose()?,
                     qk_norms: (s.qk_norm != QkNorm::None).then(qk_norms).transpose()?,
+                    sinks: bias(a.sinks, "sinks", a.heads)?,
                     o: mat(source(&[("o", s.hidden)], q, false))?,
                     o_bias: bias(s.o_bias, "o_bias", s.hidden)?,
                 })
@@ -365,6 +379,17 @@ impl<'a> Reader<'a> {
             }
         })
     }
+}
+
+/// Queries, then keys, then values, where one tensor has those of the first key/value head, of the second, and so on.
+fn by_head(tensor: &Rows, a: &spec::Attention) -> Vec<(Rows, usize)> {
+    let (d, queries) = (a.head_dim, a.heads / a.kv_heads * a.head_dim);
+    let kinds = [(0, queries), (queries, d), (queries + d, d)];
+    let parts = kinds.into_iter().flat_map(|(at, n)| {
+        let first = move |h| h * (queries + 2 * d) + at;
+        (0..a.kv_heads).map(move |h| (Rows { first: first(h), ..tensor.clone() }, n))
+    });
+    parts.collect()
 }
 
 /// Sixteen of `a`, sixteen of `b`, and so on, padded with zeros: as [`Parts::interleaved`] orders rows.

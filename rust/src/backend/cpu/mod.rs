@@ -516,12 +516,13 @@ impl Backend for Cpu {
         &self,
         qkv: &Buf,
         how: &Attention,
+        sinks: Option<&Vec<f32>>,
         kv: &Kv,
         layer: usize,
         spans: &[Span<'_>],
         out: &mut Buf,
     ) {
-        self.attention(qkv, how, kv, layer, spans, out);
+        self.attention(qkv, how, sinks, kv, layer, spans, out);
     }
 
     fn select(&self, x: &Buf, rows: &[usize], out: &mut Buf) {

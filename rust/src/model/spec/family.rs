@@ -1,7 +1,7 @@
 //! Architecture families: the TOML files under `models/families`, each a difference from its base.
 //! Knows no number of any model and no tensor; `Spec` applies a family to one `config.json`.
 
-use super::{Norm, Place, QkNorm};
+use super::{Norm, Place, QkNorm, RopeOn};
 use crate::{Error, Result};
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -29,6 +29,16 @@ families![
     "starcoder2",
     "arcee",
     "apertus",
+    "nemotron",
+    "phi",
+    "gpt_neox",
+    "stablelm",
+    "cohere",
+    "granitemoehybrid",
+    "phi3",
+    "glm4",
+    "ernie45",
+    "seed_oss",
 ];
 
 /// One string or a list of them.
@@ -106,6 +116,8 @@ pub(super) struct Family {
     pub(super) qk_norm: QkNorm,
     pub(super) use_qk_norm: Fact,
     pub(super) gated: bool,
+    #[serde(default)]
+    pub(super) qkv_by_head: bool,
     pub(super) embed_times_sqrt_hidden: bool,
     pub(super) hidden: Fact,
     pub(super) layers: Fact,
@@ -148,6 +160,8 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) attn_softcap: Fact,
     #[serde(default)]
+    pub(super) sinks: Fact,
+    #[serde(default)]
     pub(super) logit_softcap: Fact,
     #[serde(default)]
     pub(super) window: Fact,
@@ -156,10 +170,32 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) full_every: Fact,
     #[serde(default)]
+    pub(super) full_at: Fact,
+    #[serde(default)]
     pub(super) full_first: Fact,
+    #[serde(default)]
+    pub(super) rope_on: RopeOn,
+    #[serde(default)]
+    pub(super) rope_layers: Fact,
+    #[serde(default)]
+    pub(super) nope_every: Fact,
+    #[serde(default)]
+    pub(super) rotary_dim: Fact,
+    #[serde(default)]
+    pub(super) rotary_factor: Fact,
+    #[serde(default)]
+    pub(super) rope_interleaved: Fact,
     pub(super) rope_theta: Fact,
     #[serde(default)]
     pub(super) rope_theta_local: Fact,
+    #[serde(default)]
+    pub(super) rope_theta_layers: Fact,
+    #[serde(default)]
+    pub(super) original_context: Fact,
+    #[serde(default)]
+    pub(super) query_growth: Fact,
+    #[serde(default)]
+    pub(super) query_growth_every: Fact,
     pub(super) rope_scaling: Fact,
     pub(super) model: Vec<String>,
     pub(super) ignore: Vec<String>,

@@ -18,6 +18,7 @@ pub(super) const WEIGHTS: &[&str] = &[
     "o",
     "q_norm",
     "k_norm",
+    "sinks",
     "attn_after_norm",
     "ffn_norm",
     "gate",
@@ -48,6 +49,10 @@ impl Spec {
         };
         if let Some(stem) = self.names.keys().find(|stem| !WEIGHTS.contains(&stem.as_str())) {
             return Err(bad_name(stem, "this name", "the name of a weight (models/README.md)"));
+        }
+        if self.qkv_by_head && ["k", "v"].iter().any(|&w| self.names.get(w) != self.names.get("q"))
+        {
+            return Err(bad_name("q", "other names than k and v have", "one tensor"));
         }
         let layers = (0..self.layers.len()).flat_map(|l| self.layer_weights(l));
         for Weight { what, shape } in self.model_weights().into_iter().chain(layers) {
@@ -110,6 +115,7 @@ impl Spec {
                     (self.o_bias, "o_bias", vec![hidden]),
                     (normed, "q_norm", norm(a.heads)),
                     (normed, "k_norm", norm(a.kv_heads)),
+                    (a.sinks, "sinks", vec![a.heads]),
                 ])
             }
         });
@@ -154,6 +160,22 @@ impl Spec {
         Names { stems: stems.collect() }
     }
 
+    /// Where weight `what` of layer `l` is. Weights with one name are rows of one tensor, one below the other in the
+    /// order of `layer_weights`: q, k, v and gate, up. Panics if the layer has no such weight.
+    pub fn place(&self, names: &Names, l: usize, what: &str) -> Rows {
+        let name = names.layer(l, what);
+        let (mut first, mut of) = (0, 0);
+        for weight in self.layer_weights(l) {
+            if weight.what == what {
+                first = of;
+            }
+            if names.layer(l, weight.what) == name {
+                of += weight.shape.first().copied().unwrap_or(1);
+            }
+        }
+        Rows { name, first, of }
+    }
+
     /// Those of a checkpoint's tensors that are neither a weight of this model nor known to be ignorable: their
     /// presence means that the model is not what the family says.
     pub fn unused<'a>(
@@ -176,6 +198,17 @@ impl Spec {
 fn existing<const N: usize>(table: [(bool, &'static str, Vec<usize>); N]) -> Vec<Weight> {
     let weights = table.into_iter().filter(|(exists, ..)| *exists);
     weights.map(|(_, what, shape)| Weight { what, shape }).collect()
+}
+
+/// Rows of a checkpoint's tensor that are one weight.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rows {
+    /// The tensor.
+    pub name: String,
+    /// The first of them.
+    pub first: usize,
+    /// Rows that the tensor has.
+    pub of: usize,
 }
 
 /// Short name of a weight -> its name in one checkpoint.
