@@ -184,7 +184,7 @@ impl<B: Backend> Forward for Model<B> {
             how.kv_heads * self.kv_dtype.page_bytes(how.head_dim)
         };
         let group = |(g, &window): (usize, &Option<usize>)| KvGroup {
-            window,
+            sees: window.into(),
             page_bytes: (0..self.group_of.len())
                 .filter(|&l| self.group_of[l] == g)
                 .map(layer)
