@@ -43,7 +43,7 @@ pub(super) struct Floats {
     pub(super) write_f32: unsafe fn(&[f32], &[f32], usize, &mut [u8]),
     pub(super) write_f16: unsafe fn(&[f32], &[f32], usize, &mut [u8]),
     pub(super) write_i8: unsafe fn(&[f32], &[f32], usize, &mut [u8]),
-    pub(super) conv: unsafe fn(&[&[f32]], &[f32], Option<&[f32]>, bool, &mut [f32]),
+    pub(super) conv: unsafe fn(&[&[f32]], &[&[f32]], Option<&[f32]>, bool, &mut [f32]),
     pub(super) recur: unsafe fn(&super::Recur<'_>, &mut [f32], &mut [f32; 16]),
 }
 
@@ -141,7 +141,7 @@ macro_rules! instantiate {
             $(#[target_feature(enable = $features)])?
             unsafe fn conv(
                 rows: &[&[f32]],
-                taps: &[f32],
+                taps: &[&[f32]],
                 bias: Option<&[f32]>,
                 silu: bool,
                 out: &mut [f32],

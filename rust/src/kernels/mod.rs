@@ -266,17 +266,17 @@ impl Kernels {
     }
 
     /// One position of a causal convolution of each channel: `out = bias? + sum over j of rows[j] * taps[j]`, then
-    /// `out * sigmoid(out)` if `silu`. The oldest row first; `taps`: `[rows, channels]`.
+    /// `out * sigmoid(out)` if `silu`. The oldest row first.
     pub fn conv(
         &self,
         rows: &[&[f32]],
-        taps: &[f32],
+        taps: &[&[f32]],
         bias: Option<&[f32]>,
         silu: bool,
         out: &mut [f32],
     ) {
-        assert!(!out.is_empty() && rows.iter().all(|row| row.len() == out.len()));
-        assert!(taps.len() == rows.len() * out.len() && bias.is_none_or(|b| b.len() == out.len()));
+        assert!(rows.len() == taps.len() && bias.is_none_or(|b| b.len() == out.len()));
+        assert!(rows.iter().chain(taps).all(|row| row.len() == out.len()));
         // SAFETY: see above.
         unsafe { (self.float.conv)(rows, taps, bias, silu, out) }
     }

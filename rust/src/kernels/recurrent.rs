@@ -26,11 +26,10 @@ pub struct Recur<'a> {
 }
 
 /// `out = bias? + sum over j of rows[j] * taps[j]`, then `out * sigmoid(out)` if `silu`.
-/// `taps`: `[rows, out.len()]`.
 #[inline(always)]
 pub(super) fn conv(
     rows: &[&[f32]],
-    taps: &[f32],
+    taps: &[&[f32]],
     bias: Option<&[f32]>,
     silu: bool,
     out: &mut [f32],
@@ -39,8 +38,8 @@ pub(super) fn conv(
         Some(bias) => out.copy_from_slice(bias),
         None => out.fill(0.0),
     }
-    for (row, taps) in rows.iter().zip(taps.chunks_exact(out.len())) {
-        for ((out, &x), &tap) in out.iter_mut().zip(*row).zip(taps) {
+    for (row, taps) in rows.iter().zip(taps) {
+        for ((out, &x), &tap) in out.iter_mut().zip(*row).zip(*taps) {
             *out = x.mul_add(tap, *out);
         }
     }

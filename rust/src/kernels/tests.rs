@@ -281,6 +281,7 @@ proptest! {
         let rows: Vec<Vec<f32>> = (0..width).map(|_| random.values(n)).collect();
         let rows: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
         let (taps, b) = (random.values(width * n), random.values(n));
+        let taps: Vec<&[f32]> = taps.chunks(n).collect();
         let run = |set: &Kernels| {
             let mut out = vec![0.0; n];
             set.conv(&rows, &taps, bias.then_some(&b[..]), silu, &mut out);
@@ -288,7 +289,7 @@ proptest! {
         };
         let expected = run(&scalar::KERNELS);
         for c in 0..n {
-            let sum: f64 = (0..width).map(|j| f64::from(rows[j][c]) * f64::from(taps[j * n + c])).sum();
+            let sum: f64 = (0..width).map(|j| f64::from(rows[j][c]) * f64::from(taps[j][c])).sum();
             let sum = sum + if bias { f64::from(b[c]) } else { 0.0 };
             let sum = if silu { sum / (1.0 + (-sum).exp()) } else { sum };
             prop_assert!((f64::from(expected[c]) - sum).abs() <= 1e-5 * sum.abs().max(100.0));

@@ -3,7 +3,7 @@
 
 use super::spec::{self, Act};
 use super::weights::{self, Dense, Ffn, Layer, Mixer};
-use super::{Chunk, Forward, KvGroup, PAGE, Wanted};
+use super::{Chunk, Forward, KvGroup, PAGE, Sees, Wanted};
 use crate::backend::{self, Activation, Backend, KvDtype, Span};
 use crate::model::spec::Spec;
 use crate::{Error, Result};
@@ -19,13 +19,14 @@ pub struct Model<B: Backend> {
     pub(super) kv_dtype: KvDtype,
     /// Index of each layer's [`KvGroup`].
     pub(super) group_of: Vec<usize>,
-    /// The windows of the groups.
-    pub(super) windows: Vec<Option<usize>>,
+    /// What the groups see.
+    pub(super) groups: Vec<Sees>,
 }
 
-/// Keys and values of all sequences, and room for the activations of one step.
+/// Keys, values and states of all sequences, and room for the activations of one step.
 pub struct Kv<B: Backend> {
     pages: B::Kv,
+    states: B::States,
     x: B::Buf,
     a: B::Buf,
     wide: B::Buf,
@@ -48,6 +49,10 @@ impl<B: Backend> Model<B> {
             (spec::Mixer::Attention(how), Mixer::Attention(attn)) => {
                 self.attend(l, how, w, attn, kv, step);
             }
+            (spec::Mixer::Recurrent(how), Mixer::Recurrent(recurrent)) => {
+                self.recur(l, how, w, recurrent, kv, step.spans);
+            }
+            _ => unreachable!("weights are read as the spec says"),
         }
         match &w.ffn {
             Ffn::Dense(dense) => self.feed_forward(l, w, dense, kv),
@@ -75,12 +80,42 @@ impl<B: Backend> Model<B> {
         };
         let norms = w.qk_norms.as_ref().map(|(q, k)| (q, k, s.eps));
         let table = how.rope.map(|rope| &step.tables[rope]);
-        let Kv { pages, x, a, wide, out, after } = kv;
+        let Kv { pages, x, a, wide, out, after, .. } = kv;
         let input = normed(b, layer.attn_norm.as_ref(), s.eps, x, a);
         b.linear(&w.qkv, w.qkv_bias.as_ref(), input, wide);
         b.rotate_and_store(wide, &shape, norms, table, pages, l, step.spans);
         b.attend(wide, &shape, pages, l, step.spans, out);
         self.residual(&w.o, w.o_bias.as_ref(), layer.attn_after_norm.as_ref(), [out, x, a, after]);
+    }
+
+    /// `x += recurrence?(convolution(norm(x)))`.
+    fn recur(
+        &self,
+        l: usize,
+        how: &spec::Recurrent,
+        layer: &Layer<B::Mat, B::Row>,
+        w: &weights::Recurrent<B::Mat, B::Row>,
+        kv: &mut Kv<B>,
+        spans: &[Span<'_>],
+    ) {
+        let (b, s, shape) = (&self.backend, &self.spec, &how.shape);
+        let Kv { states, x, a, wide, out, after, .. } = kv;
+        let input = normed(b, layer.attn_norm.as_ref(), s.eps, x, a);
+        b.linear(&w.input, w.input_bias.as_ref(), input, wide);
+        b.conv(wide, shape, &w.taps, w.conv_bias.as_ref(), states, l, spans, out);
+        let (y, a) = match &w.heads {
+            None => (out, a),
+            Some(rows) => {
+                b.recur(wide, out, shape, rows, s.eps, states, l, spans, a);
+                (a, out)
+            }
+        };
+        self.residual(
+            &w.out,
+            w.out_bias.as_ref(),
+            layer.attn_after_norm.as_ref(),
+            [y, x, a, after],
+        );
     }
 
     /// `x += down(act(gate(norm(x))) * up(norm(x)))`.
@@ -152,9 +187,8 @@ impl Model<crate::backend::cpu::Cpu> {
     pub fn weight_bytes(&self) -> u64 {
         let w = &self.weights;
         let layers = w.layers.iter().flat_map(|l| {
-            let Mixer::Attention(a) = &l.mixer;
             let Ffn::Dense(f) = &l.ffn;
-            [&a.qkv, &a.o, &f.gate_up, &f.down]
+            l.mixer.mats().into_iter().chain([&f.gate_up, &f.down])
         });
         let ends = std::iter::once(&w.embed).chain(&w.head);
         layers.chain(ends).map(|m| m.bytes().len() as u64).sum()
@@ -179,29 +213,31 @@ impl<B: Backend> Forward for Model<B> {
     }
 
     fn kv_groups(&self) -> Vec<KvGroup> {
-        let layer = |l: usize| {
-            let spec::Mixer::Attention(how) = &self.spec.layers[l].mixer;
-            how.kv_heads * self.kv_dtype.page_bytes(how.head_dim)
+        let layer = |l: usize| match &self.spec.layers[l].mixer {
+            spec::Mixer::Attention(how) => how.kv_heads * self.kv_dtype.page_bytes(how.head_dim),
+            spec::Mixer::Recurrent(how) => how.shape.state() * size_of::<f32>(),
         };
-        let group = |(g, &window): (usize, &Option<usize>)| KvGroup {
-            sees: window.into(),
+        let group = |(g, &sees): (usize, &Sees)| KvGroup {
+            sees,
             page_bytes: (0..self.group_of.len())
                 .filter(|&l| self.group_of[l] == g)
                 .map(layer)
                 .sum(),
         };
-        self.windows.iter().enumerate().map(group).collect()
+        self.groups.iter().enumerate().map(group).collect()
     }
 
     fn new_kv(&self, pages: &[usize]) -> Result<Kv<B>> {
         let b = &self.backend;
-        let layer = |(l, &g): (usize, &usize)| {
-            let spec::Mixer::Attention(how) = &self.spec.layers[l].mixer;
-            (pages[g], how.kv_heads, how.head_dim)
-        };
-        let layers: Vec<_> = self.group_of.iter().enumerate().map(layer).collect();
+        let layers =
+            self.spec.layers.iter().zip(&self.group_of).map(|(layer, &g)| match &layer.mixer {
+                spec::Mixer::Attention(how) => ((pages[g], how.kv_heads, how.head_dim), (0, 0)),
+                spec::Mixer::Recurrent(how) => ((0, 0, 0), (pages[g], how.shape.state())),
+            });
+        let (paged, states): (Vec<_>, Vec<_>) = layers.unzip();
         Ok(Kv {
-            pages: b.kv(self.kv_dtype, &layers)?,
+            pages: b.kv(self.kv_dtype, &paged)?,
+            states: b.states(&states)?,
             x: b.buf(),
             a: b.buf(),
             wide: b.buf(),
@@ -239,7 +275,7 @@ impl<B: Backend> Model<B> {
     ) -> Result<Vec<f32>> {
         let (b, s) = (&self.backend, &self.spec);
         let (mut ids, mut positions, mut wanted) = (Vec::new(), Vec::new(), Vec::new());
-        let mut spans: Vec<Vec<Span<'_>>> = vec![Vec::new(); self.windows.len()];
+        let mut spans: Vec<Vec<Span<'_>>> = vec![Vec::new(); self.groups.len()];
         for chunk in batch {
             let (first_row, len) = (ids.len(), chunk.tokens.len());
             ids.extend_from_slice(chunk.tokens);
@@ -249,8 +285,11 @@ impl<B: Backend> Model<B> {
                 Wanted::Last => wanted.push(first_row + len - 1),
                 Wanted::All => wanted.extend(first_row..first_row + len),
             }
-            for (spans, table) in spans.iter_mut().zip(chunk.pages) {
-                debug_assert!(table.len() * PAGE >= chunk.start + len);
+            for ((spans, table), sees) in spans.iter_mut().zip(chunk.pages).zip(&self.groups) {
+                debug_assert!(match sees {
+                    Sees::State => table.len() == 2,
+                    _ => table.len() * PAGE >= chunk.start + len,
+                });
                 spans.push(Span { first_row, len, start: chunk.start, table });
             }
         }

@@ -160,14 +160,17 @@ pub fn load(folder: &Path, mut options: LoadOptions) -> Result<Model<Cpu>> {
     let threads = options.threads.unwrap_or_else(|| crate::backend::cpu::topology::auto().count);
     let backend = Cpu::new(threads, options.isa.as_deref())?;
     let weights = weights::load(folder, &spec, &backend, &mut options)?;
-    let mut windows: Vec<Option<usize>> = Vec::new();
+    let mut groups: Vec<Sees> = Vec::new();
     let group_of = spec.layers.iter().map(|layer| {
-        let spec::Mixer::Attention(how) = &layer.mixer;
-        windows.iter().position(|w| *w == how.window).unwrap_or_else(|| {
-            windows.push(how.window);
-            windows.len() - 1
+        let sees = match &layer.mixer {
+            spec::Mixer::Attention(how) => how.window.into(),
+            spec::Mixer::Recurrent(_) => Sees::State,
+        };
+        groups.iter().position(|known| *known == sees).unwrap_or_else(|| {
+            groups.push(sees);
+            groups.len() - 1
         })
     });
     let group_of = group_of.collect();
-    Ok(Model { spec, backend, weights, kv_dtype: options.kv_dtype, group_of, windows })
+    Ok(Model { spec, backend, weights, kv_dtype: options.kv_dtype, group_of, groups })
 }

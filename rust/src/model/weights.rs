@@ -1,10 +1,12 @@
 //! From a checkpoint's tensors to packed weights. Formats and checkpoint names end here.
 
+mod recurrent;
+
 use super::cache;
 use super::spec::{self, Names, Norm, QkNorm, Spec};
 use super::{LoadOptions, Quantization};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
-use crate::backend::{Backend, Form, Part, Parts};
+use crate::backend::{Backend, Form, HeadRows, Part, Parts};
 use crate::file::{Checkpoint, Dtype, TensorView};
 use crate::{Error, Result};
 use std::path::Path;
@@ -31,6 +33,17 @@ pub(super) struct Layer<M, V> {
 /// As [`spec::Mixer`].
 pub(super) enum Mixer<M, V> {
     Attention(Attention<M, V>),
+    Recurrent(Recurrent<M, V>),
+}
+
+impl<M, V> Mixer<M, V> {
+    /// All matrices.
+    pub(super) fn mats(&self) -> [&M; 2] {
+        match self {
+            Mixer::Attention(a) => [&a.qkv, &a.o],
+            Mixer::Recurrent(r) => [&r.input, &r.out],
+        }
+    }
 }
 
 /// As [`spec::Ffn`].
@@ -45,6 +58,18 @@ pub(super) struct Attention<M, V> {
     pub(super) qk_norms: Option<(V, V)>,
     pub(super) o: M,
     pub(super) o_bias: Option<V>,
+}
+
+/// The weights of a mixer with a state.
+pub(super) struct Recurrent<M, V> {
+    pub(super) input: M,
+    pub(super) input_bias: Option<V>,
+    /// `[width, channels]`.
+    pub(super) taps: V,
+    pub(super) conv_bias: Option<V>,
+    pub(super) heads: Option<HeadRows<V>>,
+    pub(super) out: M,
+    pub(super) out_bias: Option<V>,
 }
 
 /// The weights of a feed-forward network.
@@ -124,7 +149,12 @@ impl<'a> Reader<'a> {
 
     /// A vector as f32.
     fn vector(&self, name: &str, n: usize) -> Result<Vec<f32>> {
-        let (tensor, stored) = self.tensor(name, &[n])?;
+        self.numbers(name, &[n])
+    }
+
+    /// A small tensor as f32.
+    fn numbers(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let (tensor, stored) = self.tensor(name, shape)?;
         let values: Vec<f32> = match stored {
             Form::F32 => {
                 tensor.bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
@@ -262,6 +292,7 @@ impl<'a> Reader<'a> {
             interleaved,
         };
         let mixer = match &s.layers[l].mixer {
+            spec::Mixer::Recurrent(r) => Mixer::Recurrent(self.recurrent(l, r, row, mat)?),
             spec::Mixer::Attention(a) => {
                 let (q, kv, d) = (a.q_width(), a.kv_width(), a.head_dim);
                 let qkv_bias = || -> Result<V> {

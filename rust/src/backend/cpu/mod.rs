@@ -4,12 +4,15 @@
 mod attention;
 mod memory;
 mod pool;
+mod recurrent;
 pub mod topology;
 
 pub use attention::Kv;
 pub use memory::Bytes;
+pub use recurrent::States;
 
 use super::{Activation, Attention, Backend, KvDtype, NotFinite, Part, Parts, Span};
+use super::{HeadRows, Recurrent};
 use crate::kernels::{Acts, Form, Kernels, layout};
 use crate::quant::{BLOCK, GROUPS};
 use crate::{Error, Result};
@@ -364,6 +367,7 @@ impl Backend for Cpu {
     type Mat = Mat;
     type Row = Vec<f32>;
     type Kv = Kv;
+    type States = States;
 
     fn buf(&self) -> Buf {
         Buf::default()
@@ -483,6 +487,39 @@ impl Backend for Cpu {
         out: &mut Buf,
     ) {
         self.attention(qkv, how, kv, layer, spans, out);
+    }
+
+    fn states(&self, layers: &[(usize, usize)]) -> Result<States> {
+        States::new(layers)
+    }
+
+    fn conv(
+        &self,
+        x: &mut Buf,
+        how: &Recurrent,
+        taps: &Vec<f32>,
+        bias: Option<&Vec<f32>>,
+        states: &mut States,
+        layer: usize,
+        spans: &[Span<'_>],
+        out: &mut Buf,
+    ) {
+        self.convolve(x, how, taps, bias, (states, layer), spans, out);
+    }
+
+    fn recur(
+        &self,
+        x: &Buf,
+        conv: &mut Buf,
+        how: &Recurrent,
+        rows: &HeadRows<Vec<f32>>,
+        eps: f32,
+        states: &mut States,
+        layer: usize,
+        spans: &[Span<'_>],
+        out: &mut Buf,
+    ) {
+        self.recurrence(x, conv, how, rows, eps, (states, layer), spans, out);
     }
 
     fn select(&self, x: &Buf, rows: &[usize], out: &mut Buf) {

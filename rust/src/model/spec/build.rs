@@ -4,14 +4,15 @@
 use super::config::{Facts, Object, bad, shown};
 use super::family::{self, Family};
 use super::{Act, Attention, Ffn, Layer, Mixer, Norms, Place, Rope, Spec, rope};
+use crate::model::Sees;
 use crate::{Error, Result};
 use serde_json::Value;
 
 // No released model comes near these; they keep every product of two far below 2^64.
-const MAX_LAYERS: usize = 10_000;
+pub(super) const MAX_LAYERS: usize = 10_000;
 const MAX_WIDTH: usize = 1 << 20;
-const MAX_HEADS: usize = 1 << 14;
-const MAX_HEAD_DIM: usize = 1 << 14;
+pub(super) const MAX_HEADS: usize = 1 << 14;
+pub(super) const MAX_HEAD_DIM: usize = 1 << 14;
 const MAX_FFN: usize = 1 << 22;
 const MAX_VOCAB: usize = 1 << 24;
 const MAX_POSITIONS: usize = 1 << 30;
@@ -85,10 +86,19 @@ impl Spec {
             window: None,
             rope: Some(0),
         };
-        let ffn = Ffn::Dense(facts.need_count(&family.ffn, MAX_FFN)?);
-        let layers = windows(&family, facts)?.into_iter().map(|window| {
-            let rope = Some(if window.is_some() { local } else { 0 });
-            let mixer = Mixer::Attention(Attention { window, rope, ..attention });
+        let ffn = Ffn::Dense(ffn_width(&family, facts)?);
+        let kinds = kinds(&family, facts)?;
+        let recurrent = family.recurrent.as_ref().filter(|_| kinds.contains(&Sees::State));
+        let recurrent = recurrent.map(|r| r.read(facts, hidden)).transpose()?;
+        let layers = kinds.into_iter().map(|kind| {
+            let (window, rope) = match kind {
+                Sees::Window(window) => (Some(window), Some(local)),
+                _ => (None, Some(0)),
+            };
+            let mixer = match recurrent {
+                Some(recurrent) if kind == Sees::State => Mixer::Recurrent(recurrent),
+                _ => Mixer::Attention(Attention { window, rope, ..attention }),
+            };
             Layer { mixer, ffn: ffn.clone() }
         });
         let layers = layers.collect();
@@ -172,8 +182,24 @@ fn refuse(family: &Family, architecture: &str, top: &Object<'_>, text: &Object<'
     Ok(())
 }
 
-/// The window of each layer.
-fn windows(family: &Family, facts: &Facts<'_>) -> Result<Vec<Option<usize>>> {
+/// The width of the feed-forward network: as given, or two thirds of that, times a factor, rounded up.
+fn ffn_width(family: &Family, facts: &Facts<'_>) -> Result<usize> {
+    let width = facts.need_count(&family.ffn, MAX_FFN)?;
+    if !facts.flag(&family.ffn_two_thirds)? {
+        return Ok(width);
+    }
+    let width = 2 * width / 3;
+    let Some(factor) = facts.number(&family.ffn_factor, 1e-3, 1e3)? else { return Ok(width) };
+    let multiple = facts.need_count(&family.ffn_multiple, MAX_FFN)?;
+    let width = ((factor * width as f64) as usize).next_multiple_of(multiple);
+    match width {
+        1..=MAX_FFN => Ok(width),
+        _ => Err(bad("the adjusted width", &width.to_string(), &format!("1 to {MAX_FFN}"))),
+    }
+}
+
+/// What each layer sees.
+fn kinds(family: &Family, facts: &Facts<'_>) -> Result<Vec<Sees>> {
     let count = facts.need_count(&family.layers, MAX_LAYERS)?;
     let window = facts.count(&family.window, MAX_POSITIONS)?;
     let window = if facts.flag(&family.use_window)? { window } else { None };
@@ -185,30 +211,40 @@ fn windows(family: &Family, facts: &Facts<'_>) -> Result<Vec<Option<usize>>> {
     {
         return Err(bad("layer_types", &format!("{} entries", types.len()), &format!("{count}")));
     }
+    let recurrent = family.recurrent.as_ref();
+    let states = recurrent.map(|r| r.at(facts, full_every, count)).transpose()?;
     (0..count)
         .map(|l| {
             let slides = match types.map(|t| &t[l]) {
                 Some(Value::String(t)) if t == "full_attention" => false,
+                Some(Value::String(t)) if recurrent.is_some_and(|r| r.is_type(t)) => {
+                    return Ok(Sees::State);
+                }
                 Some(Value::String(t)) if t == "sliding_attention" => {
                     if window.is_none() {
                         let label = format!("layer_types[{l}]");
-                        return Err(bad(&label, "\"sliding_attention\" without a window", "a window"));
+                        return Err(bad(
+                            &label,
+                            "\"sliding_attention\" without a window",
+                            "a window",
+                        ));
                     }
                     true
                 }
                 Some(other) => {
                     return Err(Error::Unsupported(format!(
-                        "config.json: layer_types[{l}]: {} is not supported, only full_attention and \
-                         sliding_attention",
+                        "config.json: layer_types[{l}]: {} is not supported, only full_attention, \
+                         sliding_attention and what the family says",
                         shown(other)
                     )));
                 }
+                None if states.as_ref().is_some_and(|states| states[l]) => return Ok(Sees::State),
                 None => {
                     full_every.is_none_or(|n| (l + 1) % n != 0)
                         && full_first.is_none_or(|n| l as f64 >= n)
                 }
             };
-            Ok(window.filter(|_| slides))
+            Ok(window.filter(|_| slides).into())
         })
         .collect()
 }

@@ -1,6 +1,7 @@
 //! Architecture families: the TOML files under `models/families`, each a difference from its base.
 //! Knows no number of any model and no tensor; `Spec` applies a family to one `config.json`.
 
+use super::recurrent::RecurrentFacts;
 use super::{Norm, Place, QkNorm};
 use crate::{Error, Result};
 use serde::Deserialize;
@@ -15,7 +16,17 @@ macro_rules! families {
         ];
     };
 }
-families!["llama", "mistral", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_mm"];
+families![
+    "llama",
+    "mistral",
+    "mistral3",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "gemma3_mm",
+    "lfm2"
+];
 
 /// One string or a list of them.
 #[derive(Clone, Debug, Deserialize)]
@@ -92,6 +103,12 @@ pub(super) struct Family {
     pub(super) kv_heads: Fact,
     pub(super) head_dim: Fact,
     pub(super) ffn: Fact,
+    #[serde(default)]
+    pub(super) ffn_two_thirds: Fact,
+    #[serde(default)]
+    pub(super) ffn_factor: Fact,
+    #[serde(default)]
+    pub(super) ffn_multiple: Fact,
     pub(super) vocab: Fact,
     pub(super) eps: Fact,
     pub(super) act: Fact,
@@ -118,6 +135,7 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) rope_theta_local: Fact,
     pub(super) rope_scaling: Fact,
+    pub(super) recurrent: Option<RecurrentFacts>,
     pub(super) model: Vec<String>,
     pub(super) ignore: Vec<String>,
     pub(super) names: BTreeMap<String, Names>,
@@ -151,7 +169,9 @@ impl Family {
     pub(super) fn parse(text: &str, source: &str) -> Result<Family> {
         let bad = |what: String| Error::format(format!("family {source}"), what);
         let table = merged(text, source, 0)?;
-        let facts = table.values().filter_map(|v| Fact::try_from(v.clone()).ok());
+        let tables = ["recurrent"].iter().filter_map(|name| table.get(*name)?.as_object());
+        let facts = table.values().chain(tables.flat_map(|table| table.values()));
+        let facts = facts.filter_map(|v| Fact::try_from(v.clone()).ok());
         let honoured = facts.flat_map(|fact| fact.key).collect();
         let mut family: Family =
             serde_json::from_value(Value::Object(table)).map_err(|e| bad(e.to_string()))?;

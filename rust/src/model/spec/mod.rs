@@ -5,11 +5,13 @@ mod build;
 mod config;
 mod family;
 mod names;
+mod recurrent;
 mod rope;
 #[cfg(test)]
 mod tests;
 
 pub use names::{Names, Weight};
+pub use recurrent::Recurrent;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 
@@ -81,6 +83,8 @@ pub struct Layer {
 pub enum Mixer {
     /// Softmax attention over cached keys and values.
     Attention(Attention),
+    /// A convolution and what follows it, over a state.
+    Recurrent(Recurrent),
 }
 
 /// What transforms each position in a layer.

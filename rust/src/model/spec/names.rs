@@ -23,6 +23,19 @@ pub(super) const WEIGHTS: &[&str] = &[
     "up",
     "down",
     "ffn_after_norm",
+    "mix_in",
+    "mix_q",
+    "mix_k",
+    "mix_v",
+    "mix_z",
+    "mix_b",
+    "mix_a",
+    "conv",
+    "a_log",
+    "dt",
+    "skip",
+    "mix_norm",
+    "mix_out",
 ];
 
 /// A weight that the model has.
@@ -30,7 +43,7 @@ pub(super) const WEIGHTS: &[&str] = &[
 pub struct Weight {
     /// Its short name here: `embed`, `q`, `q_bias`, ...
     pub what: &'static str,
-    /// Its shape: `[out, in]` for a matrix, `[n]` for a norm or a bias.
+    /// Its shape: `[out, in]` for a matrix, `[n]` for a norm or a bias, `[channels, 1, width]` for a convolution.
     pub shape: Vec<usize>,
 }
 
@@ -95,6 +108,7 @@ impl Spec {
                     (head_norm, "k_norm", vec![d]),
                 ])
             }
+            Mixer::Recurrent(recurrent) => recurrent.weights(hidden),
         });
         all.extend(match layer.ffn {
             Ffn::Dense(ffn) => existing([
@@ -113,7 +127,7 @@ impl Spec {
     pub fn names(&self, has: impl Fn(&str) -> bool) -> Names {
         let first = |what: &str, model: &str| {
             let mut names = self.names[what].0.iter().map(|n| n.replace("{model}", model));
-            names.find(|n| has(&format!("{}.weight", n.replace("{l}", "0")))) // layer 0 decides
+            names.find(|n| has(&whole(&n.replace("{l}", "0"), ".weight"))) // layer 0 decides
         };
         let model = self.model.iter().find(|m| first("embed", m).is_some());
         let model = model.or(self.model.first()).cloned().unwrap_or_default();
@@ -143,7 +157,9 @@ impl Spec {
 }
 
 /// The weights of a table whose first column says that they exist.
-fn existing<const N: usize>(table: [(bool, &'static str, Vec<usize>); N]) -> Vec<Weight> {
+pub(super) fn existing<const N: usize>(
+    table: [(bool, &'static str, Vec<usize>); N],
+) -> Vec<Weight> {
     let weights = table.into_iter().filter(|(exists, ..)| *exists);
     weights.map(|(_, what, shape)| Weight { what, shape }).collect()
 }
@@ -158,8 +174,8 @@ impl Names {
     /// The name of a weight outside the layers. Panics if `what` is none of `Spec::model_weights`.
     pub fn model(&self, what: &str) -> String {
         match what.strip_suffix("_bias") {
-            Some(what) => format!("{}.bias", self.stems[what]),
-            None => format!("{}.weight", self.stems[what]),
+            Some(what) => whole(&self.stems[what], ".bias"),
+            None => whole(&self.stems[what], ".weight"),
         }
     }
 
@@ -167,6 +183,11 @@ impl Names {
     pub fn layer(&self, l: usize, what: &str) -> String {
         self.model(what).replace("{l}", &l.to_string())
     }
+}
+
+/// A tensor's name: the stem and what is appended to it, or the stem alone if it ends in `!`.
+fn whole(stem: &str, suffix: &str) -> String {
+    stem.strip_suffix('!').map_or_else(|| format!("{stem}{suffix}"), str::to_owned)
 }
 
 /// Whether `name` fits `pattern`, in which each `*` stands for any text.

@@ -1,0 +1,70 @@
+//! The weights of layers that keep a state. Never packs.
+
+use super::{Reader, Recurrent, Source};
+use crate::Result;
+use crate::backend::{Core, HeadRows};
+use crate::model::spec;
+
+impl Reader<'_> {
+    pub(super) fn recurrent<M, V>(
+        &self,
+        l: usize,
+        how: &spec::Recurrent,
+        row: &impl Fn(&[f32]) -> V,
+        mat: &mut impl FnMut(Source) -> Result<M>,
+    ) -> Result<Recurrent<M, V>> {
+        let (shape, hidden) = (&how.shape, self.spec.hidden);
+        let (_, channels) = shape.channels();
+        let name = |what: &str| self.names.layer(l, what);
+        let vector = |what: &str, n: usize| self.vector(&name(what), n);
+        let bias = |exists: bool, what: &str, n: usize| -> Result<Option<V>> {
+            exists.then(|| Ok(row(&vector(what, n)?))).transpose()
+        };
+        let source = |parts: &[(&str, usize)], k| Source {
+            parts: parts.iter().map(|&(what, n)| (name(what), n)).collect(),
+            k,
+            interleaved: false,
+        };
+        let input = match shape.core {
+            Core::DeltaNet(h) => vec![
+                ("mix_q", h.keys()),
+                ("mix_k", h.keys()),
+                ("mix_v", h.values()),
+                ("mix_z", h.values()),
+                ("mix_b", h.heads),
+                ("mix_a", h.heads),
+            ],
+            Core::Gated(_) | Core::Mamba2(_) => vec![("mix_in", shape.projection())],
+        };
+        // Stored as [channels, 1, width].
+        let stored = self.numbers(&name("conv"), &[channels, 1, shape.width])?;
+        let taps: Vec<f32> = (0..shape.width)
+            .flat_map(|j| stored.iter().skip(j).step_by(shape.width).copied())
+            .collect();
+        let heads = match shape.core {
+            Core::Gated(_) => None,
+            Core::DeltaNet(h) | Core::Mamba2(h) => {
+                let mamba = matches!(shape.core, Core::Mamba2(_));
+                let decay: Vec<f32> =
+                    vector("a_log", h.heads)?.into_iter().map(|a| -libm::expf(a)).collect();
+                // Its weight is as stored, also where all other norms are `1 + w`.
+                let norm = vector("mix_norm", if mamba { h.values() } else { h.value_dim })?;
+                Some(HeadRows {
+                    decay: row(&decay),
+                    dt_bias: row(&vector("dt", h.heads)?),
+                    skip: bias(mamba, "skip", h.heads)?,
+                    norm: row(&norm),
+                })
+            }
+        };
+        Ok(Recurrent {
+            input: mat(source(&input, hidden))?,
+            input_bias: bias(how.bias, "mix_in_bias", shape.projection())?,
+            taps: row(&taps),
+            conv_bias: bias(how.conv_bias, "conv_bias", channels)?,
+            heads,
+            out: mat(source(&[("mix_out", hidden)], shape.output()))?,
+            out_bias: bias(how.bias, "mix_out_bias", hidden)?,
+        })
+    }
+}
