@@ -199,17 +199,17 @@ proptest! {
             prop_assert!(!spec.layers.is_empty() && spec.eps > 0.0);
             let names = spec.names(|_| false);
             for (l, layer) in spec.layers.iter().enumerate() {
-                let Mixer::Attention(a) = &layer.mixer;
+                for weight in spec.layer_weights(l) {
+                    prop_assert!(names.layer(l, weight.what).ends_with(['t', 's']));
+                    prop_assert!(weight.shape.iter().all(|d| *d > 0));
+                }
+                let Mixer::Attention(a) = &layer.mixer else { continue };
                 prop_assert!(a.heads % a.kv_heads == 0 && a.head_dim % 2 == 0);
                 prop_assert!(a.scale > 0.0 && a.scale.is_finite() && a.window != Some(0));
                 if let Some(rope) = a.rope.map(|rope| &spec.ropes[rope]) {
                     prop_assert_eq!(rope.inv_freq.len() * 2, a.head_dim);
                     prop_assert!(rope.scale.is_finite());
                     prop_assert!(rope.inv_freq.iter().all(|f| f.is_finite()));
-                }
-                for weight in spec.layer_weights(l) {
-                    prop_assert!(names.layer(l, weight.what).ends_with(['t', 's']));
-                    prop_assert!(weight.shape.iter().all(|d| *d > 0));
                 }
             }
         }

@@ -255,3 +255,6 @@ impl Cpu {
 fn softplus(x: f32) -> f32 {
     if x > 20.0 { x } else { libm::log1pf(libm::expf(x)) }
 }
+
+#[cfg(test)]
+mod tests;
