@@ -32,6 +32,15 @@ fn goldens() -> Vec<PathBuf> {
                 "gemma2-a",
                 "gemma2-b",
                 "gemma3-mm-a",
+                "granite3-a",
+                "olmo2-a",
+                "starcoder2-a",
+                "arcee-a",
+                "apertus-a",
+                "phi4-a",
+                "glm4-a",
+                "ernie45-a",
+                "seed-oss-a",
                 "lfm2-a",
             ]
             .iter()

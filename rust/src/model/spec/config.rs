@@ -63,10 +63,6 @@ impl<'a> Object<'a> {
         self.read(key, "true or false", Value::as_bool)
     }
 
-    pub(super) fn number(&self, key: &str) -> Result<Option<f64>> {
-        self.read(key, "a number", Value::as_f64)
-    }
-
     pub(super) fn number_in(&self, key: &str, low: f64, high: f64) -> Result<Option<f64>> {
         self.read(key, &range(low, high), |v| v.as_f64().filter(|x| (low..=high).contains(x)))
     }

@@ -25,7 +25,16 @@ families![
     "gemma2",
     "gemma3",
     "gemma3_mm",
-    "lfm2"
+    "granite",
+    "olmo2",
+    "starcoder2",
+    "arcee",
+    "apertus",
+    "phi3",
+    "glm4",
+    "ernie45",
+    "seed_oss",
+    "lfm2",
 ];
 
 /// One string or a list of them.
@@ -94,8 +103,15 @@ pub(super) struct Family {
     pub(super) model_types: Vec<String>,
     pub(super) section: Option<String>,
     pub(super) norm: Norm,
+    #[serde(default)]
+    pub(super) norm_bias: Fact,
     pub(super) norms: Vec<Place>,
+    pub(super) norms_parallel: Option<Vec<Place>>,
+    #[serde(default)]
+    pub(super) parallel: Fact,
     pub(super) qk_norm: QkNorm,
+    pub(super) use_qk_norm: Fact,
+    pub(super) gated: bool,
     pub(super) embed_times_sqrt_hidden: bool,
     pub(super) hidden: Fact,
     pub(super) layers: Fact,
@@ -103,6 +119,8 @@ pub(super) struct Family {
     pub(super) kv_heads: Fact,
     pub(super) head_dim: Fact,
     pub(super) ffn: Fact,
+    #[serde(default)]
+    pub(super) ffn_per_hidden: Fact,
     #[serde(default)]
     pub(super) ffn_two_thirds: Fact,
     #[serde(default)]
@@ -118,6 +136,26 @@ pub(super) struct Family {
     pub(super) o_bias: Fact,
     pub(super) mlp_bias: Fact,
     #[serde(default)]
+    pub(super) head_bias: Fact,
+    #[serde(default)]
+    pub(super) positions: Fact,
+    #[serde(default)]
+    pub(super) embed_scale: Fact,
+    #[serde(default)]
+    pub(super) residual_scale: Fact,
+    #[serde(default)]
+    pub(super) residual_depth: Fact,
+    #[serde(default)]
+    pub(super) logit_scale: Fact,
+    #[serde(default)]
+    pub(super) logit_divisor: Fact,
+    #[serde(default)]
+    pub(super) logit_width: Fact,
+    #[serde(default)]
+    pub(super) attn_scale: Fact,
+    #[serde(default)]
+    pub(super) attn_clip: Fact,
+    #[serde(default)]
     pub(super) attn_scale_rsqrt_of: Fact,
     #[serde(default)]
     pub(super) attn_softcap: Fact,
@@ -131,6 +169,12 @@ pub(super) struct Family {
     pub(super) full_every: Fact,
     #[serde(default)]
     pub(super) full_first: Fact,
+    #[serde(default)]
+    pub(super) rotary_dim: Fact,
+    #[serde(default)]
+    pub(super) rotary_factor: Fact,
+    #[serde(default)]
+    pub(super) rope_interleaved: Fact,
     pub(super) rope_theta: Fact,
     #[serde(default)]
     pub(super) rope_theta_local: Fact,

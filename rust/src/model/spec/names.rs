@@ -1,7 +1,7 @@
 //! The weights that a model has, and what they are called in a checkpoint. Never reads a tensor.
 
 use super::config::bad;
-use super::{Ffn, Mixer, QkNorm, Spec};
+use super::{Act, Ffn, Mixer, QkNorm, Spec};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, HashSet};
 
@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, HashSet};
 pub(super) const WEIGHTS: &[&str] = &[
     "embed",
     "norm",
+    "positions",
     "head",
     "attn_norm",
     "q",
@@ -21,6 +22,10 @@ pub(super) const WEIGHTS: &[&str] = &[
     "ffn_norm",
     "gate",
     "up",
+    "xielu_alpha_p",
+    "xielu_alpha_n",
+    "xielu_beta",
+    "xielu_eps",
     "down",
     "ffn_after_norm",
     "mix_in",
@@ -43,7 +48,8 @@ pub(super) const WEIGHTS: &[&str] = &[
 pub struct Weight {
     /// Its short name here: `embed`, `q`, `q_bias`, ...
     pub what: &'static str,
-    /// Its shape: `[out, in]` for a matrix, `[n]` for a norm or a bias, `[channels, 1, width]` for a convolution.
+    /// Its shape: `[out, in]` for a matrix, `[n]` for a norm or a bias, `[channels, 1, width]` for a convolution, none for
+    /// a single number.
     pub shape: Vec<usize>,
 }
 
@@ -76,25 +82,37 @@ impl Spec {
     pub fn model_weights(&self) -> Vec<Weight> {
         let all = [
             (true, "embed", vec![self.vocab, self.hidden]),
+            (self.positions.is_some(), "positions", vec![self.positions.unwrap_or(0), self.hidden]),
             (true, "norm", vec![self.hidden]),
+            (self.norm_bias, "norm_bias", vec![self.hidden]),
             (!self.tied, "head", vec![self.vocab, self.hidden]),
+            (self.head_bias, "head_bias", vec![self.vocab]),
         ];
         existing(all)
     }
 
     /// The weights of layer `l`.
     pub fn layer_weights(&self, l: usize) -> Vec<Weight> {
-        let (hidden, layer) = (self.hidden, &self.layers[l]);
+        let (hidden, layer, bias) = (self.hidden, &self.layers[l], self.norm_bias);
         let mut all = existing([
             (self.norms.attn, "attn_norm", vec![hidden]),
+            (self.norms.attn && bias, "attn_norm_bias", vec![hidden]),
             (self.norms.attn_after, "attn_after_norm", vec![hidden]),
+            (self.norms.attn_after && bias, "attn_after_norm_bias", vec![hidden]),
             (self.norms.ffn, "ffn_norm", vec![hidden]),
+            (self.norms.ffn && bias, "ffn_norm_bias", vec![hidden]),
             (self.norms.ffn_after, "ffn_after_norm", vec![hidden]),
+            (self.norms.ffn_after && bias, "ffn_after_norm_bias", vec![hidden]),
         ]);
         all.extend(match &layer.mixer {
             Mixer::Attention(a) => {
                 let (q, kv, d) = (a.q_width(), a.kv_width(), a.head_dim);
-                let head_norm = self.qk_norm == QkNorm::Head;
+                let normed = self.qk_norm != QkNorm::None;
+                let norm = |heads| match self.qk_norm {
+                    QkNorm::None | QkNorm::Head => vec![d],
+                    QkNorm::EachHead => vec![heads, d],
+                    QkNorm::Full => vec![heads * d],
+                };
                 existing([
                     (true, "q", vec![q, hidden]),
                     (true, "k", vec![kv, hidden]),
@@ -104,8 +122,8 @@ impl Spec {
                     (self.qkv_bias, "k_bias", vec![kv]),
                     (self.qkv_bias, "v_bias", vec![kv]),
                     (self.o_bias, "o_bias", vec![hidden]),
-                    (head_norm, "q_norm", vec![d]),
-                    (head_norm, "k_norm", vec![d]),
+                    (normed, "q_norm", norm(a.heads)),
+                    (normed, "k_norm", norm(a.kv_heads)),
                 ])
             }
             Mixer::Recurrent(recurrent) => recurrent.weights(hidden),
@@ -119,6 +137,19 @@ impl Spec {
                 (self.mlp_bias, "up_bias", vec![ffn]),
                 (self.mlp_bias, "down_bias", vec![hidden]),
             ]),
+            Ffn::Plain(ffn) => {
+                let xielu = self.act == Act::XIelu;
+                existing([
+                    (true, "up", vec![ffn, hidden]),
+                    (true, "down", vec![hidden, ffn]),
+                    (self.mlp_bias, "up_bias", vec![ffn]),
+                    (self.mlp_bias, "down_bias", vec![hidden]),
+                    (xielu, "xielu_alpha_p", vec![1]),
+                    (xielu, "xielu_alpha_n", vec![1]),
+                    (xielu, "xielu_beta", vec![]),
+                    (xielu, "xielu_eps", vec![]),
+                ])
+            }
         });
         all
     }
@@ -136,6 +167,22 @@ impl Spec {
             (what.clone(), first(what, &model).or_else(fallback).unwrap_or_default())
         });
         Names { stems: stems.collect() }
+    }
+
+    /// Where weight `what` of layer `l` is. Weights with one name are rows of one tensor, one below the other in the
+    /// order of `layer_weights`: q, k, v and gate, up. Panics if the layer has no such weight.
+    pub fn place(&self, names: &Names, l: usize, what: &str) -> Rows {
+        let name = names.layer(l, what);
+        let (mut first, mut of) = (0, 0);
+        for weight in self.layer_weights(l) {
+            if weight.what == what {
+                first = of;
+            }
+            if names.layer(l, weight.what) == name {
+                of += weight.shape.first().copied().unwrap_or(1);
+            }
+        }
+        Rows { name, first, of }
     }
 
     /// Those of a checkpoint's tensors that are neither a weight of this model nor known to be ignorable: their
@@ -162,6 +209,17 @@ pub(super) fn existing<const N: usize>(
 ) -> Vec<Weight> {
     let weights = table.into_iter().filter(|(exists, ..)| *exists);
     weights.map(|(_, what, shape)| Weight { what, shape }).collect()
+}
+
+/// Rows of a checkpoint's tensor that are one weight.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rows {
+    /// The tensor.
+    pub name: String,
+    /// The first of them.
+    pub first: usize,
+    /// Rows that the tensor has.
+    pub of: usize,
 }
 
 /// Short name of a weight -> its name in one checkpoint.

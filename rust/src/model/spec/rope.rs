@@ -8,7 +8,8 @@ use std::f64::consts::PI;
 
 /// What the rules need besides their own keys.
 pub(super) struct Base {
-    pub(super) head_dim: usize,
+    /// Dimensions of a head that rotate.
+    pub(super) dim: usize,
     pub(super) theta: f64,
     pub(super) max_position: usize,
 }
@@ -21,10 +22,8 @@ impl Base {
 
     fn powers(&self) -> Vec<f32> {
         let theta = f64::from(self.theta as f32);
-        let d = self.head_dim as f32;
-        (0..self.head_dim / 2)
-            .map(|i| libm::pow(theta, f64::from((2 * i) as f32 / d)) as f32)
-            .collect()
+        let d = self.dim as f32;
+        (0..self.dim / 2).map(|i| libm::pow(theta, f64::from((2 * i) as f32 / d)) as f32).collect()
     }
 
     /// Without scaling.
@@ -73,9 +72,8 @@ impl Base {
             }
         };
         for key in params.keys() {
-            let known = ["rope_type", "type", "rope_theta"].contains(&key)
-                || own.contains(&key)
-                || key == "partial_rotary_factor" && params.number(key)? == Some(1.0);
+            let known = ["rope_type", "type", "rope_theta", "partial_rotary_factor"].contains(&key)
+                || own.contains(&key);
             if !known {
                 return Err(Error::Unsupported(format!(
                     "config.json: {} is not supported with rope type {kind:?}",
@@ -139,7 +137,7 @@ impl Base {
             // transformers takes 0 for "not given" here.
             Ok(params.number_in(key, 0.0, 1e9)?.filter(|x| *x > 0.0).unwrap_or(default))
         };
-        let d = self.head_dim as f64;
+        let d = self.dim as f64;
         let dim = |turns: f64| {
             d * libm::log(original / (turns * 2.0 * PI)) / (2.0 * libm::log(self.theta))
         };

@@ -15,15 +15,16 @@ impl Reader<'_> {
     ) -> Result<Recurrent<M, V>> {
         let (shape, hidden) = (&how.shape, self.spec.hidden);
         let (_, channels) = shape.channels();
-        let name = |what: &str| self.names.layer(l, what);
-        let vector = |what: &str, n: usize| self.vector(&name(what), n);
+        let place = |what: &str| self.spec.place(&self.names, l, what);
+        let vector = |what: &str, n: usize| self.vector(&place(what), n);
         let bias = |exists: bool, what: &str, n: usize| -> Result<Option<V>> {
             exists.then(|| Ok(row(&vector(what, n)?))).transpose()
         };
         let source = |parts: &[(&str, usize)], k| Source {
-            parts: parts.iter().map(|&(what, n)| (name(what), n)).collect(),
+            parts: parts.iter().map(|&(what, n)| (place(what), n)).collect(),
             k,
             interleaved: false,
+            exact: false,
         };
         let input = match shape.core {
             Core::DeltaNet(h) => vec![
@@ -37,7 +38,7 @@ impl Reader<'_> {
             Core::Gated(_) | Core::Mamba2(_) => vec![("mix_in", shape.projection())],
         };
         // Stored as [channels, 1, width].
-        let stored = self.numbers(&name("conv"), &[channels, 1, shape.width])?;
+        let stored = self.values(&place("conv").name, &[channels, 1, shape.width])?;
         let taps: Vec<f32> = (0..shape.width)
             .flat_map(|j| stored.iter().skip(j).step_by(shape.width).copied())
             .collect();

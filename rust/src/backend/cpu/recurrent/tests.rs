@@ -156,9 +156,12 @@ impl Case {
                 let normed = outs.iter().flat_map(|out| rms(out, &w.norm));
                 all.extend(normed.zip(z).map(|(o, &z)| o * silu(z)));
             } else {
-                let outs: Vec<f64> = outs.concat().iter().zip(row(t)).map(|(o, &z)| o * silu(z)).collect();
+                let outs: Vec<f64> =
+                    outs.concat().iter().zip(row(t)).map(|(o, &z)| o * silu(z)).collect();
                 let group = values / h.groups;
-                all.extend(outs.chunks(group).zip(w.norm.chunks(group)).flat_map(|(o, g)| rms(o, g)));
+                all.extend(
+                    outs.chunks(group).zip(w.norm.chunks(group)).flat_map(|(o, g)| rms(o, g)),
+                );
             }
         }
         all
