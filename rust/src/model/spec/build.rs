@@ -162,6 +162,7 @@ impl Spec {
                     )));
                 }
             },
+            qkv_by_head: family.qkv_by_head,
             qkv_bias: facts.flag(&family.qkv_bias)?,
             o_bias: facts.flag(&family.o_bias)?,
             mlp_bias: facts.flag(&family.mlp_bias)?,
@@ -269,7 +270,7 @@ fn kinds(family: &Family, facts: &Facts<'_>) -> Result<Vec<Sees>> {
     (0..count)
         .map(|l| {
             let slides = match types.map(|t| &t[l]) {
-                Some(Value::String(t)) if t == "full_attention" => false,
+                Some(Value::String(t)) if t == "full_attention" || t == "attention" => false,
                 Some(Value::String(t)) if recurrent.is_some_and(|r| r.is_type(t)) => {
                     return Ok(Sees::State);
                 }

@@ -203,6 +203,9 @@ pub struct Spec {
     pub qk_norm: QkNorm,
     /// Activation of the feed-forward network.
     pub act: Act,
+    /// Queries, keys and values are one tensor `[kv_heads, heads / kv_heads + 2, head_dim]`: of each key/value head
+    /// its queries, its key, its value (GPT-NeoX).
+    pub qkv_by_head: bool,
     /// Biases on q, k, v.
     pub qkv_bias: bool,
     /// Bias on the attention's output projection.
