@@ -184,11 +184,13 @@ pub trait Backend: Send + Sync {
         layer: usize,
         spans: &[Span<'_>],
     );
-    /// `out[r] = softmax(softcap(scale * q k)) v` over the positions that row `r` sees, for each head.
+    /// `out[r] = softmax(softcap(scale * q k)) v` over the positions that row `r` sees, for each head. `sinks`
+    /// holds for each head one more score of that softmax, whose value is zero.
     fn attend(
         &self,
         qkv: &Self::Buf,
         how: &Attention,
+        sinks: Option<&Self::Row>,
         kv: &Self::Kv,
         layer: usize,
         spans: &[Span<'_>],

@@ -264,6 +264,7 @@ impl Kernels {
         let rows = a.seen.len();
         assert!(rows <= MAX_ROWS && a.q.len() == rows * a.d);
         assert!(out.len() == rows * a.d.next_multiple_of(16));
+        assert!(a.sinks.is_none_or(|sinks| sinks.len() == rows));
         let offsets = a.kv.as_ptr().addr() | a.page_stride | a.head_offset;
         assert!(offsets.is_multiple_of(4), "pages hold f32 scales");
         let attend = match dtype {

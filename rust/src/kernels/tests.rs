@@ -354,7 +354,7 @@ proptest! {
 
     #[test]
     fn attention(rows in 1usize..=MAX_ROWS, d in 1usize..20, len in 1usize..1200, window in 1u32..1500,
-                 kind in 0usize..3, cap: bool, seed: u64) {
+                 kind in 0usize..3, cap: bool, sink: bool, seed: u64) {
         let d = 8 * d;
         let dtype = [KvDtype::F32, KvDtype::F16, KvDtype::Int8][kind];
         let mut random = Random(seed);
@@ -364,6 +364,7 @@ proptest! {
         let table: Vec<u32> = (0..pages as u32).rev().collect();
         let mut mild = |n| -> Vec<f32> { random.values(n).iter().map(|x| x.clamp(-1.0, 1.0)).collect() };
         let (k, v, q) = (mild(len * d), mild(len * d), mild(rows * d));
+        let sinks = mild(rows);
         let seen: Vec<(u32, u32)> = (0..rows).map(|_| {
             let to = 1 + (random.next() % len as u64) as u32;
             (to.saturating_sub(window), to)
@@ -384,6 +385,7 @@ proptest! {
                 d,
                 scale: 0.2,
                 softcap: cap.then_some(50.0),
+                sinks: sink.then_some(&sinks[rows.clone()]),
                 seen: &seen[rows.clone()],
                 kv: kv.get(),
                 table: &table,
@@ -425,7 +427,8 @@ proptest! {
                 if cap { 50.0 * (s * 0.2 / 50.0).tanh() } else { s * 0.2 }
             }).collect();
             let max = scores.iter().fold(f64::MIN, |a, &b| a.max(b));
-            let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+            let extra = if sink { (f64::from(sinks[r]) - max).exp() } else { 0.0 };
+            let total: f64 = scores.iter().map(|s| (s - max).exp()).sum::<f64>() + extra;
             for i in 0..d {
                 let o: f64 = scores.iter().zip(from as usize..)
                     .map(|(s, p)| (s - max).exp() / total * v[p * d + i]).sum();

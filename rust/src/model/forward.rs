@@ -88,7 +88,7 @@ impl<B: Backend> Model<B> {
         let input = self.normed(layer.attn_norm.as_ref(), x, a);
         b.linear(&w.qkv, w.qkv_bias.as_ref(), input, wide);
         b.rotate_and_store(wide, &shape, norms, table, pages, l, step.spans);
-        b.attend(wide, &shape, pages, l, step.spans, out);
+        b.attend(wide, &shape, w.sinks.as_ref(), pages, l, step.spans, out);
         if s.parallel {
             // The feed-forward network reads x as it is now: its norm, or the norm that is in `a`.
             self.normed(layer.ffn_norm.as_ref(), x, a);

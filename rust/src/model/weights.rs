@@ -64,6 +64,7 @@ pub(super) struct Attention<M, V> {
     pub(super) qkv: M,
     pub(super) qkv_bias: Option<V>,
     pub(super) qk_norms: Option<(V, V)>,
+    pub(super) sinks: Option<V>,
     pub(super) o: M,
     pub(super) o_bias: Option<V>,
 }
@@ -344,6 +345,7 @@ impl<'a> Reader<'a> {
                     qkv: mat(qkv)?,
                     qkv_bias: s.qkv_bias.then(qkv_bias).transpose()?,
                     qk_norms: (s.qk_norm != QkNorm::None).then(qk_norms).transpose()?,
+                    sinks: bias(a.sinks, "sinks", a.heads)?,
                     o: mat(source(&[("o", s.hidden)], q, false))?,
                     o_bias: bias(s.o_bias, "o_bias", s.hidden)?,
                 })

@@ -520,12 +520,13 @@ impl Backend for Cpu {
         &self,
         qkv: &Buf,
         how: &Attention,
+        sinks: Option<&Vec<f32>>,
         kv: &Kv,
         layer: usize,
         spans: &[Span<'_>],
         out: &mut Buf,
     ) {
-        self.attention(qkv, how, kv, layer, spans, out);
+        self.attention(qkv, how, sinks, kv, layer, spans, out);
     }
 
     fn states(&self, layers: &[(usize, usize)]) -> Result<States> {

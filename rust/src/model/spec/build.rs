@@ -2,9 +2,9 @@
 //! what the family says. Knows no tensor.
 
 use super::config::{Facts, Object, bad, shown};
-use super::family::{self, Family};
-use super::{Act, Attention, Ffn, Layer, Mixer, Norms, Place, QkNorm, Rope, Spec, rope};
-use crate::model::Sees;
+use super::family::Family;
+use super::ropes::Ropes;
+use super::{Act, Attention, Ffn, Layer, Mixer, Norms, Place, QkNorm, Spec};
 use crate::{Error, Result};
 use serde_json::Value;
 
@@ -15,7 +15,7 @@ pub(super) const MAX_HEADS: usize = 1 << 14;
 pub(super) const MAX_HEAD_DIM: usize = 1 << 14;
 const MAX_FFN: usize = 1 << 22;
 const MAX_VOCAB: usize = 1 << 24;
-const MAX_POSITIONS: usize = 1 << 30;
+pub(super) const MAX_POSITIONS: usize = 1 << 30;
 
 impl Spec {
     /// Reads `config`, the parsed `config.json`. `family` is the TOML text of a family to use instead of the one
@@ -72,10 +72,11 @@ impl Spec {
             return Err(bad("head_dim", &head_dim.to_string(), "an even number"));
         }
         let file_context = facts.need_count(&family.context_length, MAX_POSITIONS)?;
+        let windows = windows(&family, facts)?;
         let positions = facts.count(&family.positions, MAX_POSITIONS)?;
-        let (ropes, local, reach) = match positions {
-            Some(_) => (Vec::new(), 0, None),
-            None => ropes(&family, facts, head_dim, file_context)?,
+        let ropes = match positions {
+            Some(_) => Ropes::none(windows.len()),
+            None => Ropes::read(&family, facts, head_dim, file_context, &windows)?,
         };
         let scale_of = facts.number(&family.attn_scale_rsqrt_of, 1e-9, 1e9)?;
         let softcap =
@@ -108,21 +109,28 @@ impl Spec {
             softcap: softcap(&family.attn_softcap)?,
             window: None,
             rope: None,
+            query_growth: match family.query_growth.key.is_empty() {
+                true => None,
+                false => Some((
+                    facts.need_number(&family.query_growth, 0.0, 1e3)? as f32,
+                    facts.need_count(&family.query_growth_every, MAX_POSITIONS)?,
+                )),
+            },
+            sinks: facts.flag(&family.sinks)?,
             rope_interleaved: facts.flag(&family.rope_interleaved)?,
         };
         let width = ffn_width(&family, facts, hidden)?;
         let ffn = if family.gated { Ffn::Dense(width) } else { Ffn::Plain(width) };
-        let kinds = kinds(&family, facts)?;
-        let recurrent = family.recurrent.as_ref().filter(|_| kinds.contains(&Sees::State));
+        let states = match &family.recurrent {
+            Some(recurrent) => recurrent.at(facts, &family, windows.len())?,
+            None => vec![false; windows.len()],
+        };
+        let recurrent = family.recurrent.as_ref().filter(|_| states.contains(&true));
         let recurrent = recurrent.map(|r| r.read(facts, hidden)).transpose()?;
-        let layers = kinds.into_iter().map(|kind| {
-            let (window, rope) = match kind {
-                Sees::Window(window) => (Some(window), local),
-                _ => (None, 0),
-            };
-            let rope = positions.is_none().then_some(rope);
+        let kinds = windows.into_iter().zip(ropes.of).zip(states);
+        let layers = kinds.map(|((window, rope), state)| {
             let mixer = match recurrent {
-                Some(recurrent) if kind == Sees::State => Mixer::Recurrent(recurrent),
+                Some(recurrent) if state => Mixer::Recurrent(recurrent),
                 _ => Mixer::Attention(Attention { window, rope, ..attention }),
             };
             Layer { mixer, ffn: ffn.clone() }
@@ -177,10 +185,10 @@ impl Spec {
             tied: facts.flag(&family.tied)?,
             head_bias: facts.flag(&family.head_bias)?,
             layers,
-            ropes,
+            ropes: ropes.all,
             context_length: match positions {
                 Some(positions) => file_context.min(positions),
-                None => file_context.max(reach.unwrap_or(0).min(MAX_POSITIONS)),
+                None => file_context.max(ropes.reach.unwrap_or(0).min(MAX_POSITIONS)),
             },
             model: family.model,
             names: family.names,
@@ -252,28 +260,30 @@ fn ffn_width(family: &Family, facts: &Facts<'_>, hidden: usize) -> Result<usize>
     }
 }
 
-/// What each layer sees.
-fn kinds(family: &Family, facts: &Facts<'_>) -> Result<Vec<Sees>> {
+/// The window of each layer.
+fn windows(family: &Family, facts: &Facts<'_>) -> Result<Vec<Option<usize>>> {
     let count = facts.need_count(&family.layers, MAX_LAYERS)?;
     let window = facts.count(&family.window, MAX_POSITIONS)?;
     let window = if facts.flag(&family.use_window)? { window } else { None };
-    let full_every = facts.count(&family.full_every, MAX_LAYERS)?;
-    let full_first = facts.number(&family.full_first, 0.0, 1e9)?;
     let types = facts.list(&family.layer_types)?;
+    // Not read where layer_types decides: EXAONE 4 says the interval in letters.
+    let full_every = match types {
+        None => facts.count(&family.full_every, MAX_LAYERS)?,
+        Some(_) => None,
+    };
+    let full_at = facts.number(&family.full_at, 0.0, 1e9)?;
+    let full_first = facts.number(&family.full_first, 0.0, 1e9)?;
     if let Some(types) = types
         && types.len() != count
     {
         return Err(bad("layer_types", &format!("{} entries", types.len()), &format!("{count}")));
     }
-    let recurrent = family.recurrent.as_ref();
-    let states = recurrent.map(|r| r.at(facts, full_every, count)).transpose()?;
+    let state = |name: &str| family.recurrent.as_ref().is_some_and(|r| r.is_type(name));
     (0..count)
         .map(|l| {
             let slides = match types.map(|t| &t[l]) {
                 Some(Value::String(t)) if t == "full_attention" || t == "attention" => false,
-                Some(Value::String(t)) if recurrent.is_some_and(|r| r.is_type(t)) => {
-                    return Ok(Sees::State);
-                }
+                Some(Value::String(t)) if state(t) => false,
                 Some(Value::String(t)) if t == "sliding_attention" => {
                     if window.is_none() {
                         let label = format!("layer_types[{l}]");
@@ -292,119 +302,12 @@ fn kinds(family: &Family, facts: &Facts<'_>) -> Result<Vec<Sees>> {
                         shown(other)
                     )));
                 }
-                None if states.as_ref().is_some_and(|states| states[l]) => return Ok(Sees::State),
                 None => {
-                    full_every.is_none_or(|n| (l + 1) % n != 0)
+                    full_every.is_none_or(|n| (l % n) as f64 != full_at.unwrap_or(n as f64 - 1.0))
                         && full_first.is_none_or(|n| l as f64 >= n)
                 }
             };
-            Ok(window.filter(|_| slides).into())
+            Ok(window.filter(|_| slides))
         })
         .collect()
-}
-
-/// How many dimensions of a head rotate.
-fn rotary_dim(
-    family: &Family,
-    facts: &Facts<'_>,
-    params: Option<&Object<'_>>,
-    head_dim: usize,
-) -> Result<usize> {
-    const KEY: &str = "partial_rotary_factor";
-    let outside = facts.number(&family.rotary_factor, f64::MIN_POSITIVE, 1.0)?;
-    let inside = match params {
-        Some(params) => params.number_in(KEY, f64::MIN_POSITIVE, 1.0)?,
-        None => None,
-    };
-    let other = match facts.given(&family.rotary_factor) {
-        Some(given) => given.as_f64(),
-        None if family.rotary_factor.key.is_empty() => Some(1.0), // the family rotates whole heads
-        None => inside,
-    };
-    if let (Some(inside), Some(params)) = (inside, params)
-        && Some(inside) != other
-    {
-        return Err(Error::Unsupported(format!(
-            "config.json: {}: found {inside}, but {} of each head rotates here",
-            params.label(KEY),
-            other.unwrap_or(1.0)
-        )));
-    }
-    let part = (head_dim as f64 * inside.or(outside).unwrap_or(1.0)) as usize;
-    let dim = facts.count(&family.rotary_dim, MAX_HEAD_DIM)?.unwrap_or(part);
-    if dim == 0 || dim > head_dim || dim % 2 != 0 {
-        let found = format!("{dim} rotating dimensions of {head_dim}");
-        return Err(bad(KEY, &found, "an even part of the head"));
-    }
-    Ok(dim)
-}
-
-/// The rotary embedding of full layers, that of sliding layers if it differs, the index of the latter, and the
-/// context that scaling reaches.
-fn ropes(
-    family: &Family,
-    facts: &Facts<'_>,
-    head_dim: usize,
-    max_position: usize,
-) -> Result<(Vec<Rope>, usize, Option<usize>)> {
-    const RANGE: (f64, f64) = (1.0, 1e18);
-    // The base is outside (old spelling), inside (new) or both; two that disagree are an error.
-    let base = |params: Option<&Object<'_>>, fact: &family::Fact| -> Result<rope::Base> {
-        let outside = facts.need_number(fact, RANGE.0, RANGE.1);
-        let inside = match params {
-            Some(params) => params.number_in("rope_theta", RANGE.0, RANGE.1)?,
-            None => None,
-        };
-        if let (Some(inside), Some(outside)) = (inside, facts.given(fact))
-            && outside.as_f64() != Some(inside)
-        {
-            return Err(bad("rope_theta", &format!("{inside} and {outside}"), "one value"));
-        }
-        let theta = match inside {
-            Some(theta) => theta,
-            None => outside?,
-        };
-        Ok(rope::Base { dim: rotary_dim(family, facts, params, head_dim)?, theta, max_position })
-    };
-    let (mut full, mut local, mut reach) = (Vec::new(), Vec::new(), None);
-    let own_local = !family.rope_theta_local.key.is_empty();
-    for params in facts.objects(&family.rope_scaling)? {
-        let per_type = params.map.values().any(Value::is_object);
-        if per_type && let Some(key) = params.keys().find(|k| !k.ends_with("_attention")) {
-            return Err(params.bad(key, "a key beside layer types".to_owned(), "layer types only"));
-        }
-        let full_params =
-            if per_type { params.object("full_attention")? } else { Some(params.clone()) };
-        if let Some(p) = full_params {
-            let (rope, to) = base(Some(&p), &family.rope_theta)?.scaled(&p)?;
-            reach = reach.max(to);
-            full.push(rope);
-        }
-        if per_type && let Some(p) = params.object("sliding_attention")? {
-            let fact = if own_local { &family.rope_theta_local } else { &family.rope_theta };
-            local.push(base(Some(&p), fact)?.scaled(&p)?.0);
-        }
-    }
-    if full.is_empty() {
-        full.push(base(None, &family.rope_theta)?.unscaled());
-    }
-    if local.is_empty() && own_local {
-        local.push(base(None, &family.rope_theta_local)?.unscaled());
-    }
-    for all in [&mut full, &mut local] {
-        if all.windows(2).any(|two| two[0] != two[1]) {
-            return Err(bad(
-                "rope_parameters",
-                "another embedding than rope_scaling says",
-                "the same",
-            ));
-        }
-        all.truncate(1);
-    }
-    if local == full {
-        local.clear();
-    }
-    full.append(&mut local);
-    let last = full.len() - 1;
-    Ok((full, last, reach))
 }

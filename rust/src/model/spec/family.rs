@@ -2,7 +2,7 @@
 //! Knows no number of any model and no tensor; `Spec` applies a family to one `config.json`.
 
 use super::recurrent::RecurrentFacts;
-use super::{Norm, Place, QkNorm};
+use super::{Norm, Place, QkNorm, RopeOn};
 use crate::{Error, Result};
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -168,6 +168,8 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) attn_softcap: Fact,
     #[serde(default)]
+    pub(super) sinks: Fact,
+    #[serde(default)]
     pub(super) logit_softcap: Fact,
     #[serde(default)]
     pub(super) window: Fact,
@@ -176,7 +178,15 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) full_every: Fact,
     #[serde(default)]
+    pub(super) full_at: Fact,
+    #[serde(default)]
     pub(super) full_first: Fact,
+    #[serde(default)]
+    pub(super) rope_on: RopeOn,
+    #[serde(default)]
+    pub(super) rope_layers: Fact,
+    #[serde(default)]
+    pub(super) nope_every: Fact,
     #[serde(default)]
     pub(super) rotary_dim: Fact,
     #[serde(default)]
@@ -186,6 +196,14 @@ pub(super) struct Family {
     pub(super) rope_theta: Fact,
     #[serde(default)]
     pub(super) rope_theta_local: Fact,
+    #[serde(default)]
+    pub(super) rope_theta_layers: Fact,
+    #[serde(default)]
+    pub(super) original_context: Fact,
+    #[serde(default)]
+    pub(super) query_growth: Fact,
+    #[serde(default)]
+    pub(super) query_growth_every: Fact,
     pub(super) rope_scaling: Fact,
     pub(super) recurrent: Option<RecurrentFacts>,
     pub(super) model: Vec<String>,

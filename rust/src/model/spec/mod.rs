@@ -7,6 +7,7 @@ mod family;
 mod names;
 mod recurrent;
 mod rope;
+mod ropes;
 #[cfg(test)]
 mod tests;
 
@@ -142,6 +143,11 @@ pub struct Attention {
     pub window: Option<usize>,
     /// Index into `Spec::ropes`; `None`: queries and keys carry no position.
     pub rope: Option<usize>,
+    /// Queries of position p are multiplied by `1 + growth * ln(1 + floor(p / every))` after rotation (Ministral 3,
+    /// as Llama 4): `(growth, every)`.
+    pub query_growth: Option<(f32, usize)>,
+    /// One more score in each head's softmax, without a value: weight `sinks`, `[heads]` (gpt-oss).
+    pub sinks: bool,
     /// Rotary pairs are neighbours: `2i` and `2i + 1` (GPT-J), not half a rotation apart (GPT-NeoX).
     pub rope_interleaved: bool,
 }
@@ -164,8 +170,37 @@ impl Attention {
 pub struct Rope {
     /// One frequency for each pair, scaling rules applied; at most `head_dim / 2`, the rest of a head stays.
     pub inv_freq: Vec<f32>,
-    /// Multiplies cos and sin (YaRN's attention factor; else 1).
+    /// Multiplies cos and sin (YaRN's and LongRoPE's attention factor; else 1).
     pub scale: f32,
+    /// Other frequencies for long sequences.
+    pub long: Option<Long>,
+}
+
+/// LongRoPE (Ding et al. 2024) as Phi-3 has it: a model with two sets of frequencies, one for sequences within the
+/// context it was first trained for, one for longer ones. transformers chooses one set for all rows of a forward
+/// pass, by its largest position, and leaves older keys in the cache as they are; what a token gets then depends on
+/// how a prompt is cut. Here the choice depends on the request alone: position `p` of a request with a prompt of `n`
+/// tokens has the long set if `max(p + 1, n) > after`. That is what transformers does when it reads a prompt at once
+/// and then generates from its cache.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Long {
+    /// One frequency for each pair.
+    pub inv_freq: Vec<f32>,
+    /// `original_max_position_embeddings`.
+    pub after: usize,
+}
+
+/// The layers that have rotary embedding at all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RopeOn {
+    /// All.
+    #[default]
+    All,
+    /// Those with a window (Command R7B).
+    Sliding,
+    /// Those with a window, or all if the file names no window (EXAONE 4).
+    SlidingIfAny,
 }
 
 /// A model with every number known. Invariants: no dimension is 0, in each layer `heads` is a multiple of `kv_heads`

@@ -18,6 +18,7 @@ pub(super) const WEIGHTS: &[&str] = &[
     "o",
     "q_norm",
     "k_norm",
+    "sinks",
     "attn_after_norm",
     "ffn_norm",
     "gate",
@@ -128,6 +129,7 @@ impl Spec {
                     (self.o_bias, "o_bias", vec![hidden]),
                     (normed, "q_norm", norm(a.heads)),
                     (normed, "k_norm", norm(a.kv_heads)),
+                    (a.sinks, "sinks", vec![a.heads]),
                 ])
             }
             Mixer::Recurrent(recurrent) => recurrent.weights(hidden),

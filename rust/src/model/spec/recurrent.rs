@@ -1,9 +1,9 @@
 //! Layers that keep a state instead of keys and values: the `[recurrent]` table of a family, applied to one
 //! `config.json`. Never touches a tensor.
 
-use super::build::{MAX_HEAD_DIM, MAX_HEADS};
-use super::config::{Facts, bad};
-use super::family::Fact;
+use super::build::{MAX_HEAD_DIM, MAX_HEADS, MAX_LAYERS};
+use super::config::{Facts, bad, shown};
+use super::family::{Fact, Family};
 use super::names::{Weight, existing};
 use crate::backend::{self, Core, Heads};
 use crate::{Error, Result};
@@ -58,22 +58,26 @@ impl RecurrentFacts {
         self.layer_types.iter().any(|known| known == name)
     }
 
-    /// Which layers have a state, where `layer_types` does not say it.
+    /// Which layers have a state: by their types, or all but some, or all but each n-th.
     pub(super) fn at(
         &self,
         facts: &Facts<'_>,
-        full_every: Option<usize>,
+        family: &Family,
         layers: usize,
     ) -> Result<Vec<bool>> {
+        if let Some(types) = facts.list(&family.layer_types)? {
+            return Ok(types.iter().map(|t| t.as_str().is_some_and(|t| self.is_type(t))).collect());
+        }
         let Some(attention) = facts.list(&self.attention_at)? else {
-            return Ok((0..layers).map(|l| full_every.is_some_and(|n| (l + 1) % n != 0)).collect());
+            let every = facts.count(&family.full_every, MAX_LAYERS)?;
+            return Ok((1..=layers).map(|l| every.is_some_and(|n| l % n != 0)).collect());
         };
         let mut all = vec![true; layers];
         for index in attention {
             let l = index.as_u64().and_then(|l| usize::try_from(l).ok()).filter(|&l| l < layers);
             let Some(l) = l else {
-                let label = self.attention_at.key.first().map_or("", String::as_str);
-                return Err(bad(label, &index.to_string(), &format!("indices below {layers}")));
+                let expected = format!("indices below {layers}");
+                return Err(bad("the layers with attention", &shown(index), &expected));
             };
             all[l] = false;
         }

@@ -5,6 +5,8 @@ use super::names::{WEIGHTS, matches};
 use super::*;
 use serde_json::{Value, json};
 
+mod dense;
+
 fn config(architecture: &str, more: Value) -> Value {
     let mut config = json!({"architectures": [architecture], "hidden_size": 64, "intermediate_size": 112,
         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 400});
