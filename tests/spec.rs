@@ -43,6 +43,8 @@ const GOLDENS: &[&str] = &[
     "ernie45-a",
     "seed-oss-a",
     "lfm2-a",
+    "granite4-h-a",
+    "qwen35-a",
 ];
 
 fn shapes(folder: &Path) -> BTreeMap<String, Vec<usize>> {

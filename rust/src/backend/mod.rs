@@ -196,6 +196,8 @@ pub trait Backend: Send + Sync {
         spans: &[Span<'_>],
         out: &mut Self::Buf,
     );
+    /// `out` times the sigmoid of the columns of `qkv` behind the values: one for each head, or for each number.
+    fn gate_heads(&self, qkv: &Self::Buf, how: &Attention, out: &mut Self::Buf);
     /// `out` = the convolution of a part of the rows of `x` (see [`Core`]): `bias? + sum over j of taps[j] * u[r - j]`,
     /// `j` from `width - 1` down to 0. `taps`: `[width, channels]`, the oldest position first. `u` are the channels of `x`,
     /// times `B` if the core is a gate (then `x` is left with them); positions before the span are those of its state.

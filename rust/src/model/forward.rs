@@ -1,7 +1,7 @@
 //! The forward pass. There is one, for every family and every back end; what differs between families is data
 //! in [`Spec`](super::spec::Spec).
 
-use super::spec::{self, QkNorm};
+use super::spec::{self, Gate, QkNorm};
 use super::weights::{self, Dense, Ffn, Layer, Mixer, Norm};
 use super::{Chunk, Forward, KvGroup, PAGE, Sees, Wanted};
 use crate::backend::{self, Backend, KvDtype, Span};
@@ -89,6 +89,9 @@ impl<B: Backend> Model<B> {
         b.linear(&w.qkv, w.qkv_bias.as_ref(), input, wide);
         b.rotate_and_store(wide, &shape, norms, table, pages, l, step.spans);
         b.attend(wide, &shape, w.sinks.as_ref(), pages, l, step.spans, out);
+        if how.gate != Gate::None {
+            b.gate_heads(wide, &shape, out);
+        }
         if s.parallel {
             // The feed-forward network reads x as it is now: its norm, or the norm that is in `a`.
             self.normed(layer.ffn_norm.as_ref(), x, a);

@@ -3,7 +3,7 @@
 mod recurrent;
 
 use super::cache;
-use super::spec::{self, Act, Names, QkNorm, Rows, Spec};
+use super::spec::{self, Act, Gate, Names, QkNorm, Rows, Spec};
 use super::{LoadOptions, Quantization};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
 use crate::backend::{Activation, Backend, Form, HeadRows, Part, Parts};
@@ -61,6 +61,7 @@ pub(super) enum Ffn<M, V> {
 
 /// The weights of attention.
 pub(super) struct Attention<M, V> {
+    /// Queries, keys and values, and the gate if there is one.
     pub(super) qkv: M,
     pub(super) qkv_bias: Option<V>,
     pub(super) qk_norms: Option<(V, V)>,
@@ -325,9 +326,20 @@ impl<'a> Reader<'a> {
                 let (q, kv, d) = (a.q_width(), a.kv_width(), a.head_dim);
                 let parts = |what: [&str; 3]| match s.qkv_by_head {
                     false => what.map(&place).into_iter().zip([q, kv, kv]).collect(),
-                    true => by_head(&place(what[0]), a),
+                    true => by_group(&place(what[0]), a.kv_heads, &[q / a.kv_heads, d, d]),
                 };
-                let qkv = Source { parts: parts(["q", "k", "v"]), ..source(&[], s.hidden, false) };
+                let mut qkv = parts(["q", "k", "v"]);
+                match a.gate {
+                    Gate::None => {}
+                    // One tensor has, for each head, its query and its gate.
+                    Gate::Element if place("q").name == place("attn_gate").name => {
+                        let mut both = by_group(&place("q"), a.heads, &[d, d]);
+                        let gates = both.split_off(a.heads);
+                        qkv = both.into_iter().chain(qkv.drain(1..)).chain(gates).collect();
+                    }
+                    Gate::Head | Gate::Element => qkv.push((place("attn_gate"), a.gate_width())),
+                }
+                let qkv = Source { parts: qkv, ..source(&[], s.hidden, false) };
                 let qkv_bias = || -> Result<V> {
                     let parts = parts(["q_bias", "k_bias", "v_bias"]);
                     let all = parts.iter().map(|(rows, n)| self.vector(rows, *n));
@@ -407,13 +419,12 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// Queries, then keys, then values, where one tensor has those of the first key/value head, of the second, and so on.
-fn by_head(tensor: &Rows, a: &spec::Attention) -> Vec<(Rows, usize)> {
-    let (d, queries) = (a.head_dim, a.heads / a.kv_heads * a.head_dim);
-    let kinds = [(0, queries), (queries, d), (queries + d, d)];
-    let parts = kinds.into_iter().flat_map(|(at, n)| {
-        let first = move |h| h * (queries + 2 * d) + at;
-        (0..a.kv_heads).map(move |h| (Rows { first: first(h), ..tensor.clone() }, n))
+/// The rows of one kind, then those of the next, where one tensor has for each group `sizes` rows of the kinds.
+fn by_group(tensor: &Rows, groups: usize, sizes: &[usize]) -> Vec<(Rows, usize)> {
+    let all: usize = sizes.iter().sum();
+    let kinds = sizes.iter().scan(0, |at, &n| Some((std::mem::replace(at, *at + n), n)));
+    let parts = kinds.flat_map(|(at, n)| {
+        (0..groups).map(move |g| (Rows { first: g * all + at, ..tensor.clone() }, n))
     });
     parts.collect()
 }

@@ -529,6 +529,21 @@ impl Backend for Cpu {
         self.attention(qkv, how, sinks, kv, layer, spans, out);
     }
 
+    fn gate_heads(&self, qkv: &Buf, how: &Attention, out: &mut Buf) {
+        let (rows, width, first) = (out.rows, out.width, how.qkv_width());
+        let each = width / (qkv.width - first);
+        let values = Disjoint::new(out.values_mut());
+        self.each(rows, 4, |r| {
+            // SAFETY: each row is claimed by one thread.
+            let out = unsafe { values.part(r * width..(r + 1) * width) };
+            let gates =
+                qkv.row(r)[first..].iter().flat_map(|&gate| std::iter::repeat_n(gate, each));
+            let mut gates: Vec<f32> = gates.collect();
+            self.kernels.gate(Activation::Sigmoid, &mut gates, out);
+            out.copy_from_slice(&gates);
+        });
+    }
+
     fn states(&self, layers: &[(usize, usize)]) -> Result<States> {
         States::new(layers)
     }

@@ -4,7 +4,7 @@
 use super::config::{Facts, Object, bad, shown};
 use super::family::Family;
 use super::ropes::Ropes;
-use super::{Act, Attention, Ffn, Layer, Mixer, Norms, Place, QkNorm, Spec};
+use super::{Act, Attention, Ffn, Gate, Layer, Mixer, Norms, Place, QkNorm, Spec};
 use crate::{Error, Result};
 use serde_json::Value;
 
@@ -74,9 +74,17 @@ impl Spec {
         let file_context = facts.need_count(&family.context_length, MAX_POSITIONS)?;
         let windows = windows(&family, facts)?;
         let positions = facts.count(&family.positions, MAX_POSITIONS)?;
-        let ropes = match positions {
-            Some(_) => Ropes::none(windows.len()),
-            None => Ropes::read(&family, facts, head_dim, file_context, &windows)?,
+        let rotates = match facts.read_text(&family.rotates)? {
+            Some("rope") => positions.is_none(),
+            Some("nope") | None => false,
+            Some(other) => {
+                let what = format!("config.json: positions of kind {other:?} are not supported");
+                return Err(Error::Unsupported(format!("{what}, only \"rope\" and \"nope\"")));
+            }
+        };
+        let ropes = match rotates {
+            false => Ropes::none(windows.len()),
+            true => Ropes::read(&family, facts, head_dim, file_context, &windows)?,
         };
         let scale_of = facts.number(&family.attn_scale_rsqrt_of, 1e-9, 1e9)?;
         let softcap =
@@ -88,11 +96,17 @@ impl Spec {
         let norm_bias = facts.flag(&family.norm_bias)?;
         if norm_bias && !family.norm.centred()
             || parallel && (has(Place::AttnAfter) || has(Place::FfnAfter))
-            || parallel && family.recurrent.is_some()
         {
             return Err(Error::format(
                 format!("family of {architecture}"),
-                "found a bias on an rms norm, or a norm of outputs or a state in a parallel layer, expected neither",
+                "found a bias on an rms norm, or a norm of outputs in a parallel layer, expected neither",
+            ));
+        }
+        let qkv_bias = facts.flag(&family.qkv_bias)?;
+        if qkv_bias && family.attn_gate != Gate::None || parallel && family.recurrent.is_some() {
+            return Err(Error::format(
+                format!("family of {architecture}"),
+                "found a bias on gated attention, or a state in a parallel layer, expected neither",
             ));
         }
         let scale =
@@ -116,6 +130,7 @@ impl Spec {
                     facts.need_count(&family.query_growth_every, MAX_POSITIONS)?,
                 )),
             },
+            gate: if facts.flag(&family.use_attn_gate)? { family.attn_gate } else { Gate::None },
             sinks: facts.flag(&family.sinks)?,
             rope_interleaved: facts.flag(&family.rope_interleaved)?,
         };
@@ -171,7 +186,7 @@ impl Spec {
                 }
             },
             qkv_by_head: family.qkv_by_head,
-            qkv_bias: facts.flag(&family.qkv_bias)?,
+            qkv_bias,
             o_bias: facts.flag(&family.o_bias)?,
             mlp_bias: facts.flag(&family.mlp_bias)?,
             logit_scale: scale(&family.logit_scale)? / scale(&family.logit_divisor)?

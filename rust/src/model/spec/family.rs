@@ -2,7 +2,7 @@
 //! Knows no number of any model and no tensor; `Spec` applies a family to one `config.json`.
 
 use super::recurrent::RecurrentFacts;
-use super::{Norm, Place, QkNorm, RopeOn};
+use super::{Gate, Norm, Place, QkNorm, RopeOn};
 use crate::{Error, Result};
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -41,6 +41,7 @@ families![
     "ernie45",
     "seed_oss",
     "lfm2",
+    "qwen3_5",
 ];
 
 /// One string or a list of them.
@@ -167,6 +168,8 @@ pub(super) struct Family {
     pub(super) attn_scale_rsqrt_of: Fact,
     #[serde(default)]
     pub(super) attn_softcap: Fact,
+    pub(super) attn_gate: Gate,
+    pub(super) use_attn_gate: Fact,
     #[serde(default)]
     pub(super) sinks: Fact,
     #[serde(default)]
@@ -205,6 +208,7 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) query_growth_every: Fact,
     pub(super) rope_scaling: Fact,
+    pub(super) rotates: Fact,
     pub(super) recurrent: Option<RecurrentFacts>,
     pub(super) model: Vec<String>,
     pub(super) ignore: Vec<String>,

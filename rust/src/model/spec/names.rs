@@ -1,7 +1,7 @@
 //! The weights that a model has, and what they are called in a checkpoint. Never reads a tensor.
 
 use super::config::bad;
-use super::{Act, Ffn, Mixer, QkNorm, Spec};
+use super::{Act, Ffn, Gate, Mixer, QkNorm, Spec};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, HashSet};
 
@@ -19,6 +19,7 @@ pub(super) const WEIGHTS: &[&str] = &[
     "q_norm",
     "k_norm",
     "sinks",
+    "attn_gate",
     "attn_after_norm",
     "ffn_norm",
     "gate",
@@ -130,6 +131,7 @@ impl Spec {
                     (normed, "q_norm", norm(a.heads)),
                     (normed, "k_norm", norm(a.kv_heads)),
                     (a.sinks, "sinks", vec![a.heads]),
+                    (a.gate != Gate::None, "attn_gate", vec![a.gate_width(), hidden]),
                 ])
             }
             Mixer::Recurrent(recurrent) => recurrent.weights(hidden),

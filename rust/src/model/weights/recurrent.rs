@@ -1,9 +1,9 @@
 //! The weights of layers that keep a state. Never packs.
 
-use super::{Reader, Recurrent, Source};
+use super::{Reader, Recurrent, Source, by_group};
 use crate::Result;
 use crate::backend::{Core, HeadRows};
-use crate::model::spec;
+use crate::model::spec::{self, Rows};
 
 impl Reader<'_> {
     pub(super) fn recurrent<M, V>(
@@ -20,22 +20,33 @@ impl Reader<'_> {
         let bias = |exists: bool, what: &str, n: usize| -> Result<Option<V>> {
             exists.then(|| Ok(row(&vector(what, n)?))).transpose()
         };
-        let source = |parts: &[(&str, usize)], k| Source {
-            parts: parts.iter().map(|&(what, n)| (place(what), n)).collect(),
-            k,
-            interleaved: false,
-            exact: false,
-        };
+        let source = |parts, k| Source { parts, k, interleaved: false, exact: false };
         let input = match shape.core {
-            Core::DeltaNet(h) => vec![
-                ("mix_q", h.keys()),
-                ("mix_k", h.keys()),
-                ("mix_v", h.values()),
-                ("mix_z", h.values()),
-                ("mix_b", h.heads),
-                ("mix_a", h.heads),
-            ],
-            Core::Gated(_) | Core::Mamba2(_) => vec![("mix_in", shape.projection())],
+            Core::DeltaNet(h) => {
+                let all = [
+                    ("mix_q", h.keys()),
+                    ("mix_k", h.keys()),
+                    ("mix_v", h.values()),
+                    ("mix_z", h.values()),
+                    ("mix_b", h.heads),
+                    ("mix_a", h.heads),
+                ];
+                let mut parts: Vec<(Rows, usize)> = all.map(|(what, n)| (place(what), n)).into();
+                // Where z is in one tensor with q, and a with b, they are so for each group.
+                if parts[0].0.name == parts[3].0.name {
+                    let (last, values) = (parts.split_off(4), h.values() / h.groups);
+                    let sizes = [h.key_dim, h.key_dim, values, values];
+                    parts = by_group(&parts[0].0, h.groups, &sizes);
+                    parts.extend(last);
+                }
+                if parts[parts.len() - 2].0.name == parts[parts.len() - 1].0.name {
+                    let both = parts.split_off(parts.len() - 2);
+                    let heads = h.heads / h.groups;
+                    parts.extend(by_group(&both[0].0, h.groups, &[heads, heads]));
+                }
+                parts
+            }
+            Core::Gated(_) | Core::Mamba2(_) => vec![(place("mix_in"), shape.projection())],
         };
         // Stored as [channels, 1, width].
         let stored = self.values(&place("conv").name, &[channels, 1, shape.width])?;
@@ -59,12 +70,12 @@ impl Reader<'_> {
             }
         };
         Ok(Recurrent {
-            input: mat(source(&input, hidden))?,
+            input: mat(source(input, hidden))?,
             input_bias: bias(how.bias, "mix_in_bias", shape.projection())?,
             taps: row(&taps),
             conv_bias: bias(how.conv_bias, "conv_bias", channels)?,
             heads,
-            out: mat(source(&[("mix_out", hidden)], shape.output()))?,
+            out: mat(source(vec![(place("mix_out"), hidden)], shape.output()))?,
             out_bias: bias(how.bias, "mix_out_bias", hidden)?,
         })
     }
