@@ -44,6 +44,7 @@ fn goldens() -> Vec<PathBuf> {
                 "pythia-b",
                 "stablelm-a",
                 "command-r-a",
+                "cohere2-a",
                 "phi4-a",
                 "glm4-a",
                 "ernie45-a",

@@ -38,6 +38,7 @@ const GOLDENS: &[&str] = &[
     "pythia-b",
     "stablelm-a",
     "command-r-a",
+    "cohere2-a",
     "phi4-a",
     "glm4-a",
     "ernie45-a",

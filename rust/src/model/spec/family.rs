@@ -35,6 +35,7 @@ families![
     "gpt_neox",
     "stablelm",
     "cohere",
+    "cohere2",
     "granitemoehybrid",
     "phi3",
     "glm4",
@@ -220,22 +221,24 @@ pub(super) struct Family {
 }
 
 impl Family {
-    /// The family of `architecture`, or an error that names it and the nearest known one.
+    /// The family of `architecture`, or an error that names it and the nearest known ones.
     pub(super) fn of(architecture: &str) -> Result<Family> {
-        let mut nearest = (usize::MAX, String::new());
+        let mut near = Vec::new();
         for (name, text) in FAMILIES {
             let family = Family::parse(text, name)?;
             for known in &family.architectures {
                 if known == architecture {
                     return Ok(family);
                 }
-                nearest = nearest.min((distance(known, architecture), known.clone()));
+                near.push((distance(known, architecture), known.clone()));
             }
         }
+        near.sort();
+        let near: Vec<_> = near.into_iter().take(3).map(|(_, name)| name).collect();
         Err(Error::Unsupported(format!(
-            "config.json: architecture {architecture:?} is not known; the nearest known is {}; a \
-             family of your own can be given as TOML text (models/README.md)",
-            nearest.1
+            "config.json: architecture {architecture:?} is not known; the nearest known are {}; a family of \
+             your own can be given as TOML (family=, models/README.md)",
+            near.join(", ")
         )))
     }
 

@@ -329,7 +329,7 @@ fn errors_say_what_where_and_what_was_expected() {
         (json!({"architectures": []}), "config.json: architectures: found [], expected a list"),
         (
             json!({"architectures": ["LlamaForCausallm"]}),
-            "config.json: architecture \"LlamaForCausallm\" is not known; the nearest known is LlamaForCausalLM",
+            "config.json: architecture \"LlamaForCausallm\" is not known; the nearest known are LlamaForCausalLM",
         ),
     ];
     for (more, expected) in cases {
