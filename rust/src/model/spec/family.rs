@@ -1,6 +1,7 @@
 //! Architecture families: the TOML files under `models/families`, each a difference from its base.
 //! Knows no number of any model and no tensor; `Spec` applies a family to one `config.json`.
 
+use super::moe::MoeFacts;
 use super::recurrent::RecurrentFacts;
 use super::{Gate, Norm, Place, QkNorm, RopeOn};
 use crate::{Error, Result};
@@ -20,13 +21,20 @@ families![
     "llama",
     "mistral",
     "mistral3",
+    "mixtral",
     "qwen2",
+    "qwen2_moe",
     "qwen3",
+    "qwen3_moe",
+    "gpt_oss",
+    "glm4_moe",
     "gemma2",
     "gemma3",
     "gemma3_mm",
     "granite",
+    "granite_moe",
     "olmo2",
+    "olmoe",
     "starcoder2",
     "arcee",
     "apertus",
@@ -42,7 +50,10 @@ families![
     "ernie45",
     "seed_oss",
     "lfm2",
+    "lfm2_moe",
+    "qwen3_5_text",
     "qwen3_5",
+    "qwen3_next",
 ];
 
 /// One string or a list of them.
@@ -211,6 +222,9 @@ pub(super) struct Family {
     pub(super) rope_scaling: Fact,
     pub(super) rotates: Fact,
     pub(super) recurrent: Option<RecurrentFacts>,
+    pub(super) moe: Option<MoeFacts>,
+    #[serde(default)]
+    pub(super) quantized: Vec<String>,
     pub(super) model: Vec<String>,
     pub(super) ignore: Vec<String>,
     pub(super) names: BTreeMap<String, Names>,
@@ -246,7 +260,7 @@ impl Family {
     pub(super) fn parse(text: &str, source: &str) -> Result<Family> {
         let bad = |what: String| Error::format(format!("family {source}"), what);
         let table = merged(text, source, 0)?;
-        let tables = ["recurrent"].iter().filter_map(|name| table.get(*name)?.as_object());
+        let tables = ["moe", "recurrent"].iter().filter_map(|name| table.get(*name)?.as_object());
         let facts = table.values().chain(tables.flat_map(|table| table.values()));
         let facts = facts.filter_map(|v| Fact::try_from(v.clone()).ok());
         let honoured = facts.flat_map(|fact| fact.key).collect();

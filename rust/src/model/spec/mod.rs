@@ -4,14 +4,18 @@
 mod build;
 mod config;
 mod family;
+mod moe;
 mod names;
+mod place;
 mod recurrent;
 mod rope;
 mod ropes;
 #[cfg(test)]
 mod tests;
 
-pub use names::{Names, Rows, Weight};
+pub use moe::{Moe, Shared, Stored};
+pub use names::{Names, Weight};
+pub use place::Slice;
 pub use recurrent::Recurrent;
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -95,6 +99,8 @@ pub enum Act {
     /// xIELU (Huang and Schlag 2024), with numbers of each layer: `beta x + softplus(alpha_p) x^2` where `x > 0`,
     /// else `beta x + (beta + softplus(alpha_n)) (exp(min(x, eps)) - 1 - x)`.
     XIelu,
+    /// `g * sigmoid(1.702 g)` with `g = min(x, 7)`; `up` becomes `clamp(up, -7, 7) + 1` (GPT-OSS).
+    ClampedSwiglu,
 }
 
 /// One layer: positions are mixed, then each is transformed.
@@ -120,6 +126,8 @@ pub enum Mixer {
 pub enum Ffn {
     /// `down(act(gate(x)) * up(x))` of this width.
     Dense(usize),
+    /// Experts, of which each position uses some.
+    Moe(Moe),
     /// `down(act(up(x)))` of this width.
     Plain(usize),
 }

@@ -3,7 +3,7 @@
 use super::{Reader, Recurrent, Source, by_group};
 use crate::Result;
 use crate::backend::{Core, HeadRows};
-use crate::model::spec::{self, Rows};
+use crate::model::spec::{self, Slice};
 
 impl Reader<'_> {
     pub(super) fn recurrent<M, V>(
@@ -15,7 +15,7 @@ impl Reader<'_> {
     ) -> Result<Recurrent<M, V>> {
         let (shape, hidden) = (&how.shape, self.spec.hidden);
         let (_, channels) = shape.channels();
-        let place = |what: &str| self.spec.place(&self.names, l, what);
+        let place = |what: &str| self.spec.place(&self.names, l, what, 0);
         let vector = |what: &str, n: usize| self.vector(&place(what), n);
         let bias = |exists: bool, what: &str, n: usize| -> Result<Option<V>> {
             exists.then(|| Ok(row(&vector(what, n)?))).transpose()
@@ -31,15 +31,15 @@ impl Reader<'_> {
                     ("mix_b", h.heads),
                     ("mix_a", h.heads),
                 ];
-                let mut parts: Vec<(Rows, usize)> = all.map(|(what, n)| (place(what), n)).into();
+                let mut parts: Vec<(Slice, usize)> = all.map(|(what, n)| (place(what), n)).into();
                 // Where z is in one tensor with q, and a with b, they are so for each group.
-                if parts[0].0.name == parts[3].0.name {
+                if parts[0].0.tensor == parts[3].0.tensor {
                     let (last, values) = (parts.split_off(4), h.values() / h.groups);
                     let sizes = [h.key_dim, h.key_dim, values, values];
                     parts = by_group(&parts[0].0, h.groups, &sizes);
                     parts.extend(last);
                 }
-                if parts[parts.len() - 2].0.name == parts[parts.len() - 1].0.name {
+                if parts[parts.len() - 2].0.tensor == parts[parts.len() - 1].0.tensor {
                     let both = parts.split_off(parts.len() - 2);
                     let heads = h.heads / h.groups;
                     parts.extend(by_group(&both[0].0, h.groups, &[heads, heads]));
@@ -49,7 +49,7 @@ impl Reader<'_> {
             Core::Gated(_) | Core::Mamba2(_) => vec![(place("mix_in"), shape.projection())],
         };
         // Stored as [channels, 1, width].
-        let stored = self.values(&place("conv").name, &[channels, 1, shape.width])?;
+        let stored = self.values(&place("conv"), channels, shape.width)?;
         let taps: Vec<f32> = (0..shape.width)
             .flat_map(|j| stored.iter().skip(j).step_by(shape.width).copied())
             .collect();
