@@ -4,8 +4,10 @@
 //! Activations are `[rows, width]` f32, row-major; weights are matrices `[out, in]`; vectors are gains and biases.
 
 pub mod cpu;
+mod recurrent;
 
-pub use crate::kernels::{Activation, Form, KvDtype, PAGE};
+pub use crate::kernels::{Activation, Form, KvDtype, PAGE, Score};
+pub use recurrent::{Core, HeadRows, Heads, Recurrent};
 
 use crate::Result;
 
@@ -18,7 +20,8 @@ pub struct Span<'a> {
     pub len: usize,
     /// The first position's number in its sequence.
     pub start: usize,
-    /// For the pages of this layer: page of each [`PAGE`] positions.
+    /// For the pages of this layer: page of each [`PAGE`] positions. Of a layer with states two: the state before
+    /// `start` (zeros if that is 0), and where the one after the last position goes.
     pub table: &'a [u32],
 }
 
@@ -50,6 +53,46 @@ impl Attention {
     }
 }
 
+/// How a position chooses its experts. With `s = score(logits)` and `c = s + correction`: of all experts, or of those
+/// in the chosen groups, the `top_k` with the largest `c`, the lowest of equals first. Their weights are `p = s`,
+/// divided by `sum of the chosen s + renormalise` if that is given, times `scale`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Routing {
+    /// Experts of a position.
+    pub top_k: usize,
+    /// What becomes of the logits.
+    pub score: Score,
+    /// Groups of neighbouring experts of which some are chosen first.
+    pub groups: Option<Groups>,
+    /// Weights are divided by their sum plus this.
+    pub renormalise: Option<f32>,
+    /// Multiplies the weights.
+    pub scale: f32,
+}
+
+/// Groups of experts (DeepSeek V2, V3): those with the largest group score are chosen, the lowest of equals first.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Groups {
+    /// Groups, all of one size.
+    pub count: usize,
+    /// Groups that are chosen.
+    pub top_k: usize,
+    /// A group's score is the sum of the two largest `c` in it, not the largest one.
+    pub by_two: bool,
+}
+
+/// The weights of one expert: `down(act(gate(x)) * up(x))`.
+pub struct Expert<M, V> {
+    /// Interleaved, see [`Parts::interleaved`].
+    pub gate_up: M,
+    /// Of `gate_up`.
+    pub gate_up_bias: Option<V>,
+    /// From the width of the expert.
+    pub down: M,
+    /// Of `down`.
+    pub down_bias: Option<V>,
+}
+
 /// Norms of queries and keys.
 pub struct QkNorm<'a, R> {
     /// Of queries: as wide as a head (for every head), or as all queries.
@@ -64,15 +107,28 @@ pub struct QkNorm<'a, R> {
     pub eps: f32,
 }
 
-/// Stored rows of one checkpoint tensor `[n, k]`.
+/// Stored rows of one checkpoint tensor.
 #[derive(Clone, Copy, Debug)]
 pub struct Part<'a> {
-    /// F32, F16 or Bf16.
+    /// F32, F16, Bf16 or Mxfp4.
     pub stored: Form,
     /// Rows.
     pub n: usize,
-    /// Little-endian, row-major.
+    /// From the first number on, little-endian. MXFP4: two codes in a byte, the first in the low nibble.
     pub bytes: &'a [u8],
+    /// Numbers from one to the one below it. MXFP4: a multiple of 32.
+    pub row: usize,
+    /// Numbers from one to the one beside it. MXFP4: 1.
+    pub column: usize,
+    /// MXFP4: the exponent of each 32 numbers.
+    pub scales: &'a [u8],
+}
+
+impl<'a> Part<'a> {
+    /// A matrix `[n, k]` of plain floats.
+    pub fn floats(stored: Form, n: usize, k: usize, bytes: &'a [u8]) -> Part<'a> {
+        Part { stored, n, bytes, row: k, column: 1, scales: &[] }
+    }
 }
 
 /// Rows that become one matrix.
@@ -100,6 +156,8 @@ pub trait Backend: Send + Sync {
     type Row: Send + Sync;
     /// Pages of keys and values of all layers.
     type Kv: Send;
+    /// States of all layers.
+    type States: Send;
 
     /// An empty buffer.
     fn buf(&self) -> Self::Buf;
@@ -113,6 +171,9 @@ pub trait Backend: Send + Sync {
     ) -> Result<std::result::Result<Self::Mat, NotFinite>>;
     /// Pages for each layer: `(pages, kv_heads, head_dim)`.
     fn kv(&self, dtype: KvDtype, layers: &[(usize, usize, usize)]) -> Result<Self::Kv>;
+
+    /// States for each layer: how many, and the f32 of each.
+    fn states(&self, layers: &[(usize, usize)]) -> Result<Self::States>;
 
     /// `out[r] = scale * table[ids[r]]`.
     fn embed(&self, table: &Self::Mat, ids: &[u32], scale: f32, out: &mut Self::Buf);
@@ -148,6 +209,21 @@ pub trait Backend: Send + Sync {
         x: &Self::Buf,
         out: &mut Self::Buf,
     );
+    /// `out[t] = sum of p_e expert_e(x[t])` over the experts that row `t` of `logits` chooses with the weights `p_e`:
+    /// fused multiply-adds from zero on, experts ascending. `logits` are left as scores.
+    fn moe(
+        &self,
+        how: &Routing,
+        logits: &mut Self::Buf,
+        correction: Option<&Self::Row>,
+        experts: &[Expert<Self::Mat, Self::Row>],
+        act: Activation,
+        width: usize,
+        x: &Self::Buf,
+        out: &mut Self::Buf,
+    );
+    /// `out[r] = fma(sigmoid(gate[r]), y[r], out[r])`; `gate` has one column.
+    fn add_gated(&self, gate: &mut Self::Buf, y: &Self::Buf, out: &mut Self::Buf);
     /// `out = act(x w^T + bias)`.
     fn activated(
         &self,
@@ -184,6 +260,37 @@ pub trait Backend: Send + Sync {
         how: &Attention,
         sinks: Option<&Self::Row>,
         kv: &Self::Kv,
+        layer: usize,
+        spans: &[Span<'_>],
+        out: &mut Self::Buf,
+    );
+    /// `out` times the sigmoid of the columns of `qkv` behind the values: one for each head, or for each number.
+    fn gate_heads(&self, qkv: &Self::Buf, how: &Attention, out: &mut Self::Buf);
+    /// `out` = the convolution of a part of the rows of `x` (see [`Core`]): `bias? + sum over j of taps[j] * u[r - j]`,
+    /// `j` from `width - 1` down to 0. `taps`: `[width, channels]`, the oldest position first. `u` are the channels of `x`,
+    /// times `B` if the core is a gate (then `x` is left with them); positions before the span are those of its state.
+    /// The last `width - 1` of `u` go into the next state. Of a gate `out` is times `C`, of the others it is its `silu`.
+    fn conv(
+        &self,
+        x: &mut Self::Buf,
+        how: &Recurrent,
+        taps: &Self::Row,
+        bias: Option<&Self::Row>,
+        states: &mut Self::States,
+        layer: usize,
+        spans: &[Span<'_>],
+        out: &mut Self::Buf,
+    );
+    /// `out` = the recurrence of a core with heads over what [`Backend::conv`] gave, and its gated norm. `x` is the
+    /// projection; `conv` is left with what it holds.
+    fn recur(
+        &self,
+        x: &Self::Buf,
+        conv: &mut Self::Buf,
+        how: &Recurrent,
+        rows: &HeadRows<Self::Row>,
+        eps: f32,
+        states: &mut Self::States,
         layer: usize,
         spans: &[Span<'_>],
         out: &mut Self::Buf,

@@ -6,9 +6,9 @@
 //! Orders that every set keeps: a dot product is one chain of fused multiply-adds, k ascending, one chain
 //! per output; a sum over a row is 16 partial sums by index modulo 16, ascending, then a tree 8-4-2-1.
 
-use super::layout::{self, ROWS};
+use super::layout::{self, Form, ROWS};
 use super::simd::F32x16;
-use crate::quant::{self, BLOCK, BlockQ4, BlockQ8, GROUP, GROUPS};
+use crate::quant::{self, BLOCK, BlockMxfp4, BlockQ4, BlockQ8, GROUP, GROUPS};
 
 /// The activation of a feed-forward layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -33,6 +33,21 @@ pub enum Activation {
         /// Just below 0.
         eps: f32,
     },
+    /// `sigmoid(x)`.
+    Sigmoid,
+    /// `x`.
+    None,
+    /// `g * sigmoid(1.702 g)` with `g = min(x, 7)`, times `clamp(up, -7, 7) + 1` instead of `up` (GPT-OSS).
+    ClampedSwiglu,
+}
+
+/// What a router makes of its logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Score {
+    /// `e^x / sum of e^x` over all experts.
+    Softmax,
+    /// `1 / (1 + e^-x)`.
+    Sigmoid,
 }
 
 /// The float kernels of one instruction set; the fields of `Kernels` of the same names say what they do.
@@ -41,6 +56,7 @@ pub(super) struct Floats {
     pub(super) gemm_f32: unsafe fn(&[u8], usize, &[f32], &mut [f32]),
     pub(super) gemm_f16: unsafe fn(&[u8], usize, &[f32], &mut [f32]),
     pub(super) gemm_bf16: unsafe fn(&[u8], usize, &[f32], &mut [f32]),
+    pub(super) gemm_mxfp4: unsafe fn(&[u8], usize, &[f32], &mut [f32]),
     pub(super) quantize: unsafe fn(&[f32], &mut [i8], &mut [i16; GROUPS]) -> (f32, i32),
     pub(super) pack_q4: unsafe fn(&[[f32; BLOCK]; ROWS], usize, &mut [u8]),
     pub(super) pack_q8: unsafe fn(&[[f32; BLOCK]; ROWS], usize, &mut [u8]),
@@ -50,6 +66,7 @@ pub(super) struct Floats {
     pub(super) gate: unsafe fn(Activation, &mut [f32], &[f32]),
     pub(super) add: unsafe fn(&mut [f32], &[f32]),
     pub(super) add_scaled: unsafe fn(&mut [f32], f32, &[f32]),
+    pub(super) score: unsafe fn(Score, &mut [f32]),
     pub(super) softcap: unsafe fn(&mut [f32], f32),
     pub(super) attend_f32: unsafe fn(&super::Attend<'_>, &mut [f32], &mut [f32]),
     pub(super) attend_f16: unsafe fn(&super::Attend<'_>, &mut [f32], &mut [f32]),
@@ -57,15 +74,17 @@ pub(super) struct Floats {
     pub(super) write_f32: unsafe fn(&[f32], &[f32], usize, &mut [u8]),
     pub(super) write_f16: unsafe fn(&[f32], &[f32], usize, &mut [u8]),
     pub(super) write_i8: unsafe fn(&[f32], &[f32], usize, &mut [u8]),
+    pub(super) conv: unsafe fn(&[&[f32]], &[&[f32]], Option<&[f32]>, bool, &mut [f32]),
+    pub(super) recur: unsafe fn(&super::Recur<'_>, &mut [f32], &mut [f32; 16]),
 }
 
 /// Compiles every float kernel with `$v` as the vector and the given target features, as `FLOATS`.
 macro_rules! instantiate {
     ($v:ty $(, $features:literal)?) => {
         pub(super) const FLOATS: crate::kernels::float::Floats = {
-            use crate::kernels::float::{self, Activation, Floats};
+            use crate::kernels::float::{self, Activation, Floats, Score};
             use crate::kernels::layout::ROWS;
-            use crate::kernels::{Attend, attention};
+            use crate::kernels::{Attend, Recur, attention, recurrent};
             use crate::quant::{BLOCK, GROUPS};
             type Rows = [[f32; BLOCK]; ROWS];
 
@@ -80,6 +99,10 @@ macro_rules! instantiate {
             $(#[target_feature(enable = $features)])?
             unsafe fn gemm_bf16(w: &[u8], k: usize, x: &[f32], y: &mut [f32]) {
                 float::gemm::<$v, float::Bf16>(w, k, x, y)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn gemm_mxfp4(w: &[u8], k: usize, x: &[f32], y: &mut [f32]) {
+                float::gemm_mxfp4::<$v>(w, k, x, y)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn quantize(x: &[f32], q: &mut [i8], sums: &mut [i16; GROUPS]) -> (f32, i32) {
@@ -124,6 +147,10 @@ macro_rules! instantiate {
                 float::add_scaled(x, scale, y)
             }
             $(#[target_feature(enable = $features)])?
+            unsafe fn score(score: Score, x: &mut [f32]) {
+                float::score(score, x)
+            }
+            $(#[target_feature(enable = $features)])?
             unsafe fn softcap(x: &mut [f32], cap: f32) {
                 float::softcap(x, cap)
             }
@@ -164,10 +191,25 @@ macro_rules! instantiate {
             unsafe fn write_i8(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
                 attention::write_i8(k, v, slot, page)
             }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn conv(
+                rows: &[&[f32]],
+                taps: &[&[f32]],
+                bias: Option<&[f32]>,
+                silu: bool,
+                out: &mut [f32],
+            ) {
+                recurrent::conv(rows, taps, bias, silu, out)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn recur(r: &Recur<'_>, state: &mut [f32], out: &mut [f32; 16]) {
+                recurrent::recur::<$v>(r, state, out)
+            }
             Floats {
                 gemm_f32,
                 gemm_f16,
                 gemm_bf16,
+                gemm_mxfp4,
                 quantize,
                 pack_q4,
                 pack_q8,
@@ -177,6 +219,7 @@ macro_rules! instantiate {
                 gate,
                 add,
                 add_scaled,
+                score,
                 softcap,
                 attend_f32,
                 attend_f16,
@@ -184,6 +227,8 @@ macro_rules! instantiate {
                 write_f32,
                 write_f16,
                 write_i8,
+                conv,
+                recur,
             }
         };
     };
@@ -285,6 +330,80 @@ fn tile<V: F32x16, S: Stored, const M: usize, const R: usize>(
             acc[t][r].store(super::array_mut(y, t * width + n + r * ROWS));
         }
     }
+}
+
+/// As [`gemm`], for MXFP4 weights: 16 rows by [`BLOCK`] inputs become f32, then meet all tokens.
+#[inline(always)]
+pub(super) fn gemm_mxfp4<V: F32x16>(w: &[u8], k: usize, x: &[f32], y: &mut [f32]) {
+    let form = Form::Mxfp4Float;
+    let size = form.row_block_bytes(k);
+    let (width, m) = (w.len() / size * ROWS, x.len() / k);
+    let mut panel = [[0.0f32; ROWS]; BLOCK];
+    for (rb, row_block) in w.chunks_exact(size).enumerate() {
+        for (b, block) in layout::blocks(form, row_block).enumerate() {
+            let len = BLOCK.min(k - b * BLOCK);
+            dequantize(block, &mut panel);
+            let mut t = 0;
+            while t < m {
+                let (x, y) = (&x[t * k + b * BLOCK..], &mut y[t * width + rb * ROWS..]);
+                let tile = (&panel[..len], x, k, y, width, b == 0);
+                t += match m - t {
+                    4.. => chain::<V, 4>(tile),
+                    _ => chain::<V, 1>(tile),
+                };
+            }
+        }
+    }
+}
+
+/// The weights of an MXFP4 block of 16 rows.
+#[inline(always)]
+fn dequantize(block: &[u8], panel: &mut [[f32; ROWS]; BLOCK]) {
+    let (header, lines) = block.split_at(layout::MXFP4_HEADER);
+    for (t, lines) in lines.chunks_exact(512).enumerate() {
+        for half in 0..2 {
+            let mut scale = [0.0; ROWS];
+            for (scale, &e) in scale.iter_mut().zip(&header[16 * (2 * t + half)..]) {
+                *scale = 0.5 * BlockMxfp4::scale(e);
+            }
+            for (j, line) in lines.chunks_exact(64).enumerate() {
+                for i in 0..4 {
+                    let out = &mut panel[64 * t + 32 * half + 4 * j + i];
+                    for r in 0..ROWS {
+                        // TWICE as arithmetic, for vectors.
+                        let code = i32::from(line[4 * r + i] >> (4 * half));
+                        let (magnitude, shift) = (code & 7, (code >> 1 & 3).max(1) - 1);
+                        let twice = (magnitude & 1 | if magnitude > 1 { 2 } else { 0 }) << shift;
+                        let sign = 1 - (code >> 2 & 2);
+                        out[r] = (sign * twice) as f32 * scale[r];
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `M` tokens `k` apart against a panel, on top of the sums in `y`, whose rows are `width` apart. Gives `M`.
+#[inline(always)]
+fn chain<V: F32x16, const M: usize>(
+    (panel, x, k, y, width, first): (&[[f32; ROWS]], &[f32], usize, &mut [f32], usize, bool),
+) -> usize {
+    let mut acc = [V::splat(0.0); M];
+    if !first {
+        for t in 0..M {
+            acc[t] = V::load(super::array(y, t * width));
+        }
+    }
+    for (i, w) in panel.iter().enumerate() {
+        let w = V::load(w);
+        for t in 0..M {
+            acc[t] = w.fma(V::splat(x[t * k + i]), acc[t]);
+        }
+    }
+    for t in 0..M {
+        acc[t].store(super::array_mut(y, t * width));
+    }
+    M
 }
 
 /// Quantizes at most [`BLOCK`] activations: `s = amax / 127`, `q = rne(x * (127 / amax))`. `q` may be
@@ -454,7 +573,7 @@ pub(super) fn exp_m1(x: f32) -> f32 {
 
 /// `1 / (1 + e^-x)`.
 #[inline(always)]
-fn sigmoid(x: f32) -> f32 {
+pub(super) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
@@ -518,6 +637,22 @@ pub(super) fn gate(act: Activation, gate: &mut [f32], up: &[f32]) {
                 *g = xielu(*g, alpha_p, alpha_n, beta, eps) * u;
             }
         }
+        Activation::Sigmoid => {
+            for (g, &u) in both {
+                *g = sigmoid(*g) * u;
+            }
+        }
+        Activation::None => {
+            for (g, &u) in both {
+                *g *= u;
+            }
+        }
+        Activation::ClampedSwiglu => {
+            for (g, &u) in both {
+                let x = g.min(7.0);
+                *g = x * sigmoid(1.702 * x) * (u.clamp(-7.0, 7.0) + 1.0);
+            }
+        }
     }
 }
 
@@ -534,6 +669,35 @@ pub(super) fn add(x: &mut [f32], y: &[f32]) {
 pub(super) fn add_scaled(x: &mut [f32], scale: f32, y: &[f32]) {
     for (x, &y) in x.iter_mut().zip(y) {
         *x = scale.mul_add(y, *x);
+    }
+}
+
+/// Scores of logits; see [`Score`].
+#[inline(always)]
+pub(super) fn score(score: Score, x: &mut [f32]) {
+    match score {
+        Score::Sigmoid => {
+            for x in x {
+                *x = sigmoid(*x);
+            }
+        }
+        Score::Softmax => {
+            let mut max = f32::NEG_INFINITY;
+            for &x in &*x {
+                max = max.max(x);
+            }
+            let mut sums = [0.0f32; 16];
+            for x in x.chunks_mut(16) {
+                for (x, sum) in x.iter_mut().zip(&mut sums) {
+                    *x = exp(*x - max);
+                    *sum += *x;
+                }
+            }
+            let total = tree(sums);
+            for x in x {
+                *x /= total;
+            }
+        }
     }
 }
 

@@ -10,14 +10,16 @@ mod arm;
 mod attention;
 mod float;
 pub mod layout;
+mod recurrent;
 mod scalar;
 mod simd;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 pub use attention::{Attend, KvDtype, MAX_ROWS, PAGE, scratch_len};
-pub use float::Activation;
+pub use float::{Activation, Score};
 pub use layout::Form;
+pub use recurrent::Recur;
 
 use crate::quant::{BLOCK, GROUPS};
 use crate::{Error, Result};
@@ -70,6 +72,7 @@ pub struct Kernels {
     supported: fn() -> bool,
     gemm_q4: Gemm,
     gemm_q8: Gemm,
+    gemm_mxfp4: Gemm,
     float: float::Floats,
 }
 
@@ -159,7 +162,11 @@ impl Kernels {
         let scales = a.blocks() * a.m;
         assert!(a.q.len() == a.m * a.k && a.s.len() == scales && a.sums.len() == scales);
         assert!(a.totals.len() == scales);
-        let gemm = if form == Form::Q4 { self.gemm_q4 } else { self.gemm_q8 };
+        let gemm = match form {
+            Form::Q4 => self.gemm_q4,
+            Form::Q8 => self.gemm_q8,
+            _ => self.gemm_mxfp4,
+        };
         // SAFETY: see above.
         unsafe { gemm(w, a, y) }
     }
@@ -174,7 +181,10 @@ impl Kernels {
             Form::F32 => self.float.gemm_f32,
             Form::F16 => self.float.gemm_f16,
             Form::Bf16 => self.float.gemm_bf16,
-            Form::Q4 | Form::Q8 => unreachable!("quantized forms take quantized activations"),
+            Form::Mxfp4Float => self.float.gemm_mxfp4,
+            Form::Q4 | Form::Q8 | Form::Mxfp4 => {
+                unreachable!("quantized forms take quantized activations")
+            }
         };
         // SAFETY: see above.
         unsafe { gemm(w, k, x, y) }
@@ -194,7 +204,7 @@ impl Kernels {
         let pack = match form {
             Form::Q4 => self.float.pack_q4,
             Form::Q8 => self.float.pack_q8,
-            Form::F32 | Form::F16 | Form::Bf16 => unreachable!("floats are not quantized"),
+            _ => unreachable!("other forms are kept as they come"),
         };
         // SAFETY: see above.
         unsafe { pack(x, k, out) }
@@ -250,6 +260,12 @@ impl Kernels {
         unsafe { (self.float.add_scaled)(x, scale, y) }
     }
 
+    /// A router's scores of one position's logits, in place.
+    pub fn score(&self, score: Score, x: &mut [f32]) {
+        // SAFETY: see above.
+        unsafe { (self.float.score)(score, x) }
+    }
+
     /// `x = cap * tanh(x / cap)`.
     pub fn softcap(&self, x: &mut [f32], cap: f32) {
         // SAFETY: see above.
@@ -284,6 +300,31 @@ impl Kernels {
         };
         // SAFETY: see above.
         unsafe { write(k, v, slot, page) }
+    }
+
+    /// One position of a causal convolution of each channel: `out = bias? + sum over j of rows[j] * taps[j]`, then
+    /// `out * sigmoid(out)` if `silu`. The oldest row first.
+    pub fn conv(
+        &self,
+        rows: &[&[f32]],
+        taps: &[&[f32]],
+        bias: Option<&[f32]>,
+        silu: bool,
+        out: &mut [f32],
+    ) {
+        assert!(rows.len() == taps.len() && bias.is_none_or(|b| b.len() == out.len()));
+        assert!(rows.iter().chain(taps).all(|row| row.len() == out.len()));
+        // SAFETY: see above.
+        unsafe { (self.float.conv)(rows, taps, bias, silu, out) }
+    }
+
+    /// One position of a recurrence: `u = beta * (v - decay * S^T k)` if `delta`, else `beta * v`;
+    /// `S = decay * S + k u^T`; `out = S^T q`.
+    pub fn recur(&self, r: &Recur<'_>, state: &mut [f32], out: &mut [f32; 16]) {
+        assert!(r.q.len() == r.k.len() && r.k.len().is_multiple_of(4));
+        assert!(state.len() == 16 * r.k.len());
+        // SAFETY: see above.
+        unsafe { (self.float.recur)(r, state, out) }
     }
 }
 

@@ -1,9 +1,11 @@
 //! Every set this CPU can run gives the bits of `scalar`, over shapes that straddle every edge and over
 //! corner values. `scalar` itself is checked against plain arithmetic in f64.
 
-use super::layout::{Form, ROWS, block_offset, pack_float, pack_q4, pack_q8, unpack_row};
+use super::layout::{
+    Form, ROWS, block_offset, pack_float, pack_mxfp4, pack_q4, pack_q8, unpack_row,
+};
 use super::*;
-use crate::quant::{BLOCK, BlockQ4, BlockQ8};
+use crate::quant::{BLOCK, BlockMxfp4, BlockQ4, BlockQ8};
 use proptest::prelude::*;
 
 /// Bytes that start at a multiple of 64.
@@ -110,6 +112,32 @@ impl Quantized {
     }
 }
 
+/// An MXFP4 matrix `[n, k]` of any codes, `n` a multiple of 16, with inputs from `k` on zero as the packer leaves them.
+/// Exponents are from `range`.
+fn mxfp4(random: &mut Random, n: usize, k: usize, range: std::ops::Range<u64>) -> Aligned {
+    let size = Form::Mxfp4.row_block_bytes(k);
+    let mut out = Aligned::new(n / ROWS * size);
+    for out in out.get_mut().chunks_exact_mut(size) {
+        for (b, out) in out.chunks_mut(block_offset(Form::Mxfp4, 1)).enumerate() {
+            let mut rows = [BlockMxfp4::ZERO; ROWS];
+            let len = BLOCK.min(k - b * BLOCK);
+            for row in &mut rows {
+                // Some rows are all of one sign and as large as can be.
+                let extreme = random.next() % 8;
+                row.q[..len].fill_with(|| match extreme {
+                    0 => 7,
+                    1 => 15,
+                    _ => random.next() as u8 & 15,
+                });
+                row.e[..len.div_ceil(32)]
+                    .fill_with(|| (range.start + random.next() % (range.end - range.start)) as u8);
+            }
+            pack_mxfp4(&rows, out);
+        }
+    }
+    out
+}
+
 /// Packs an `[n, k]` matrix, `n` a multiple of 16.
 fn pack(kernels: &Kernels, form: Form, w: &[f32], k: usize) -> Aligned {
     let n = w.len() / k;
@@ -213,6 +241,39 @@ proptest! {
     }
 
     #[test]
+    fn mxfp4_gemm(m in 1usize..20, blocks in 1usize..6, k in 1usize..22, seed: u64) {
+        let (k, mut random) = (k * 32, Random(seed));
+        let packed = mxfp4(&mut random, blocks * ROWS, k, 0..200);
+        let x = random.values(m * k);
+        let scalar = &scalar::KERNELS;
+        let mut a = Quantized::new(scalar, &x, m);
+        for extreme in [false, true] {
+            let y = gemm(scalar, Form::Mxfp4, packed.get(), &a.acts());
+            for set in integer_sets() {
+                let z = gemm(set, Form::Mxfp4, packed.get(), &a.acts());
+                prop_assert_eq!(bits(&z), bits(&y), "{} {}", set.name, extreme);
+            }
+            a.extreme();
+        }
+        // Against f32 activations: one chain of the weights as they are.
+        let packed = mxfp4(&mut random, blocks * ROWS, k, 100..150);
+        let mut row = vec![0.0; k];
+        let mut y = vec![0.0; m * blocks * ROWS];
+        for n in 0..blocks * ROWS {
+            unpack_row(Form::Mxfp4, packed.get(), n, &mut row);
+            for (t, x) in x.chunks(k).enumerate() {
+                y[t * blocks * ROWS + n] =
+                    row.iter().zip(x).fold(0.0f32, |acc, (w, x)| w.mul_add(*x, acc));
+            }
+        }
+        for set in available() {
+            let mut z = vec![0.0; y.len()];
+            set.gemm_float(Form::Mxfp4Float, packed.get(), k, &x, &mut z);
+            prop_assert_eq!(bits(&z), bits(&y), "{}", set.name);
+        }
+    }
+
+    #[test]
     fn float_gemm(m in 1usize..10, blocks in 1usize..7, k in 1usize..70, seed: u64) {
         let mut random = Random(seed);
         let w = random.values(blocks * ROWS * k);
@@ -260,8 +321,8 @@ proptest! {
                 all.extend_from_slice(&z);
             }
             let xielu = Activation::XIelu { alpha_p: 0.8, alpha_n: 0.3, beta: 0.5, eps: -1e-6 };
-            use Activation::{Gelu, GeluTanh, Relu2, Silu};
-            for act in [Silu, Gelu, GeluTanh, Relu2, xielu] {
+            use Activation::{ClampedSwiglu, Gelu, GeluTanh, None as Linear, Relu2, Sigmoid, Silu};
+            for act in [Silu, Gelu, GeluTanh, Relu2, xielu, ClampedSwiglu, Sigmoid, Linear] {
                 z.copy_from_slice(&x);
                 set.gate(act, &mut z, &y);
                 all.extend_from_slice(&z);
@@ -273,9 +334,85 @@ proptest! {
             set.add(&mut z, &y);
             set.add_scaled(&mut z, 0.3, &x);
             all.extend_from_slice(&z);
+            for score in [Score::Softmax, Score::Sigmoid] {
+                z.copy_from_slice(&x);
+                set.score(score, &mut z);
+                all.extend_from_slice(&z);
+            }
             all
         };
         let expected = run(&scalar::KERNELS);
+        for set in others() {
+            prop_assert_eq!(bits(&run(set)), bits(&expected), "{}", set.name);
+        }
+    }
+
+    #[test]
+    fn convolution(n in 1usize..100, width in 1usize..8, bias: bool, silu: bool, seed: u64) {
+        let mut random = Random(seed);
+        let rows: Vec<Vec<f32>> = (0..width).map(|_| random.values(n)).collect();
+        let rows: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
+        let (taps, b) = (random.values(width * n), random.values(n));
+        let taps: Vec<&[f32]> = taps.chunks(n).collect();
+        let run = |set: &Kernels| {
+            let mut out = vec![0.0; n];
+            set.conv(&rows, &taps, bias.then_some(&b[..]), silu, &mut out);
+            out
+        };
+        let expected = run(&scalar::KERNELS);
+        for c in 0..n {
+            let sum: f64 = (0..width).map(|j| f64::from(rows[j][c]) * f64::from(taps[j][c])).sum();
+            let sum = sum + if bias { f64::from(b[c]) } else { 0.0 };
+            let sum = if silu { sum / (1.0 + (-sum).exp()) } else { sum };
+            prop_assert!((f64::from(expected[c]) - sum).abs() <= 1e-5 * sum.abs().max(100.0));
+        }
+        for set in others() {
+            prop_assert_eq!(bits(&run(set)), bits(&expected), "{}", set.name);
+        }
+    }
+
+    #[test]
+    fn recurrence(n in 1usize..40, steps in 1usize..5, delta: bool, seed: u64) {
+        let n = 4 * n;
+        let mut random = Random(seed);
+        let mut of = |n: usize| -> Vec<f32> { (0..n).map(|_| random.value().clamp(-1.0, 1.0)).collect() };
+        let (start, qk, v) = (of(16 * n), of(2 * n * steps), of(16 * steps));
+        let scalars = of(2 * steps);
+        let step = |t: usize| Recur {
+            q: &qk[2 * n * t..][..n],
+            k: &qk[2 * n * t + n..][..n],
+            v: array(&v, 16 * t),
+            decay: scalars[2 * t].abs(),
+            beta: scalars[2 * t + 1].abs() / n as f32,
+            delta,
+        };
+        let run = |set: &Kernels| {
+            let (mut state, mut all) = (start.clone(), Vec::new());
+            for t in 0..steps {
+                let mut out = [0.0; 16];
+                set.recur(&step(t), &mut state, &mut out);
+                all.extend_from_slice(&out);
+            }
+            all.extend_from_slice(&state);
+            all
+        };
+        let expected = run(&scalar::KERNELS);
+        let mut state: Vec<f64> = start.iter().map(|&x| f64::from(x)).collect();
+        for t in 0..steps {
+            let r = step(t);
+            for c in 0..16 {
+                let held: f64 = (0..n).map(|i| state[16 * i + c] * f64::from(r.k[i])).sum();
+                let held = if delta { held * f64::from(r.decay) } else { 0.0 };
+                let u = (f64::from(r.v[c]) - held) * f64::from(r.beta);
+                let mut out = 0.0;
+                for i in 0..n {
+                    let s = &mut state[16 * i + c];
+                    *s = *s * f64::from(r.decay) + f64::from(r.k[i]) * u;
+                    out += *s * f64::from(r.q[i]);
+                }
+                prop_assert!((f64::from(expected[16 * t + c]) - out).abs() <= 1e-4 * n as f64);
+            }
+        }
         for set in others() {
             prop_assert_eq!(bits(&run(set)), bits(&expected), "{}", set.name);
         }
@@ -375,8 +512,11 @@ fn scalar_gemm_is_the_dot_product_of_what_is_stored() {
     let mut random = Random(5);
     let (w, x) = (random.values(n * k), random.values(m * k));
     let set = &scalar::KERNELS;
-    for form in [Form::Q4, Form::Q8] {
-        let packed = pack(set, form, &w, k);
+    for form in [Form::Q4, Form::Q8, Form::Mxfp4] {
+        let packed = match form {
+            Form::Mxfp4 => mxfp4(&mut random, n, k, 120..128),
+            _ => pack(set, form, &w, k),
+        };
         let a = Quantized::new(set, &x, m);
         let y = gemm(set, form, packed.get(), &a.acts());
         let mut row = vec![0.0; k];

@@ -1,7 +1,9 @@
 //! Architecture families: the TOML files under `models/families`, each a difference from its base.
 //! Knows no number of any model and no tensor; `Spec` applies a family to one `config.json`.
 
-use super::{Norm, Place, QkNorm, RopeOn};
+use super::moe::MoeFacts;
+use super::recurrent::RecurrentFacts;
+use super::{Gate, Norm, Place, QkNorm, RopeOn};
 use crate::{Error, Result};
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -19,13 +21,20 @@ families![
     "llama",
     "mistral",
     "mistral3",
+    "mixtral",
     "qwen2",
+    "qwen2_moe",
     "qwen3",
+    "qwen3_moe",
+    "gpt_oss",
+    "glm4_moe",
     "gemma2",
     "gemma3",
     "gemma3_mm",
     "granite",
+    "granite_moe",
     "olmo2",
+    "olmoe",
     "starcoder2",
     "arcee",
     "apertus",
@@ -34,11 +43,17 @@ families![
     "gpt_neox",
     "stablelm",
     "cohere",
+    "cohere2",
     "granitemoehybrid",
     "phi3",
     "glm4",
     "ernie45",
     "seed_oss",
+    "lfm2",
+    "lfm2_moe",
+    "qwen3_5_text",
+    "qwen3_5",
+    "qwen3_next",
 ];
 
 /// One string or a list of them.
@@ -127,6 +142,12 @@ pub(super) struct Family {
     pub(super) ffn: Fact,
     #[serde(default)]
     pub(super) ffn_per_hidden: Fact,
+    #[serde(default)]
+    pub(super) ffn_two_thirds: Fact,
+    #[serde(default)]
+    pub(super) ffn_factor: Fact,
+    #[serde(default)]
+    pub(super) ffn_multiple: Fact,
     pub(super) vocab: Fact,
     pub(super) eps: Fact,
     pub(super) act: Fact,
@@ -159,6 +180,8 @@ pub(super) struct Family {
     pub(super) attn_scale_rsqrt_of: Fact,
     #[serde(default)]
     pub(super) attn_softcap: Fact,
+    pub(super) attn_gate: Gate,
+    pub(super) use_attn_gate: Fact,
     #[serde(default)]
     pub(super) sinks: Fact,
     #[serde(default)]
@@ -197,6 +220,11 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) query_growth_every: Fact,
     pub(super) rope_scaling: Fact,
+    pub(super) rotates: Fact,
+    pub(super) recurrent: Option<RecurrentFacts>,
+    pub(super) moe: Option<MoeFacts>,
+    #[serde(default)]
+    pub(super) quantized: Vec<String>,
     pub(super) model: Vec<String>,
     pub(super) ignore: Vec<String>,
     pub(super) names: BTreeMap<String, Names>,
@@ -232,7 +260,9 @@ impl Family {
     pub(super) fn parse(text: &str, source: &str) -> Result<Family> {
         let bad = |what: String| Error::format(format!("family {source}"), what);
         let table = merged(text, source, 0)?;
-        let facts = table.values().filter_map(|v| Fact::try_from(v.clone()).ok());
+        let tables = ["moe", "recurrent"].iter().filter_map(|name| table.get(*name)?.as_object());
+        let facts = table.values().chain(tables.flat_map(|table| table.values()));
+        let facts = facts.filter_map(|v| Fact::try_from(v.clone()).ok());
         let honoured = facts.flat_map(|fact| fact.key).collect();
         let mut family: Family =
             serde_json::from_value(Value::Object(table)).map_err(|e| bad(e.to_string()))?;
