@@ -40,6 +40,7 @@ families![
     "apertus",
     "nemotron",
     "phi",
+    "gpt2",
     "gpt_neox",
     "stablelm",
     "cohere",
@@ -131,6 +132,8 @@ pub(super) struct Family {
     pub(super) qk_norm: QkNorm,
     pub(super) use_qk_norm: Fact,
     pub(super) gated: bool,
+    #[serde(default)]
+    pub(super) transposed: bool,
     #[serde(default)]
     pub(super) qkv_by_head: bool,
     pub(super) embed_times_sqrt_hidden: bool,

@@ -268,6 +268,8 @@ pub struct Spec {
     pub qk_norm: QkNorm,
     /// Activation of the feed-forward network.
     pub act: Act,
+    /// The matrices of layers are stored as `[in, out]` (GPT-2).
+    pub transposed: bool,
     /// Queries, keys and values are one tensor `[kv_heads, heads / kv_heads + 2, head_dim]`: of each key/value head
     /// its queries, its key, its value (GPT-NeoX).
     pub qkv_by_head: bool,
