@@ -60,7 +60,15 @@ const GOLDENS: &[&str] = &[
     "qwen3-moe-a",
     "qwen3-moe-b",
     "olmoe-a",
+    "gpt-oss-a",
+    "quant-gpt-oss-mxfp4-a",
+    "glm4-moe-a",
     "granite3-moe-a",
+    "lfm2-a",
+    "lfm2-moe-a",
+    "qwen3-next-a",
+    "granite4-h-a",
+    "qwen35-a",
 ];
 
 fn shapes(folder: &Path) -> BTreeMap<String, Vec<usize>> {
@@ -100,17 +108,25 @@ fn golden_checkpoints_have_the_weights_of_their_spec() {
             check(names.model(weight.what), &weight.shape);
         }
         for l in 0..spec.layers.len() {
+            let mut covered: BTreeMap<(String, usize), usize> = BTreeMap::new();
             for weight in spec.layer_weights(l) {
-                for place in spec.places(&names, l, weight.what) {
+                let places = spec.places(&names, l, weight.what);
+                let part = weight.shape.iter().product::<usize>() / places.len();
+                for place in places {
                     place.tensors().into_iter().for_each(|(tensor, shape)| check(tensor, &shape));
+                    let all: usize = place.shape.iter().product();
+                    *covered.entry((place.tensor, all)).or_default() += part;
                 }
+            }
+            for ((tensor, all), numbers) in covered {
+                assert_eq!(numbers, all, "{name}: parts of {tensor}");
             }
         }
         assert_eq!(spec.unused(&names, shapes.keys().map(String::as_str)), [""; 0], "{name}");
         let golden = std::fs::read(folder.join("golden.json")).unwrap();
         let golden: Value = serde_json::from_slice(&golden).unwrap();
-        let ignored = golden["ignored_tensors"].as_array().unwrap();
-        used.extend(ignored.iter().map(|tensor| tensor.as_str().unwrap().to_owned()));
+        let ignored = golden["ignored_tensors"].as_array().into_iter().flatten();
+        used.extend(ignored.map(|tensor| tensor.as_str().unwrap().to_owned()));
         assert_eq!(used.len(), shapes.len(), "{name}: every tensor is used or ignored");
     }
 }
@@ -237,17 +253,17 @@ proptest! {
             prop_assert!(!spec.layers.is_empty() && spec.eps > 0.0);
             let names = spec.names(|_| false);
             for (l, layer) in spec.layers.iter().enumerate() {
-                let Mixer::Attention(a) = &layer.mixer;
+                for weight in spec.layer_weights(l) {
+                    prop_assert!(names.layer(l, weight.what).ends_with(['t', 's']));
+                    prop_assert!(weight.shape.iter().all(|d| *d > 0));
+                }
+                let Mixer::Attention(a) = &layer.mixer else { continue };
                 prop_assert!(a.heads % a.kv_heads == 0 && a.head_dim % 2 == 0);
                 prop_assert!(a.scale > 0.0 && a.scale.is_finite() && a.window != Some(0));
                 if let Some(rope) = a.rope.map(|rope| &spec.ropes[rope]) {
                     prop_assert!(!rope.inv_freq.is_empty() && rope.inv_freq.len() * 2 <= a.head_dim);
                     prop_assert!(rope.scale.is_finite());
                     prop_assert!(rope.inv_freq.iter().all(|f| f.is_finite()));
-                }
-                for weight in spec.layer_weights(l) {
-                    prop_assert!(names.layer(l, weight.what).ends_with(['t', 's']));
-                    prop_assert!(weight.shape.iter().all(|d| *d > 0));
                 }
             }
         }

@@ -86,12 +86,20 @@ impl Base<'_> {
             }
         };
         for key in params.keys() {
-            let known = ["rope_type", "type", "rope_theta", "partial_rotary_factor"].contains(&key)
+            // Those of `mrope` concern images: the positions of text have one part.
+            const COMMON: [&str; 6] = [
+                "rope_type",
+                "type",
+                "rope_theta",
+                "partial_rotary_factor",
+                "mrope_section",
+                "mrope_interleaved",
+            ];
+            let known = COMMON.contains(&key)
                 || own.contains(&key)
-                || self
-                    .honoured
-                    .iter()
-                    .any(|path| path.rsplit_once('/').is_some_and(|p| p.1 == key));
+                || self.honoured.iter().any(|fact| {
+                    fact.split_once('/').is_some_and(|(object, k)| !object.is_empty() && k == key)
+                });
             if !known {
                 return Err(Error::Unsupported(format!(
                     "config.json: {} is not supported with rope type {kind:?}",

@@ -25,7 +25,7 @@ fn error(architecture: &str, more: Value) -> String {
 }
 
 fn attention(layer: &Layer) -> Attention {
-    let Mixer::Attention(a) = layer.mixer;
+    let Mixer::Attention(a) = layer.mixer else { panic!("{:?}", layer.mixer) };
     a
 }
 
