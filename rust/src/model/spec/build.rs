@@ -30,7 +30,7 @@ impl Spec {
             return Err(top.bad("architectures", found, "a list with the model's class name"));
         };
         let family = match family {
-            None => Family::of(architecture)?,
+            None => Family::of(architecture, top.map)?,
             Some(text) => {
                 let family = Family::parse(text, "given")?;
                 if !family.architectures.iter().any(|a| a == architecture) {
@@ -170,6 +170,7 @@ impl Spec {
             norm_bias,
             parallel,
             residual_scale: scale(&family.residual_scale)? * depth as f32,
+            qk_norm_after_rope: family.qk_norm_after_rope,
             qk_norm: if facts.flag(&family.use_qk_norm)? { family.qk_norm } else { QkNorm::None },
             act: match facts.need_text(&family.act)? {
                 "silu" | "swish" => Act::Silu,
