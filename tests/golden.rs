@@ -67,6 +67,7 @@ fn goldens() -> Vec<PathBuf> {
                 "glm4-moe-a",
                 "granite3-moe-a",
                 "lfm2-a",
+                "lfm3-a",
                 "lfm2-moe-a",
                 "qwen3-next-a",
                 "granite4-h-a",

@@ -53,6 +53,7 @@ const GOLDENS: &[&str] = &[
     "glm4-moe-a",
     "granite3-moe-a",
     "lfm2-a",
+    "lfm3-a",
     "lfm2-moe-a",
     "qwen3-next-a",
     "granite4-h-a",
