@@ -408,7 +408,12 @@ impl<'a> Reader<'a> {
                 };
                 let gain = |what: &str, heads: usize| match s.qk_norm {
                     QkNorm::Head => self.norm(&place(what), d, 1),
-                    QkNorm::EachHead => self.norm(&place(what), heads, d),
+                    QkNorm::EachHead => {
+                        let places = s.places(&self.names, l, what);
+                        let each = heads / places.len();
+                        let gains = places.iter().map(|place| self.norm(place, each, d));
+                        Ok(gains.collect::<Result<Vec<_>>>()?.concat())
+                    }
                     QkNorm::Full | QkNorm::None => self.norm(&place(what), heads * d, 1),
                 };
                 let qk_norms = || -> Result<(V, V)> {

@@ -186,6 +186,7 @@ impl Spec {
                     )));
                 }
             },
+            transposed: family.transposed,
             qkv_by_head: family.qkv_by_head,
             qkv_bias,
             o_bias: facts.flag(&family.o_bias)?,

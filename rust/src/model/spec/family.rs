@@ -40,6 +40,7 @@ families![
     "apertus",
     "nemotron",
     "phi",
+    "gpt2",
     "gpt_neox",
     "stablelm",
     "cohere",
@@ -141,6 +142,8 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) qk_norm_after_rope: bool,
     pub(super) gated: bool,
+    #[serde(default)]
+    pub(super) transposed: bool,
     #[serde(default)]
     pub(super) qkv_by_head: bool,
     pub(super) embed_times_sqrt_hidden: bool,

@@ -270,6 +270,8 @@ pub struct Spec {
     pub qk_norm_after_rope: bool,
     /// Activation of the feed-forward network.
     pub act: Act,
+    /// The matrices of layers are stored as `[in, out]` (GPT-2).
+    pub transposed: bool,
     /// Queries, keys and values are one tensor `[kv_heads, heads / kv_heads + 2, head_dim]`: of each key/value head
     /// its queries, its key, its value (GPT-NeoX).
     pub qkv_by_head: bool,

@@ -201,7 +201,7 @@ impl Spec {
     pub fn names(&self, has: impl Fn(&str) -> bool) -> Names {
         let first = |what: &str, model: &str| {
             let mut names = self.names[what].0.iter().map(|n| n.replace("{model}", model));
-            // Layer 0 and expert 0 decide.
+            // Layer 0 and expert (or head) 0 decide.
             names.find(|n| has(&whole(&n.replace("{l}", "0").replace("{e}", "0"), ".weight")))
         };
         let model = self.model.iter().find(|m| first("embed", m).is_some());
