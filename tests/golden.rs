@@ -22,6 +22,8 @@ fn goldens() -> Vec<PathBuf> {
         "gemma3-a",
         "phi4-mini-a",
         "granite-swa-a",
+        "lfm3-a",
+        "qwen35-a",
     ]
     .iter()
     .map(|name| own.join(name))
@@ -69,11 +71,9 @@ fn goldens() -> Vec<PathBuf> {
                 "glm4-moe-a",
                 "granite3-moe-a",
                 "lfm2-a",
-                "lfm3-a",
                 "lfm2-moe-a",
                 "qwen3-next-a",
                 "granite4-h-a",
-                "qwen35-a",
                 "phi3-a",
                 "phi3-b",
                 "smollm3-a",

@@ -187,6 +187,20 @@ fn configs() -> Vec<Value> {
         ),
         json!({"architectures": ["Gemma3ForConditionalGeneration"],
             "text_config": {"head_dim": 16, "num_hidden_layers": 6, "rope_scaling": scaling}}),
+        with(
+            "Lfm2ForCausalLM",
+            json!({"full_attn_idxs": [1], "block_multiple_of": 16, "conv_L_cache": 3}),
+        ),
+        with(
+            "Qwen3_5ForCausalLM",
+            json!({"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 12,
+            "linear_value_head_dim": 16, "linear_conv_kernel_dim": 4, "full_attention_interval": 2}),
+        ),
+        with(
+            "GraniteMoeHybridForCausalLM",
+            json!({"layer_types": ["mamba", "attention", "mamba", "mamba"], "mamba_n_heads": 4,
+            "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_d_head": 16, "mamba_d_conv": 4}),
+        ),
     ]
 }
 
@@ -243,7 +257,7 @@ proptest! {
 
     #[test]
     fn a_mutated_config_is_right_or_an_error(
-        which in 0..5usize,
+        which in 0..8usize,
         edits in prop::collection::vec((0..30usize, prop::option::of(value())), 1..4),
     ) {
         let mut config = configs()[which].clone();
@@ -255,10 +269,19 @@ proptest! {
             let names = spec.names(|_| false);
             for (l, layer) in spec.layers.iter().enumerate() {
                 for weight in spec.layer_weights(l) {
-                    prop_assert!(names.layer(l, weight.what).ends_with(['t', 's']));
+                    let name = names.layer(l, weight.what);
+                    let whole = ["a_log", "skip"].contains(&weight.what);
+                    prop_assert!(whole || name.ends_with(['t', 's']), "{}", name);
                     prop_assert!(weight.shape.iter().all(|d| *d > 0));
                 }
-                let Mixer::Attention(a) = &layer.mixer else { continue };
+                let a = match &layer.mixer {
+                    Mixer::Attention(a) => a,
+                    Mixer::Recurrent(r) => {
+                        prop_assert!((1..=16).contains(&r.shape.width));
+                        prop_assert!(r.shape.state() < usize::MAX / 1024);
+                        continue;
+                    }
+                };
                 prop_assert!(a.heads % a.kv_heads == 0 && a.head_dim % 2 == 0);
                 prop_assert!(a.scale > 0.0 && a.scale.is_finite() && a.window != Some(0));
                 if let Some(rope) = a.rope.map(|rope| &spec.ropes[rope]) {

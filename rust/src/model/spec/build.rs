@@ -140,7 +140,7 @@ impl Spec {
             None => vec![false; windows.len()],
         };
         let recurrent = family.recurrent.as_ref().filter(|_| states.contains(&true));
-        let recurrent = recurrent.map(|r| r.read(facts, hidden)).transpose()?;
+        let recurrent = recurrent.map(|r| r.read(facts, &family, hidden)).transpose()?;
         let kinds = windows.into_iter().zip(ropes.of).zip(states).zip(ffns);
         let layers = kinds.map(|(((window, rope), state), ffn)| {
             let mixer = match recurrent {

@@ -85,7 +85,18 @@ impl RecurrentFacts {
     }
 
     /// The mixer of those layers.
-    pub(super) fn read(&self, facts: &Facts<'_>, hidden: usize) -> Result<Recurrent> {
+    pub(super) fn read(
+        &self,
+        facts: &Facts<'_>,
+        family: &Family,
+        hidden: usize,
+    ) -> Result<Recurrent> {
+        let act = facts.need_text(&family.act)?;
+        if self.kind != Kind::Gated && !["silu", "swish"].contains(&act) {
+            return Err(Error::Unsupported(format!(
+                "config.json: activation {act:?} is not supported in layers with a state, only silu"
+            )));
+        }
         let core = match self.kind {
             Kind::Gated => Core::Gated(hidden),
             Kind::DeltaNet => Core::DeltaNet(self.heads(facts)?),

@@ -9,6 +9,7 @@ use crate::backend::{Groups, Routing, Score};
 use serde_json::{Value, json};
 
 mod dense;
+mod recurrent;
 
 fn config(architecture: &str, more: Value) -> Value {
     let mut config = json!({"architectures": [architecture], "hidden_size": 64, "intermediate_size": 112,
