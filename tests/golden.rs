@@ -38,6 +38,16 @@ fn goldens() -> Vec<PathBuf> {
                 "starcoder2-a",
                 "arcee-a",
                 "apertus-a",
+                "granite4-dense-a",
+                "nemotron-a",
+                "phi2-a",
+                "gpt2-a",
+                "pythia-a",
+                "pythia-b",
+                "stablelm-a",
+                "stablelm-b",
+                "command-r-a",
+                "cohere2-a",
                 "phi4-a",
                 "glm4-a",
                 "ernie45-a",
@@ -50,6 +60,16 @@ fn goldens() -> Vec<PathBuf> {
                 "gpt-oss-a",
                 "glm4-moe-a",
                 "granite3-moe-a",
+                "phi3-a",
+                "phi3-b",
+                "phi4-mini-a",
+                "smollm3-a",
+                "exaone4-a",
+                "exaone4-b",
+                "hunyuan-dense-a",
+                "olmo3-a",
+                "ministral3-a",
+                "granite-swa-a",
             ]
             .iter()
             .map(|name| Path::new(&shared).join("goldens").join(name)),
@@ -92,16 +112,20 @@ struct Session<'a> {
     kv: <Model<Cpu> as Forward>::Kv,
     pages: Vec<Vec<u32>>,
     len: usize,
+    long: bool,
 }
 
 impl<'a> Session<'a> {
-    fn new(model: &'a Model<Cpu>) -> Session<'a> {
+    /// For a prompt of so many tokens.
+    fn new(model: &'a Model<Cpu>, prompt: usize) -> Session<'a> {
         let groups = model.kv_groups().len();
         let pages = vec![(0..4u32).rev().collect(); groups];
-        Session { model, kv: model.new_kv(&vec![4; groups]).unwrap(), pages, len: 0 }
+        let long = model.long_after().is_some_and(|after| prompt > after);
+        Session { model, kv: model.new_kv(&vec![4; groups]).unwrap(), pages, len: 0, long }
     }
     fn feed(&mut self, tokens: &[u32], wanted: Wanted) -> Vec<f32> {
-        let chunk = Chunk { tokens, start: self.len, pages: &self.pages, wanted };
+        let (start, pages) = (self.len, &self.pages);
+        let chunk = Chunk { tokens, start, long: self.long, pages, wanted };
         self.len += tokens.len();
         assert!(self.len <= 4 * PAGE);
         self.model.forward(&mut self.kv, &[chunk], &AtomicBool::new(false)).unwrap()
@@ -128,7 +152,7 @@ fn reference_logits_and_greedy_ids() {
             let ids = golden.ints(&format!("{prompt}.ids")).unwrap();
             let positions = golden.ints(&format!("{prompt}.positions")).unwrap();
             let expected = golden.floats(&format!("{prompt}.logits"));
-            let mut session = Session::new(&model);
+            let mut session = Session::new(&model, ids.len());
             let logits = session.feed(&ids, Wanted::All);
             let vocab = model.vocab();
             for (row, &position) in positions.iter().enumerate() {
@@ -156,8 +180,9 @@ fn hidden_states_of_every_layer() {
         let golden = Golden::open(&folder);
         let model = load(&folder, options(Quantization::None)).unwrap();
         let ids = golden.ints("p33.ids").unwrap();
-        let mut session = Session::new(&model);
-        let chunk = Chunk { tokens: &ids, start: 0, pages: &session.pages, wanted: Wanted::None };
+        let mut session = Session::new(&model, ids.len());
+        let pages = &session.pages;
+        let chunk = Chunk { tokens: &ids, start: 0, long: false, pages, wanted: Wanted::None };
         let states = model.hidden_states(&mut session.kv, &[chunk]).unwrap();
         assert_eq!(states.len(), model.spec.layers.len() + 1);
         for (i, found) in states.iter().enumerate() {
@@ -195,12 +220,12 @@ fn chunks_batches_threads_and_sets_do_not_change_a_bit() {
                 };
                 let sets: Vec<_> = kernels::available().map(|k| k.name()).collect();
                 let model = open(1, sets[0]);
-                let whole = bits(&Session::new(&model).feed(&ids, Wanted::All));
-                let mut session = Session::new(&model);
+                let whole = bits(&Session::new(&model, ids.len()).feed(&ids, Wanted::All));
+                let mut session = Session::new(&model, ids.len());
                 let single: Vec<u32> =
                     ids.iter().flat_map(|&id| bits(&session.feed(&[id], Wanted::All))).collect();
                 assert!(single == whole, "{folder:?} {quantization:?}: token by token");
-                let mut session = Session::new(&model);
+                let mut session = Session::new(&model, ids.len());
                 let parts: Vec<u32> =
                     ids.chunks(37).flat_map(|c| bits(&session.feed(c, Wanted::All))).collect();
                 assert!(parts == whole, "{folder:?} {quantization:?}: chunks of 37");
@@ -208,9 +233,16 @@ fn chunks_batches_threads_and_sets_do_not_change_a_bit() {
                 let groups = model.kv_groups().len();
                 let mut kv = model.new_kv(&vec![8; groups]).unwrap();
                 let (a, b) = (vec![vec![0, 2, 4, 6]; groups], vec![vec![7, 5, 3, 1]; groups]);
+                let long = model.long_after().is_some_and(|after| ids.len() > after);
                 let batch = [
-                    Chunk { tokens: &ids[3..40], start: 0, pages: &b, wanted: Wanted::Last },
-                    Chunk { tokens: &ids, start: 0, pages: &a, wanted: Wanted::All },
+                    Chunk {
+                        tokens: &ids[3..40],
+                        start: 0,
+                        long: false,
+                        pages: &b,
+                        wanted: Wanted::Last,
+                    },
+                    Chunk { tokens: &ids, start: 0, long, pages: &a, wanted: Wanted::All },
                 ];
                 let both = model.forward(&mut kv, &batch, &AtomicBool::new(false)).unwrap();
                 assert!(
@@ -219,11 +251,12 @@ fn chunks_batches_threads_and_sets_do_not_change_a_bit() {
                 );
                 for threads in [2, 3] {
                     let model = open(threads, sets[0]);
-                    let found = bits(&Session::new(&model).feed(&ids, Wanted::All));
+                    let found = bits(&Session::new(&model, ids.len()).feed(&ids, Wanted::All));
                     assert!(found == whole, "{folder:?} {quantization:?}: {threads} threads");
                 }
                 for set in &sets[1..] {
-                    let found = bits(&Session::new(&open(2, set)).feed(&ids[..40], Wanted::All));
+                    let found =
+                        bits(&Session::new(&open(2, set), ids.len()).feed(&ids[..40], Wanted::All));
                     assert!(found == whole[..found.len()], "{folder:?} {quantization:?}: {set}");
                 }
             }
@@ -245,7 +278,7 @@ fn quantized_weights_give_nearly_the_same_distribution() {
         let ids = Golden::open(&folder).ints("p130.ids").unwrap();
         let run = |quantization| -> Vec<Vec<f64>> {
             let model = load(&folder, options(quantization)).unwrap();
-            let logits = Session::new(&model).feed(&ids, Wanted::All);
+            let logits = Session::new(&model, ids.len()).feed(&ids, Wanted::All);
             logits.chunks(model.vocab()).map(probabilities).collect()
         };
         let exact = run(Quantization::None);

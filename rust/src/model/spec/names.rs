@@ -64,6 +64,10 @@ impl Spec {
         if let Some(stem) = self.names.keys().find(|stem| !WEIGHTS.contains(&stem.as_str())) {
             return Err(bad_name(stem, "this name", "the name of a weight (models/README.md)"));
         }
+        if self.qkv_by_head && ["k", "v"].iter().any(|&w| self.names.get(w) != self.names.get("q"))
+        {
+            return Err(bad_name("q", "other names than k and v have", "one tensor"));
+        }
         let layers = (0..self.layers.len()).flat_map(|l| self.layer_weights(l));
         for Weight { what, shape } in self.model_weights().into_iter().chain(layers) {
             let stem = match what.strip_suffix("_bias") {
@@ -181,7 +185,7 @@ impl Spec {
     pub fn names(&self, has: impl Fn(&str) -> bool) -> Names {
         let first = |what: &str, model: &str| {
             let mut names = self.names[what].0.iter().map(|n| n.replace("{model}", model));
-            // Layer 0 and expert 0 decide.
+            // Layer 0 and expert (or head) 0 decide.
             names.find(|n| has(&whole(&n.replace("{l}", "0").replace("{e}", "0"), ".weight")))
         };
         let model = self.model.iter().find(|m| first("embed", m).is_some());

@@ -7,6 +7,8 @@ use super::*;
 use crate::backend::{Groups, Routing, Score};
 use serde_json::{Value, json};
 
+mod dense;
+
 fn config(architecture: &str, more: Value) -> Value {
     let mut config = json!({"architectures": [architecture], "hidden_size": 64, "intermediate_size": 112,
         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 400});
@@ -39,7 +41,7 @@ fn close(found: &[f32], expected: &[f64]) {
 }
 
 #[test]
-fn every_file_is_a_family_and_no_architecture_is_claimed_twice() {
+fn every_file_is_a_family_and_no_model_type_of_an_architecture_is_claimed_twice() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/models/families");
     let mut files: Vec<String> = std::fs::read_dir(folder)
         .unwrap()
@@ -49,8 +51,13 @@ fn every_file_is_a_family_and_no_architecture_is_claimed_twice() {
     files.sort();
     listed.sort();
     assert_eq!(files, listed);
-    let all = FAMILIES.iter().flat_map(|(n, t)| Family::parse(t, n).unwrap().architectures);
-    let mut all: Vec<String> = all.collect();
+    let pairs = |family: Family| -> Vec<(String, String)> {
+        let pair = |a: &String, t: &String| (a.clone(), t.clone());
+        let types = |a| family.model_types.iter().map(move |t| pair(a, t));
+        family.architectures.iter().flat_map(types).collect()
+    };
+    let all = FAMILIES.iter().flat_map(|(n, t)| pairs(Family::parse(t, n).unwrap()));
+    let mut all: Vec<(String, String)> = all.collect();
     all.sort();
     let count = all.len();
     all.dedup();
@@ -418,8 +425,8 @@ fn errors_say_what_where_and_what_was_expected() {
         ),
         (json!({"rope_theta": -1.0}), "config.json: rope_theta: found -1.0, expected"),
         (
-            json!({"rope_scaling": {"type": "su"}}),
-            "config.json: rope_scaling.rope_type: \"su\" is not supported",
+            json!({"rope_scaling": {"type": "ntk"}}),
+            "config.json: rope_scaling.rope_type: \"ntk\" is not supported",
         ),
         (
             json!({"rope_scaling": {"type": "linear"}}),
