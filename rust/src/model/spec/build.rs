@@ -140,7 +140,7 @@ impl Spec {
             None => vec![false; windows.len()],
         };
         let recurrent = family.recurrent.as_ref().filter(|_| states.contains(&true));
-        let recurrent = recurrent.map(|r| r.read(facts, hidden)).transpose()?;
+        let recurrent = recurrent.map(|r| r.read(facts, &family, hidden)).transpose()?;
         let kinds = windows.into_iter().zip(ropes.of).zip(states).zip(ffns);
         let layers = kinds.map(|(((window, rope), state), ffn)| {
             let mixer = match recurrent {
@@ -287,7 +287,7 @@ fn ffn_width(family: &Family, facts: &Facts<'_>, hidden: usize) -> Result<Option
 fn only_experts(object: &Object<'_>, key: &str) -> Result<()> {
     let Some(said) = object.object(key)? else { return Ok(()) };
     let kept = said.get("modules_to_not_convert").and_then(Value::as_array);
-    let modules = kept.into_iter().flatten().filter_map(Value::as_str);
+    let modules: Vec<&str> = kept.into_iter().flatten().filter_map(Value::as_str).collect();
     let mut strange =
         said.keys().filter(|k| !["quant_method", "modules_to_not_convert"].contains(k));
     if let Some(strange) = strange.next() {
@@ -296,7 +296,7 @@ fn only_experts(object: &Object<'_>, key: &str) -> Result<()> {
             said.label(strange)
         )));
     }
-    for module in modules.filter(|module| module.contains("experts")).take(1) {
+    if let Some(module) = modules.into_iter().find(|module| module.contains("experts")) {
         return Err(Error::Unsupported(format!(
             "config.json: {}: {module:?} is expected to be MXFP4",
             said.label("modules_to_not_convert")

@@ -59,6 +59,7 @@ families![
     "granite_swa",
     "lfm2",
     "lfm2_moe",
+    "lfm3",
     "qwen3_5_text",
     "qwen3_5",
     "qwen3_next",
