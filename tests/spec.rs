@@ -54,6 +54,12 @@ const GOLDENS: &[&str] = &[
     "quant-gpt-oss-mxfp4-a",
     "glm4-moe-a",
     "granite3-moe-a",
+    "lfm2-a",
+    "lfm3-a",
+    "lfm2-moe-a",
+    "qwen3-next-a",
+    "granite4-h-a",
+    "qwen35-a",
     "phi3-a",
     "phi3-b",
     "phi4-mini-a",
@@ -206,6 +212,20 @@ fn configs() -> Vec<Value> {
             "n_inner": null, "n_positions": 160, "vocab_size": 400}),
         json!({"architectures": ["Gemma3ForConditionalGeneration"],
             "text_config": {"head_dim": 16, "num_hidden_layers": 6, "rope_scaling": scaling}}),
+        with(
+            "Lfm2ForCausalLM",
+            json!({"full_attn_idxs": [1], "block_multiple_of": 16, "conv_L_cache": 3}),
+        ),
+        with(
+            "Qwen3_5ForCausalLM",
+            json!({"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 12,
+            "linear_value_head_dim": 16, "linear_conv_kernel_dim": 4, "full_attention_interval": 2}),
+        ),
+        with(
+            "GraniteMoeHybridForCausalLM",
+            json!({"layer_types": ["mamba", "attention", "mamba", "mamba"], "mamba_n_heads": 4,
+            "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_d_head": 16, "mamba_d_conv": 4}),
+        ),
     ]
 }
 
@@ -273,13 +293,11 @@ proptest! {
             prop_assert!(!spec.layers.is_empty() && spec.eps > 0.0);
             let names = spec.names(|_| false);
             for (l, layer) in spec.layers.iter().enumerate() {
-                let Mixer::Attention(a) = &layer.mixer;
-                prop_assert!(a.heads % a.kv_heads == 0 && a.head_dim % 2 == 0);
-                prop_assert!(a.scale > 0.0 && a.scale.is_finite() && a.window != Some(0));
-                if let Some(rope) = a.rope.map(|rope| &spec.ropes[rope]) {
-                    prop_assert!(!rope.inv_freq.is_empty() && rope.inv_freq.len() * 2 <= a.head_dim);
-                    prop_assert!(rope.scale.is_finite());
-                    prop_assert!(rope.inv_freq.iter().all(|f| f.is_finite()));
+                for weight in spec.layer_weights(l) {
+                    let name = names.layer(l, weight.what);
+                    let whole = !name.replace("{e}", "").contains(['!', '{']);
+                    prop_assert!(whole && !name.is_empty());
+                    prop_assert!(weight.shape.iter().all(|d| *d > 0));
                 }
                 if let Ffn::Moe(moe) = &layer.ffn {
                     let how = moe.routing;
@@ -289,11 +307,20 @@ proptest! {
                         prop_assert!(how.top_k <= moe.experts / groups.count * groups.top_k);
                     }
                 }
-                for weight in spec.layer_weights(l) {
-                    let name = names.layer(l, weight.what);
-                    let whole = !name.replace("{e}", "").contains(['!', '{']);
-                    prop_assert!(whole && !name.is_empty());
-                    prop_assert!(weight.shape.iter().all(|d| *d > 0));
+                let a = match &layer.mixer {
+                    Mixer::Attention(a) => a,
+                    Mixer::Recurrent(r) => {
+                        prop_assert!((1..=16).contains(&r.shape.width));
+                        prop_assert!(r.shape.state() < usize::MAX / 1024);
+                        continue;
+                    }
+                };
+                prop_assert!(a.heads % a.kv_heads == 0 && a.head_dim % 2 == 0);
+                prop_assert!(a.scale > 0.0 && a.scale.is_finite() && a.window != Some(0));
+                if let Some(rope) = a.rope.map(|rope| &spec.ropes[rope]) {
+                    prop_assert!(!rope.inv_freq.is_empty() && rope.inv_freq.len() * 2 <= a.head_dim);
+                    prop_assert!(rope.scale.is_finite());
+                    prop_assert!(rope.inv_freq.iter().all(|f| f.is_finite()));
                 }
             }
         }

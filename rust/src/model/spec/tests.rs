@@ -3,11 +3,13 @@
 use super::family::{FAMILIES, Family};
 use super::moe::MoeFacts;
 use super::names::{WEIGHTS, matches};
+use super::recurrent::RecurrentFacts;
 use super::*;
 use crate::backend::{Groups, Routing, Score};
 use serde_json::{Value, json};
 
 mod dense;
+mod recurrent;
 
 fn config(architecture: &str, more: Value) -> Value {
     let mut config = json!({"architectures": [architecture], "hidden_size": 64, "intermediate_size": 112,
@@ -25,7 +27,7 @@ fn error(architecture: &str, more: Value) -> String {
 }
 
 fn attention(layer: &Layer) -> Attention {
-    let Mixer::Attention(a) = layer.mixer;
+    let Mixer::Attention(a) = layer.mixer else { panic!("{:?}", layer.mixer) };
     a
 }
 
@@ -70,6 +72,8 @@ fn the_readme_lists_every_field_and_every_weight() {
     let readme = std::fs::read_to_string(readme).unwrap();
     let mut unknown = serde_json::from_value::<Family>(json!({"": 0})).unwrap_err().to_string();
     unknown += &serde_json::from_value::<MoeFacts>(json!({"": 0})).unwrap_err().to_string();
+    let recurrent = serde_json::from_value::<RecurrentFacts>(json!({"": 0}));
+    unknown += &recurrent.unwrap_err().to_string();
     let fields = unknown.split('`').skip(3).step_by(2).filter(|field| !field.is_empty());
     let mut count = 0;
     for name in fields.chain(WEIGHTS.iter().copied()).chain(["base"]) {
