@@ -29,8 +29,11 @@ pub struct Attention {
     pub heads: usize,
     /// Key/value heads.
     pub kv_heads: usize,
-    /// Dimensions of a head.
+    /// Dimensions of a query and of a key.
     pub head_dim: usize,
+    /// The values are the last so many numbers of the keys, and keys are all that is stored. `None`: values
+    /// stand beside the keys, as wide as they.
+    pub latent: Option<usize>,
     /// Multiplies scores.
     pub scale: f32,
     /// `cap * tanh(score / cap)`.
@@ -40,10 +43,43 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// Width of a row that holds queries, keys and values side by side.
-    pub fn qkv_width(&self) -> usize {
-        (self.heads + 2 * self.kv_heads) * self.head_dim
+    /// Dimensions of a value, and of what attention gives for a query.
+    pub fn value_dim(&self) -> usize {
+        self.latent.unwrap_or(self.head_dim)
     }
+}
+
+/// What the pages of one layer hold.
+#[derive(Clone, Copy, Debug)]
+pub struct KvLayer {
+    /// Pages.
+    pub pages: usize,
+    /// Key/value heads.
+    pub heads: usize,
+    /// Dimensions of a key.
+    pub head_dim: usize,
+    /// Whether there are values beside the keys.
+    pub values: bool,
+}
+
+impl KvLayer {
+    /// Bytes of a page.
+    pub fn page_bytes(&self, dtype: KvDtype) -> usize {
+        self.heads * dtype.page_bytes(self.head_dim, self.values)
+    }
+}
+
+/// How queries and keys of latent attention are cut.
+#[derive(Clone, Copy, Debug)]
+pub struct Latent {
+    /// Query heads.
+    pub heads: usize,
+    /// Numbers of a query that meet the compressed key.
+    pub nope: usize,
+    /// Numbers of a query and of the key that carry the position.
+    pub rope: usize,
+    /// Numbers of the compressed key.
+    pub rank: usize,
 }
 
 /// Stored rows of one checkpoint tensor `[n, k]`.
@@ -93,8 +129,8 @@ pub trait Backend: Send + Sync {
         form: Form,
         parts: &Parts<'_>,
     ) -> Result<std::result::Result<Self::Mat, NotFinite>>;
-    /// Pages for each layer: `(pages, kv_heads, head_dim)`.
-    fn kv(&self, dtype: KvDtype, layers: &[(usize, usize, usize)]) -> Result<Self::Kv>;
+    /// Pages for each layer.
+    fn kv(&self, dtype: KvDtype, layers: &[KvLayer]) -> Result<Self::Kv>;
 
     /// `out[r] = scale * table[ids[r]]`.
     fn embed(&self, table: &Self::Mat, ids: &[u32], scale: f32, out: &mut Self::Buf);
@@ -121,12 +157,30 @@ pub trait Backend: Send + Sync {
         x: &Self::Buf,
         out: &mut Self::Buf,
     );
+    /// `out = x` times a matrix for each head: rows of `x` and of `out`, and the rows of `w`, are cut into
+    /// `heads` equal parts; part h of `out` is part h of `w` times part h of `x`. A part of `w` has a multiple
+    /// of 16 rows.
+    fn linear_heads(&self, w: &Self::Mat, heads: usize, x: &Self::Buf, out: &mut Self::Buf);
+    /// Queries and key of latent attention (DeepSeek-AI 2024, "absorbed": the matrix that would expand the key
+    /// is applied to the query). `q` is `[heads][nope + rope]`, `kv` `[rank + rope]`; `out` is
+    /// `[heads + 1][rope + rank]`: of each query its `rope` numbers and, as in [`Backend::linear_heads`], `w_h`
+    /// times its `nope` numbers; of the key its `rope` numbers and the RMS norm of the rest.
+    fn latent_qk(
+        &self,
+        w: &Self::Mat,
+        norm: (&Self::Row, f32),
+        how: &Latent,
+        q: &Self::Buf,
+        kv: &Self::Buf,
+        out: &mut Self::Buf,
+    );
     /// `x += y`.
     fn add(&self, x: &mut Self::Buf, y: &Self::Buf);
     /// Cosines, then sines, of `position * inv_freq`, times `scale`, for each position.
     fn rope_table(&self, positions: &[u32], inv_freq: &[f32], scale: f32) -> Self::Buf;
     /// Of each row of `qkv`: RMS norm of each query and key head if there are gains, then rotation by the
-    /// row's part of `table`, if there is one; then keys and values go into the pages of `layer`.
+    /// row's part of `table`, if there is one (a table that is narrower than a head turns its first numbers);
+    /// then keys and values go into the pages of `layer`.
     fn rotate_and_store(
         &self,
         qkv: &mut Self::Buf,

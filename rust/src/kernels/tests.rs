@@ -275,16 +275,21 @@ proptest! {
 
     #[test]
     fn attention(rows in 1usize..=MAX_ROWS, d in 1usize..20, len in 1usize..1200, window in 1u32..1500,
-                 kind in 0usize..3, cap: bool, seed: u64) {
+                 kind in 0usize..3, cap: bool, keys_only: bool, seed: u64) {
         let d = 8 * d;
         let dtype = [KvDtype::F32, KvDtype::F16, KvDtype::Int8][kind];
         let mut random = Random(seed);
         let pages = len.div_ceil(PAGE);
-        let stride = 2 * dtype.page_bytes(d);
+        // Of latent attention the values are the last numbers of the keys.
+        let latent = keys_only.then_some(d - d / 3);
+        let stride = 2 * dtype.page_bytes(d, !keys_only);
         // Pages lie in reverse order, every second record belongs to another head.
         let table: Vec<u32> = (0..pages as u32).rev().collect();
         let mut mild = |n| -> Vec<f32> { random.values(n).iter().map(|x| x.clamp(-1.0, 1.0)).collect() };
-        let (k, v, q) = (mild(len * d), mild(len * d), mild(rows * d));
+        let (k, mut v, q) = (mild(len * d), mild(len * d), mild(rows * d));
+        if keys_only {
+            v.clear();
+        }
         let seen: Vec<(u32, u32)> = (0..rows).map(|_| {
             let to = 1 + (random.next() % len as u64) as u32;
             (to.saturating_sub(window), to)
@@ -294,7 +299,8 @@ proptest! {
             for p in 0..len {
                 let start = table[p / PAGE] as usize * stride + stride / 2;
                 let page = &mut kv.get_mut()[start..][..stride / 2];
-                set.write_kv(dtype, &k[p * d..][..d], &v[p * d..][..d], p % PAGE, page);
+                let v = if keys_only { &[][..] } else { &v[p * d..][..d] };
+                set.write_kv(dtype, &k[p * d..][..d], v, p % PAGE, page);
             }
             kv
         };
@@ -303,6 +309,7 @@ proptest! {
             let a = Attend {
                 q: &q[rows.start * d..rows.end * d],
                 d,
+                latent,
                 scale: 0.2,
                 softcap: cap.then_some(50.0),
                 seen: &seen[rows.clone()],
@@ -311,7 +318,7 @@ proptest! {
                 page_stride: stride,
                 head_offset: stride / 2,
             };
-            let mut out = vec![0.0; rows.len() * d.next_multiple_of(16)];
+            let mut out = vec![0.0; rows.len() * a.out_width()];
             let mut scratch = vec![f32::NAN; scratch_len(rows.len(), d)];
             set.attend(dtype, &a, &mut out, &mut scratch);
             out
@@ -322,7 +329,8 @@ proptest! {
             prop_assert_eq!(bits(&attend(set, 0..rows)), bits(&expected), "{}", set.name);
         }
         // A row's result does not depend on the rows beside it.
-        let dp = d.next_multiple_of(16);
+        let dv = latent.unwrap_or(d);
+        let dp = dv.next_multiple_of(16);
         for r in 0..rows {
             let alone = attend(available().next().unwrap(), r..r + 1);
             prop_assert_eq!(bits(&alone), bits(&expected[r * dp..][..dp]));
@@ -338,7 +346,7 @@ proptest! {
                 })
             }).collect()
         };
-        let (k, v) = (stored(&k), stored(&v));
+        let (k, v) = (stored(&k), stored(if keys_only { &k } else { &v }));
         for (r, &(from, to)) in seen.iter().enumerate().take(2) {
             let q = &q[r * d..][..d];
             let scores: Vec<f64> = (from as usize..to as usize).map(|p| {
@@ -347,9 +355,9 @@ proptest! {
             }).collect();
             let max = scores.iter().fold(f64::MIN, |a, &b| a.max(b));
             let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
-            for i in 0..d {
+            for i in 0..dv {
                 let o: f64 = scores.iter().zip(from as usize..)
-                    .map(|(s, p)| (s - max).exp() / total * v[p * d + i]).sum();
+                    .map(|(s, p)| (s - max).exp() / total * v[p * d + d - dv + i]).sum();
                 let e = (o - f64::from(expected[r * dp + i])).abs();
                 // A value halfway between two int8 steps may round the other way in f32.
                 prop_assert!(e <= if dtype == KvDtype::Int8 { 1e-2 } else { 1e-4 }, "{e}");

@@ -4,7 +4,7 @@
 use super::spec::{self, Act};
 use super::weights::{self, Dense, Ffn, Layer, Mixer};
 use super::{Chunk, Forward, KvGroup, PAGE, Wanted};
-use crate::backend::{self, Activation, Backend, KvDtype, Span};
+use crate::backend::{self, Activation, Backend, KvDtype, KvLayer, Span};
 use crate::model::spec::Spec;
 use crate::{Error, Result};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -69,6 +69,7 @@ impl<B: Backend> Model<B> {
             heads: how.heads,
             kv_heads: how.kv_heads,
             head_dim: how.head_dim,
+            latent: None,
             scale: how.scale,
             softcap: how.softcap,
             window: how.window,
@@ -179,15 +180,11 @@ impl<B: Backend> Forward for Model<B> {
     }
 
     fn kv_groups(&self) -> Vec<KvGroup> {
-        let layer = |l: usize| {
-            let spec::Mixer::Attention(how) = &self.spec.layers[l].mixer;
-            how.kv_heads * self.kv_dtype.page_bytes(how.head_dim)
-        };
         let group = |(g, &window): (usize, &Option<usize>)| KvGroup {
             window,
             page_bytes: (0..self.group_of.len())
                 .filter(|&l| self.group_of[l] == g)
-                .map(layer)
+                .map(|l| self.kv_layer(l, 0).page_bytes(self.kv_dtype))
                 .sum(),
         };
         self.windows.iter().enumerate().map(group).collect()
@@ -195,10 +192,7 @@ impl<B: Backend> Forward for Model<B> {
 
     fn new_kv(&self, pages: &[usize]) -> Result<Kv<B>> {
         let b = &self.backend;
-        let layer = |(l, &g): (usize, &usize)| {
-            let spec::Mixer::Attention(how) = &self.spec.layers[l].mixer;
-            (pages[g], how.kv_heads, how.head_dim)
-        };
+        let layer = |(l, &g): (usize, &usize)| self.kv_layer(l, pages[g]);
         let layers: Vec<_> = self.group_of.iter().enumerate().map(layer).collect();
         Ok(Kv {
             pages: b.kv(self.kv_dtype, &layers)?,
@@ -221,6 +215,12 @@ impl<B: Backend> Forward for Model<B> {
 }
 
 impl<B: Backend> Model<B> {
+    /// What `pages` pages of layer `l` hold.
+    fn kv_layer(&self, l: usize, pages: usize) -> KvLayer {
+        let spec::Mixer::Attention(how) = &self.spec.layers[l].mixer;
+        KvLayer { pages, heads: how.kv_heads, head_dim: how.head_dim, values: true }
+    }
+
     /// The hidden states of every position of a batch, f32 `[rows, hidden]` each: the first layer's input, then
     /// each layer's output after its residual sums. For tests and evaluation.
     pub fn hidden_states(&self, kv: &mut Kv<B>, batch: &[Chunk<'_>]) -> Result<Vec<Vec<f32>>> {

@@ -2,6 +2,7 @@
 //! kernels. Knows no family and no file.
 
 mod attention;
+mod latent;
 mod memory;
 mod pool;
 pub mod topology;
@@ -9,7 +10,9 @@ pub mod topology;
 pub use attention::Kv;
 pub use memory::Bytes;
 
-use super::{Activation, Attention, Backend, KvDtype, NotFinite, Part, Parts, Span};
+use super::{
+    Activation, Attention, Backend, KvDtype, KvLayer, Latent, NotFinite, Part, Parts, Span,
+};
 use crate::kernels::{Acts, Form, Kernels, layout};
 use crate::quant::{BLOCK, GROUPS};
 use crate::{Error, Result};
@@ -30,6 +33,43 @@ pub struct Cpu {
     kernels: &'static Kernels,
     pool: Pool,
     acts: Mutex<ActBuf>,
+}
+
+/// The inputs of a product: of each row of `x`, cut into `heads` equal parts, the first `k` numbers of each part.
+#[derive(Clone, Copy)]
+struct Inputs<'a> {
+    x: &'a Buf,
+    heads: usize,
+    k: usize,
+}
+
+impl<'a> Inputs<'a> {
+    fn get(&self, row: usize, head: usize) -> &'a [f32] {
+        &self.x.row(row)[head * (self.x.width / self.heads)..][..self.k]
+    }
+}
+
+/// Inputs as [`Acts`], for each head.
+struct Quantized<'a> {
+    m: usize,
+    k: usize,
+    buf: &'a ActBuf,
+    start: usize,
+}
+
+impl<'a> Quantized<'a> {
+    fn head(&self, head: usize) -> Acts<'a> {
+        let (m, k) = (self.m, self.k);
+        let blocks = head * m * k.div_ceil(BLOCK)..(head + 1) * m * k.div_ceil(BLOCK);
+        Acts {
+            m,
+            k,
+            q: &self.buf.q[self.start + head * m * k..][..m * k],
+            s: &self.buf.s[blocks.clone()],
+            sums: &self.buf.sums[blocks.clone()],
+            totals: &self.buf.totals[blocks],
+        }
+    }
 }
 
 /// Quantized activations of the operation that runs.
@@ -148,25 +188,33 @@ impl Cpu {
     }
 
     /// Rows `first..first + m` of `x`, quantized, in `buf`.
-    fn quantize<'a>(&self, x: &Buf, first: usize, m: usize, buf: &'a mut ActBuf) -> Acts<'a> {
-        let k = layout::padded_k(x.width);
-        let blocks = k.div_ceil(BLOCK);
+    fn quantize<'a>(
+        &self,
+        x: Inputs<'_>,
+        first: usize,
+        m: usize,
+        buf: &'a mut ActBuf,
+    ) -> Quantized<'a> {
+        let k = layout::padded_k(x.k);
+        let (all, blocks) = (m * x.heads, k.div_ceil(BLOCK));
         // The values start at a line of the cache, as the tiles of AMX like them.
-        buf.q.resize(m * k + 64, 0);
+        buf.q.resize(all * k + 64, 0);
         let start = buf.q.as_ptr().addr().wrapping_neg() % 64;
-        let values = &mut buf.q[start..start + m * k];
-        buf.s.resize(m * blocks, 0.0);
-        buf.sums.resize(m * blocks, [0; GROUPS]);
-        buf.totals.resize(m * blocks, 0);
+        let values = &mut buf.q[start..start + all * k];
+        buf.s.resize(all * blocks, 0.0);
+        buf.sums.resize(all * blocks, [0; GROUPS]);
+        buf.totals.resize(all * blocks, 0);
         let (q, s) = (Disjoint::new(values), Disjoint::new(&mut buf.s));
         let (sums, totals) = (Disjoint::new(&mut buf.sums), Disjoint::new(&mut buf.totals));
-        self.each(m, 4, |t| {
+        self.each(all, 4, |part| {
+            let (head, t) = (part / m, part % m);
             for b in 0..blocks {
                 let len = BLOCK.min(k - b * BLOCK);
-                let start = (b * BLOCK).min(x.width);
-                let x = &x.row(first + t)[start..(start + len).min(x.width)];
-                let (at, i) = (b * BLOCK * m + t * len, b * m + t);
-                // SAFETY: `(b, t)` names these ranges, and each `t` is claimed by one thread.
+                let start = (b * BLOCK).min(x.k);
+                let x = &x.get(first + t, head)[start..(start + len).min(x.k)];
+                let at = head * m * k + b * BLOCK * m + t * len;
+                let i = (head * blocks + b) * m + t;
+                // SAFETY: `(head, b, t)` names these ranges, and each `(head, t)` is claimed by one thread.
                 let (q, s, sums, totals) = unsafe {
                     (
                         q.part(at..at + len),
@@ -178,14 +226,7 @@ impl Cpu {
                 (s[0], totals[0]) = self.kernels.quantize(x, q, &mut sums[0]);
             }
         });
-        Acts {
-            m,
-            k,
-            q: &buf.q[start..start + m * k],
-            s: &buf.s,
-            sums: &buf.sums,
-            totals: &buf.totals,
-        }
+        Quantized { m, k, buf, start }
     }
 
     /// One matrix product: `out` takes `x w^T + bias` as `into` says.
@@ -204,7 +245,9 @@ impl Cpu {
         let grain = if x.rows <= 4 { (CLAIM / (2 * size)).clamp(1, 64) } else { 1 };
         for t in (0..x.rows).step_by(TOKENS) {
             let m = TOKENS.min(x.rows - t);
-            let acts = w.form.is_quantized().then(|| self.quantize(x, t, m, &mut guard));
+            let inputs = Inputs { x, heads: 1, k: w.k };
+            let acts =
+                w.form.is_quantized().then(|| self.quantize(inputs, t, m, &mut guard).head(0));
             let claims = Claims::new(pairs, self.pool.threads(), grain);
             let values = Disjoint::new(&mut out.values_mut()[t * width..]);
             self.pool.run(&|thread| {
@@ -382,7 +425,7 @@ impl Backend for Cpu {
         Mat::new(form, n, k, bytes).map(Ok)
     }
 
-    fn kv(&self, dtype: KvDtype, layers: &[(usize, usize, usize)]) -> Result<Kv> {
+    fn kv(&self, dtype: KvDtype, layers: &[KvLayer]) -> Result<Kv> {
         Kv::new(dtype, layers)
     }
 
@@ -430,6 +473,23 @@ impl Backend for Cpu {
     ) {
         assert_eq!(w.n, width.next_multiple_of(ROWS) * 2, "gate and up, interleaved");
         self.product(w, bias, x, Into::Gate(act, width), out);
+    }
+
+    fn linear_heads(&self, w: &Mat, heads: usize, x: &Buf, out: &mut Buf) {
+        out.shape(x.rows, w.n);
+        self.product_heads(w, Inputs { x, heads, k: w.k }, 0, out);
+    }
+
+    fn latent_qk(
+        &self,
+        w: &Mat,
+        norm: (&Vec<f32>, f32),
+        how: &Latent,
+        q: &Buf,
+        kv: &Buf,
+        out: &mut Buf,
+    ) {
+        self.latent(w, norm, how, q, kv, out);
     }
 
     fn add(&self, x: &mut Buf, y: &Buf) {
