@@ -82,15 +82,17 @@ pub struct Latent {
     pub rank: usize,
 }
 
-/// Stored rows of one checkpoint tensor `[n, k]`.
+/// Stored rows of one checkpoint tensor.
 #[derive(Clone, Copy, Debug)]
 pub struct Part<'a> {
     /// F32, F16 or Bf16.
     pub stored: Form,
     /// Rows.
     pub n: usize,
-    /// Little-endian, row-major.
+    /// Little-endian: `[n, k]`, or, if transposed, `[k, n]`.
     pub bytes: &'a [u8],
+    /// One row's numbers are `n` apart.
+    pub transposed: bool,
 }
 
 /// Rows that become one matrix.

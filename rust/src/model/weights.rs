@@ -192,7 +192,7 @@ impl<'a> Reader<'a> {
                 Dtype::F16 => Form::F16,
                 _ => Form::Bf16, // `plan` has checked
             };
-            Part { stored, n: t.shape[0], bytes: t.bytes }
+            Part { stored, n: t.shape[0], bytes: t.bytes, transposed: false }
         };
         let parts = tensors.iter().map(part).collect();
         let parts = Parts { parts, k: plan.k, interleaved: plan.interleaved };

@@ -19,6 +19,7 @@ use crate::{Error, Result};
 use layout::ROWS;
 use memory::Disjoint;
 use pool::{Claims, Pool};
+use std::borrow::Cow;
 use std::sync::Mutex;
 
 /// Tokens from which an operation on rows is worth a parallel region.
@@ -357,8 +358,9 @@ impl Cpu {
         let row = |r: usize| parts.locate(rb * ROWS + r);
         if !form.is_quantized() {
             let width = Part::width(form);
-            let bytes = |r: usize| row(r).map(|(p, i)| parts.parts[p].row(i, k));
-            layout::pack_float(width, bytes, out);
+            let rows: Vec<_> =
+                (0..ROWS).map(|r| row(r).map(|(p, i)| parts.parts[p].row(i, k))).collect();
+            layout::pack_float(width, |r| rows[r].as_deref(), out);
             // Checked like quantized weights: a NaN would spread over every answer.
             let mut values = [0.0; BLOCK];
             for (p, i) in (0..ROWS).filter_map(row) {
@@ -574,15 +576,23 @@ impl Part<'_> {
     }
 
     /// The bytes of row `i`.
-    fn row(&self, i: usize, k: usize) -> &[u8] {
-        let width = k * Part::width(self.stored);
-        &self.bytes[i * width..][..width]
+    fn row(&self, i: usize, k: usize) -> Cow<'_, [u8]> {
+        self.range(i, k, 0..k)
+    }
+
+    /// The bytes of numbers `range` of row `i`.
+    fn range(&self, i: usize, k: usize, range: std::ops::Range<usize>) -> Cow<'_, [u8]> {
+        let width = Part::width(self.stored);
+        if self.transposed {
+            let number = |j: usize| &self.bytes[(j * self.n + i) * width..][..width];
+            return range.flat_map(number).copied().collect();
+        }
+        Cow::Borrowed(&self.bytes[(i * k + range.start) * width..][..range.len() * width])
     }
 
     /// Numbers `from..from + out.len()` of row `i`.
     fn values(&self, i: usize, k: usize, from: usize, out: &mut [f32]) {
-        let width = Part::width(self.stored);
-        let bytes = &self.row(i, k)[from * width..][..out.len() * width];
+        let bytes = &self.range(i, k, from..from + out.len());
         match self.stored {
             Form::F32 => {
                 for (out, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {

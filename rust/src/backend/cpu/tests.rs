@@ -15,10 +15,14 @@ fn bytes(x: &[f32]) -> Vec<u8> {
     x.iter().flat_map(|x| x.to_le_bytes()).collect()
 }
 
+fn part(n: usize, bytes: &[u8]) -> Part<'_> {
+    Part { stored: Form::F32, n, bytes, transposed: false }
+}
+
 fn mat(cpu: &Cpu, form: Form, parts: &[(&[f32], usize)], k: usize, interleaved: bool) -> Mat {
     let stored: Vec<Vec<u8>> = parts.iter().map(|(x, _)| bytes(x)).collect();
     let parts = parts.iter().zip(&stored);
-    let parts = parts.map(|(&(_, n), bytes)| Part { stored: Form::F32, n, bytes }).collect();
+    let parts = parts.map(|(&(_, n), bytes)| part(n, bytes)).collect();
     cpu.pack(form, &Parts { parts, k, interleaved }).unwrap().unwrap()
 }
 
@@ -68,9 +72,51 @@ fn a_number_that_is_not_finite_is_found() {
         let mut w = noise(40 * 300, 9);
         w[35 * 300 + 277] = bad;
         let w = bytes(&w);
-        let part = |bytes| Part { stored: Form::F32, n: 40, bytes };
         let good = bytes(&noise(40 * 300, 8));
-        let parts = Parts { parts: vec![part(&good), part(&w)], k: 300, interleaved: false };
+        let parts = Parts { parts: vec![part(40, &good), part(40, &w)], k: 300, interleaved: false };
         assert_eq!(cpu.pack(form, &parts).unwrap().err(), Some((1, 35, 277)));
+    }
+}
+
+#[test]
+fn a_matrix_of_each_head_is_a_product_of_each_head() {
+    const HEADS: usize = 3;
+    let (n, k) = (16, 320);
+    let w = noise(HEADS * n * k, 1);
+    // The same matrix, its heads stored as [k, n].
+    let mut turned = Vec::new();
+    for w in w.chunks(n * k) {
+        turned.extend((0..k * n).map(|i| w[i % n * k + i / n]));
+    }
+    for form in [Form::Q4, Form::Q8, Form::F32] {
+        for m in [1, 3, TOKENS + 2] {
+            let x = noise(m * HEADS * k, 2);
+            let run = |threads| {
+                let cpu = Cpu::new(threads, None).unwrap();
+                let heads = |w: &[f32], transposed| {
+                    let bytes: Vec<Vec<u8>> = w.chunks(n * k).map(bytes).collect();
+                    let part = |bytes| Part { transposed, ..part(n, bytes) };
+                    let parts = bytes.iter().map(|b| part(b)).collect();
+                    cpu.pack(form, &Parts { parts, k, interleaved: false }).unwrap().unwrap()
+                };
+                let (w, turned) = (heads(&w, false), heads(&turned, true));
+                assert!(w.bytes() == turned.bytes());
+                let mut out = cpu.buf();
+                cpu.linear_heads(&w, HEADS, &Buf::new(x.clone(), HEADS * k), &mut out);
+                out.values().to_vec()
+            };
+            let all = run(1);
+            assert!(run(2) == all && run(3) == all);
+            let cpu = Cpu::new(1, None).unwrap();
+            for h in 0..HEADS {
+                let w = mat(&cpu, form, &[(&w[h * n * k..][..n * k], n)], k, false);
+                let x = x.chunks(k).skip(h).step_by(HEADS).flatten().copied().collect();
+                let mut out = cpu.buf();
+                cpu.linear(&w, None, &Buf::new(x, k), &mut out);
+                for (t, out) in out.values().chunks(n).enumerate() {
+                    assert!(out == &all[(t * HEADS + h) * n..][..n], "{form:?} head {h} row {t}");
+                }
+            }
+        }
     }
 }
