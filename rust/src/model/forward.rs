@@ -48,6 +48,10 @@ impl<B: Backend> Model<B> {
             (spec::Mixer::Attention(how), Mixer::Attention(attn)) => {
                 self.attend(l, how, w, attn, kv, step);
             }
+            (spec::Mixer::Latent(how), Mixer::Latent(latent)) => {
+                self.attend_latent(l, how, w, latent, kv, step);
+            }
+            _ => unreachable!("weights are those of the spec"),
         }
         match &w.ffn {
             Ffn::Dense(dense) => self.feed_forward(l, w, dense, kv),
@@ -82,6 +86,50 @@ impl<B: Backend> Model<B> {
         b.rotate_and_store(wide, &shape, norms, table, pages, l, step.spans);
         b.attend(wide, &shape, pages, l, step.spans, out);
         self.residual(&w.o, w.o_bias.as_ref(), layer.attn_after_norm.as_ref(), [out, x, a, after]);
+    }
+
+    /// As `attend`, over what keys and values are made from; the formula is at [`spec::Latent`].
+    fn attend_latent(
+        &self,
+        l: usize,
+        how: &spec::Latent,
+        layer: &Layer<B::Mat, B::Row>,
+        w: &weights::Latent<B::Mat, B::Row>,
+        kv: &mut Kv<B>,
+        step: &Step<'_, B>,
+    ) {
+        let (b, s) = (&self.backend, &self.spec);
+        let cut = backend::Latent {
+            heads: how.heads,
+            nope: how.nope,
+            rope: how.turned,
+            rank: how.rank,
+        };
+        let shape = backend::Attention {
+            heads: how.heads,
+            kv_heads: 1,
+            head_dim: how.key_dim(),
+            latent: Some(how.rank),
+            scale: how.scale,
+            softcap: None,
+            window: None,
+        };
+        let Kv { pages, x, a, wide, out, after } = kv;
+        let input = normed(b, layer.attn_norm.as_ref(), s.eps, x, a);
+        b.linear(&w.kv_a, None, input, after);
+        match &w.q_a {
+            None => b.linear(&w.q, None, input, out),
+            Some((q_a, gain)) => {
+                b.linear(q_a, None, input, wide);
+                b.rms_norm(wide, gain, how.eps, a);
+                b.linear(&w.q, None, a, out);
+            }
+        }
+        b.latent_qk(&w.keys, (&w.kv_norm, how.eps), &cut, out, after, wide);
+        b.rotate_and_store(wide, &shape, None, Some(&step.tables[how.rope]), pages, l, step.spans);
+        b.attend(wide, &shape, pages, l, step.spans, out);
+        b.linear_heads(&w.values, how.heads, out, wide);
+        self.residual(&w.o, None, layer.attn_after_norm.as_ref(), [wide, x, a, after]);
     }
 
     /// `x += down(act(gate(norm(x))) * up(norm(x)))`.
@@ -217,8 +265,11 @@ impl<B: Backend> Forward for Model<B> {
 impl<B: Backend> Model<B> {
     /// What `pages` pages of layer `l` hold.
     fn kv_layer(&self, l: usize, pages: usize) -> KvLayer {
-        let spec::Mixer::Attention(how) = &self.spec.layers[l].mixer;
-        KvLayer { pages, heads: how.kv_heads, head_dim: how.head_dim, values: true }
+        let (heads, head_dim, values) = match &self.spec.layers[l].mixer {
+            spec::Mixer::Attention(how) => (how.kv_heads, how.head_dim, true),
+            spec::Mixer::Latent(how) => (1, how.key_dim(), false),
+        };
+        KvLayer { pages, heads, head_dim, values }
     }
 
     /// The hidden states of every position of a batch, f32 `[rows, hidden]` each: the first layer's input, then

@@ -142,9 +142,9 @@ pub fn load(folder: &Path, mut options: LoadOptions) -> Result<Model<Cpu>> {
     let weights = weights::load(folder, &spec, &backend, &mut options)?;
     let mut windows: Vec<Option<usize>> = Vec::new();
     let group_of = spec.layers.iter().map(|layer| {
-        let spec::Mixer::Attention(how) = &layer.mixer;
-        windows.iter().position(|w| *w == how.window).unwrap_or_else(|| {
-            windows.push(how.window);
+        let window = layer.mixer.window();
+        windows.iter().position(|w| *w == window).unwrap_or_else(|| {
+            windows.push(window);
             windows.len() - 1
         })
     });

@@ -3,15 +3,15 @@
 
 use super::config::{Facts, Object, bad, shown};
 use super::family::{self, Family};
-use super::{Act, Attention, Ffn, Layer, Mixer, Norms, Place, Rope, Spec, rope};
+use super::{Act, Attention, Ffn, Latent, Layer, Mixer, Norms, Place, Rope, Spec, rope};
 use crate::{Error, Result};
 use serde_json::Value;
 
 // No released model comes near these; they keep every product of two far below 2^64.
 const MAX_LAYERS: usize = 10_000;
-const MAX_WIDTH: usize = 1 << 20;
+pub(super) const MAX_WIDTH: usize = 1 << 20;
 const MAX_HEADS: usize = 1 << 14;
-const MAX_HEAD_DIM: usize = 1 << 14;
+pub(super) const MAX_HEAD_DIM: usize = 1 << 14;
 const MAX_FFN: usize = 1 << 22;
 const MAX_VOCAB: usize = 1 << 24;
 const MAX_POSITIONS: usize = 1 << 30;
@@ -85,10 +85,14 @@ impl Spec {
             window: None,
             rope: Some(0),
         };
+        let latent = Latent::read(&family, facts, (hidden, heads, head_dim))?;
         let ffn = Ffn::Dense(facts.need_count(&family.ffn, MAX_FFN)?);
         let layers = windows(&family, facts)?.into_iter().map(|window| {
             let rope = Some(if window.is_some() { local } else { 0 });
-            let mixer = Mixer::Attention(Attention { window, rope, ..attention });
+            let mixer = match latent {
+                Some(latent) => Mixer::Latent(latent),
+                None => Mixer::Attention(Attention { window, rope, ..attention }),
+            };
             Layer { mixer, ffn: ffn.clone() }
         });
         let layers = layers.collect();

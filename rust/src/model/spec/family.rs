@@ -15,7 +15,7 @@ macro_rules! families {
         ];
     };
 }
-families!["llama", "mistral", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_mm"];
+families!["llama", "mistral", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_mm", "minicpm3"];
 
 /// One string or a list of them.
 #[derive(Clone, Debug, Deserialize)]
@@ -102,6 +102,16 @@ pub(super) struct Family {
     pub(super) mlp_bias: Fact,
     #[serde(default)]
     pub(super) attn_scale_rsqrt_of: Fact,
+    #[serde(default)]
+    pub(super) latent_rank: Fact,
+    #[serde(default)]
+    pub(super) latent_q_rank: Fact,
+    #[serde(default)]
+    pub(super) latent_nope: Fact,
+    #[serde(default)]
+    pub(super) latent_value: Fact,
+    #[serde(default)]
+    pub(super) latent_eps: Fact,
     #[serde(default)]
     pub(super) attn_softcap: Fact,
     #[serde(default)]

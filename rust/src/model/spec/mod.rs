@@ -4,11 +4,13 @@
 mod build;
 mod config;
 mod family;
+mod latent;
 mod names;
 mod rope;
 #[cfg(test)]
 mod tests;
 
+pub use latent::Latent;
 pub use names::{Names, Weight};
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -81,6 +83,18 @@ pub struct Layer {
 pub enum Mixer {
     /// Softmax attention over cached keys and values.
     Attention(Attention),
+    /// The same over what keys and values are made from.
+    Latent(Latent),
+}
+
+impl Mixer {
+    /// Positions that it sees, its own included; `None`: all before.
+    pub fn window(&self) -> Option<usize> {
+        match self {
+            Mixer::Attention(attention) => attention.window,
+            Mixer::Latent(_) => None,
+        }
+    }
 }
 
 /// What transforms each position in a layer.

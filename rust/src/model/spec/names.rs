@@ -14,6 +14,12 @@ pub(super) const WEIGHTS: &[&str] = &[
     "q",
     "k",
     "v",
+    "q_a",
+    "q_a_norm",
+    "q_b",
+    "kv_a",
+    "kv_a_norm",
+    "kv_b",
     "o",
     "q_norm",
     "k_norm",
@@ -95,6 +101,7 @@ impl Spec {
                     (head_norm, "k_norm", vec![d]),
                 ])
             }
+            Mixer::Latent(latent) => latent.weights(hidden),
         });
         all.extend(match layer.ffn {
             Ffn::Dense(ffn) => existing([
@@ -143,7 +150,9 @@ impl Spec {
 }
 
 /// The weights of a table whose first column says that they exist.
-fn existing<const N: usize>(table: [(bool, &'static str, Vec<usize>); N]) -> Vec<Weight> {
+pub(super) fn existing<const N: usize>(
+    table: [(bool, &'static str, Vec<usize>); N],
+) -> Vec<Weight> {
     let weights = table.into_iter().filter(|(exists, ..)| *exists);
     weights.map(|(_, what, shape)| Weight { what, shape }).collect()
 }
