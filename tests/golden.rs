@@ -32,6 +32,10 @@ fn goldens() -> Vec<PathBuf> {
                 "gemma2-a",
                 "gemma2-b",
                 "gemma3-mm-a",
+                "mixtral-a",
+                "qwen2-moe-a",
+                "qwen3-moe-a",
+                "qwen3-moe-b",
             ]
             .iter()
             .map(|name| Path::new(&shared).join("goldens").join(name)),

@@ -26,6 +26,10 @@ const GOLDENS: &[&str] = &[
     "gemma2-b",
     "gemma3-a",
     "gemma3-mm-a",
+    "mixtral-a",
+    "qwen2-moe-a",
+    "qwen3-moe-a",
+    "qwen3-moe-b",
 ];
 
 fn shapes(folder: &Path) -> BTreeMap<String, Vec<usize>> {
@@ -66,7 +70,9 @@ fn golden_checkpoints_have_the_weights_of_their_spec() {
         }
         for l in 0..spec.layers.len() {
             for weight in spec.layer_weights(l) {
-                check(names.layer(l, weight.what), &weight.shape);
+                for (tensor, shape) in names.tensors(l, &weight) {
+                    check(tensor, &shape);
+                }
             }
         }
         assert_eq!(spec.unused(&names, shapes.keys().map(String::as_str)), [""; 0], "{name}");
@@ -132,6 +138,12 @@ fn configs() -> Vec<Value> {
         ),
         json!({"architectures": ["Gemma3ForConditionalGeneration"],
             "text_config": {"head_dim": 16, "num_hidden_layers": 6, "rope_scaling": scaling}}),
+        with(
+            "MiniCPM3ForCausalLM",
+            json!({"kv_lora_rank": 32, "q_lora_rank": 48, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+            "v_head_dim": 16, "rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "original_max_position_embeddings": 64}}),
+        ),
     ]
 }
 
@@ -188,7 +200,7 @@ proptest! {
 
     #[test]
     fn a_mutated_config_is_right_or_an_error(
-        which in 0..5usize,
+        which in 0..6usize,
         edits in prop::collection::vec((0..30usize, prop::option::of(value())), 1..4),
     ) {
         let mut config = configs()[which].clone();
@@ -199,11 +211,20 @@ proptest! {
             prop_assert!(!spec.layers.is_empty() && spec.eps > 0.0);
             let names = spec.names(|_| false);
             for (l, layer) in spec.layers.iter().enumerate() {
-                let Mixer::Attention(a) = &layer.mixer;
-                prop_assert!(a.heads % a.kv_heads == 0 && a.head_dim % 2 == 0);
-                prop_assert!(a.scale > 0.0 && a.scale.is_finite() && a.window != Some(0));
-                if let Some(rope) = a.rope.map(|rope| &spec.ropes[rope]) {
-                    prop_assert_eq!(rope.inv_freq.len() * 2, a.head_dim);
+                let (scale, rope, turned) = match &layer.mixer {
+                    Mixer::Attention(a) => {
+                        prop_assert!(a.heads % a.kv_heads == 0 && a.head_dim % 2 == 0);
+                        prop_assert!(a.window != Some(0));
+                        (a.scale, a.rope, a.head_dim)
+                    }
+                    Mixer::Latent(a) => {
+                        prop_assert!([a.rank, a.nope, a.value].iter().all(|n| n % 16 == 0));
+                        (a.scale, Some(a.rope), a.turned)
+                    }
+                };
+                prop_assert!(scale > 0.0 && scale.is_finite());
+                if let Some(rope) = rope.map(|rope| &spec.ropes[rope]) {
+                    prop_assert_eq!(rope.inv_freq.len() * 2, turned);
                     prop_assert!(rope.scale.is_finite());
                     prop_assert!(rope.inv_freq.iter().all(|f| f.is_finite()));
                 }

@@ -5,7 +5,7 @@
 
 pub mod cpu;
 
-pub use crate::kernels::{Activation, Form, KvDtype, PAGE};
+pub use crate::kernels::{Activation, Form, KvDtype, PAGE, Score};
 
 use crate::Result;
 
@@ -80,6 +80,46 @@ pub struct Latent {
     pub rope: usize,
     /// Numbers of the compressed key.
     pub rank: usize,
+}
+
+/// How a position chooses its experts. With `s = score(logits)` and `c = s + correction`: of all experts, or of those
+/// in the chosen groups, the `top_k` with the largest `c`, the lowest of equals first. Their weights are `p = s`,
+/// divided by `sum of the chosen s + renormalise` if that is given, times `scale`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Routing {
+    /// Experts of a position.
+    pub top_k: usize,
+    /// What becomes of the logits.
+    pub score: Score,
+    /// Groups of neighbouring experts of which some are chosen first.
+    pub groups: Option<Groups>,
+    /// Weights are divided by their sum plus this.
+    pub renormalise: Option<f32>,
+    /// Multiplies the weights.
+    pub scale: f32,
+}
+
+/// Groups of experts (DeepSeek V2, V3): those with the largest group score are chosen, the lowest of equals first.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Groups {
+    /// Groups, all of one size.
+    pub count: usize,
+    /// Groups that are chosen.
+    pub top_k: usize,
+    /// A group's score is the sum of the two largest `c` in it, not the largest one.
+    pub by_two: bool,
+}
+
+/// The weights of one expert: `down(act(gate(x)) * up(x))`.
+pub struct Expert<M, V> {
+    /// Interleaved, see [`Parts::interleaved`].
+    pub gate_up: M,
+    /// Of `gate_up`.
+    pub gate_up_bias: Option<V>,
+    /// From the width of the expert.
+    pub down: M,
+    /// Of `down`.
+    pub down_bias: Option<V>,
 }
 
 /// Stored rows of one checkpoint tensor.
@@ -176,6 +216,21 @@ pub trait Backend: Send + Sync {
         kv: &Self::Buf,
         out: &mut Self::Buf,
     );
+    /// `out[t] = sum of p_e expert_e(x[t])` over the experts that row `t` of `logits` chooses with the weights `p_e`:
+    /// fused multiply-adds from zero on, experts ascending. `logits` are left as scores.
+    fn moe(
+        &self,
+        how: &Routing,
+        logits: &mut Self::Buf,
+        correction: Option<&Self::Row>,
+        experts: &[Expert<Self::Mat, Self::Row>],
+        act: Activation,
+        width: usize,
+        x: &Self::Buf,
+        out: &mut Self::Buf,
+    );
+    /// `out[r] = fma(sigmoid(gate[r]), y[r], out[r])`; `gate` has one column.
+    fn add_gated(&self, gate: &mut Self::Buf, y: &Self::Buf, out: &mut Self::Buf);
     /// `x += y`.
     fn add(&self, x: &mut Self::Buf, y: &Self::Buf);
     /// Cosines, then sines, of `position * inv_freq`, times `scale`, for each position.

@@ -19,6 +19,15 @@ pub enum Activation {
     GeluTanh,
 }
 
+/// What a router makes of its logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Score {
+    /// `e^x / sum of e^x` over all experts.
+    Softmax,
+    /// `1 / (1 + e^-x)`.
+    Sigmoid,
+}
+
 /// The float kernels of one instruction set; the fields of `Kernels` of the same names say what they do.
 #[derive(Clone, Copy)]
 pub(super) struct Floats {
@@ -32,6 +41,8 @@ pub(super) struct Floats {
     pub(super) rope: unsafe fn(&mut [f32], &[f32]),
     pub(super) gate: unsafe fn(Activation, &mut [f32], &[f32]),
     pub(super) add: unsafe fn(&mut [f32], &[f32]),
+    pub(super) add_scaled: unsafe fn(&mut [f32], f32, &[f32]),
+    pub(super) score: unsafe fn(Score, &mut [f32]),
     pub(super) softcap: unsafe fn(&mut [f32], f32),
     pub(super) attend_f32: unsafe fn(&super::Attend<'_>, &mut [f32], &mut [f32]),
     pub(super) attend_f16: unsafe fn(&super::Attend<'_>, &mut [f32], &mut [f32]),
@@ -45,7 +56,7 @@ pub(super) struct Floats {
 macro_rules! instantiate {
     ($v:ty $(, $features:literal)?) => {
         pub(super) const FLOATS: crate::kernels::float::Floats = {
-            use crate::kernels::float::{self, Activation, Floats};
+            use crate::kernels::float::{self, Activation, Floats, Score};
             use crate::kernels::layout::ROWS;
             use crate::kernels::{Attend, attention};
             use crate::quant::{BLOCK, GROUPS};
@@ -90,6 +101,14 @@ macro_rules! instantiate {
             $(#[target_feature(enable = $features)])?
             unsafe fn add(x: &mut [f32], y: &[f32]) {
                 float::add(x, y)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn add_scaled(x: &mut [f32], scale: f32, y: &[f32]) {
+                float::add_scaled(x, scale, y)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn score(score: Score, x: &mut [f32]) {
+                float::score(score, x)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn softcap(x: &mut [f32], cap: f32) {
@@ -143,6 +162,8 @@ macro_rules! instantiate {
                 rope,
                 gate,
                 add,
+                add_scaled,
+                score,
                 softcap,
                 attend_f32,
                 attend_f16,
@@ -397,6 +418,43 @@ pub(super) fn gate(act: Activation, gate: &mut [f32], up: &[f32]) {
 pub(super) fn add(x: &mut [f32], y: &[f32]) {
     for (x, &y) in x.iter_mut().zip(y) {
         *x += y;
+    }
+}
+
+/// `x = fma(scale, y, x)`.
+#[inline(always)]
+pub(super) fn add_scaled(x: &mut [f32], scale: f32, y: &[f32]) {
+    for (x, &y) in x.iter_mut().zip(y) {
+        *x = scale.mul_add(y, *x);
+    }
+}
+
+/// Scores of logits; see [`Score`].
+#[inline(always)]
+pub(super) fn score(score: Score, x: &mut [f32]) {
+    match score {
+        Score::Sigmoid => {
+            for x in x {
+                *x = sigmoid(*x);
+            }
+        }
+        Score::Softmax => {
+            let mut max = f32::NEG_INFINITY;
+            for &x in &*x {
+                max = max.max(x);
+            }
+            let mut sums = [0.0f32; 16];
+            for x in x.chunks_mut(16) {
+                for (x, sum) in x.iter_mut().zip(&mut sums) {
+                    *x = exp(*x - max);
+                    *sum += *x;
+                }
+            }
+            let total = tree(sums);
+            for x in x {
+                *x /= total;
+            }
+        }
     }
 }
 

@@ -16,7 +16,7 @@ mod simd;
 mod x86;
 
 pub use attention::{Attend, KvDtype, MAX_ROWS, PAGE, scratch_len};
-pub use float::Activation;
+pub use float::{Activation, Score};
 pub use layout::Form;
 
 use crate::quant::{BLOCK, GROUPS};
@@ -226,6 +226,19 @@ impl Kernels {
         assert_eq!(x.len(), y.len());
         // SAFETY: see above.
         unsafe { (self.float.add)(x, y) }
+    }
+
+    /// `x = fma(scale, y, x)`.
+    pub fn add_scaled(&self, x: &mut [f32], scale: f32, y: &[f32]) {
+        assert_eq!(x.len(), y.len());
+        // SAFETY: see above.
+        unsafe { (self.float.add_scaled)(x, scale, y) }
+    }
+
+    /// A router's scores of one position's logits, in place.
+    pub fn score(&self, score: Score, x: &mut [f32]) {
+        // SAFETY: see above.
+        unsafe { (self.float.score)(score, x) }
     }
 
     /// `x = cap * tanh(x / cap)`.

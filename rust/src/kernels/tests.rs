@@ -264,7 +264,13 @@ proptest! {
             set.rope(&mut z, &y[..n / 2 * 2]);
             set.softcap(&mut z, 30.0);
             set.add(&mut z, &y);
+            set.add_scaled(&mut z, 0.3, &x);
             all.extend_from_slice(&z);
+            for score in [Score::Softmax, Score::Sigmoid] {
+                z.copy_from_slice(&x);
+                set.score(score, &mut z);
+                all.extend_from_slice(&z);
+            }
             all
         };
         let expected = run(&scalar::KERNELS);

@@ -2,7 +2,7 @@
 //! in [`Spec`](super::spec::Spec).
 
 use super::spec::{self, Act};
-use super::weights::{self, Dense, Ffn, Layer, Mixer};
+use super::weights::{self, Dense, Ffn, Layer, Mixer, Moe};
 use super::{Chunk, Forward, KvGroup, PAGE, Wanted};
 use crate::backend::{self, Activation, Backend, KvDtype, KvLayer, Span};
 use crate::model::spec::Spec;
@@ -53,8 +53,12 @@ impl<B: Backend> Model<B> {
             }
             _ => unreachable!("weights are those of the spec"),
         }
-        match &w.ffn {
-            Ffn::Dense(dense) => self.feed_forward(l, w, dense, kv),
+        match (&self.spec.layers[l].ffn, &w.ffn) {
+            (&spec::Ffn::Dense(width), Ffn::Dense(dense)) => {
+                self.feed_forward(width, w, dense, kv);
+            }
+            (spec::Ffn::Moe(how), Ffn::Moe(moe)) => self.experts(how, w, moe, kv),
+            _ => unreachable!("weights are read as the spec says"),
         }
     }
 
@@ -135,22 +139,60 @@ impl<B: Backend> Model<B> {
     /// `x += down(act(gate(norm(x))) * up(norm(x)))`.
     fn feed_forward(
         &self,
-        l: usize,
+        width: usize,
         layer: &Layer<B::Mat, B::Row>,
         w: &Dense<B::Mat, B::Row>,
         kv: &mut Kv<B>,
     ) {
         let (b, s) = (&self.backend, &self.spec);
-        let spec::Ffn::Dense(width) = s.layers[l].ffn;
-        let act = match s.act {
-            Act::Silu => Activation::Silu,
-            Act::GeluTanh => Activation::GeluTanh,
-        };
+        let act = self.activation();
         let Kv { x, a, wide, after, .. } = kv;
         let input = normed(b, layer.ffn_norm.as_ref(), s.eps, x, a);
         b.gated(&w.gate_up, w.gate_up_bias.as_ref(), act, width, input, wide);
         let norm = layer.ffn_after_norm.as_ref();
         self.residual(&w.down, w.down_bias.as_ref(), norm, [wide, x, a, after]);
+    }
+
+    /// `x += norm?(sum of p_e expert_e(a) + sigmoid(gate a)? * shared(a))`, `a = norm(x)`.
+    fn experts(
+        &self,
+        how: &spec::Moe,
+        layer: &Layer<B::Mat, B::Row>,
+        w: &Moe<B::Mat, B::Row>,
+        kv: &mut Kv<B>,
+    ) {
+        let (b, s) = (&self.backend, &self.spec);
+        let act = self.activation();
+        let Kv { x, a, wide, out, after, .. } = kv;
+        let input = normed(b, layer.ffn_norm.as_ref(), s.eps, x, a);
+        b.linear(&w.router, w.router_bias.as_ref(), input, wide);
+        let correction = w.correction.as_ref();
+        b.moe(&how.routing, wide, correction, &w.experts, act, how.width, input, out);
+        if let (Some(how), Some(shared)) = (&how.shared, &w.shared) {
+            b.gated(&shared.gate_up, None, act, how.width, input, wide);
+            match &shared.router {
+                None => b.linear_add(&shared.down, None, wide, out),
+                Some(router) => {
+                    b.linear(&shared.down, None, wide, after);
+                    b.linear(router, None, input, wide);
+                    b.add_gated(wide, after, out);
+                }
+            }
+        }
+        match &layer.ffn_after_norm {
+            None => b.add(x, out),
+            Some(gain) => {
+                b.rms_norm(out, gain, s.eps, after);
+                b.add(x, after);
+            }
+        }
+    }
+
+    fn activation(&self) -> Activation {
+        match self.spec.act {
+            Act::Silu => Activation::Silu,
+            Act::GeluTanh => Activation::GeluTanh,
+        }
     }
 
     /// `x += norm?(w y + bias)`, with two buffers to work in.
@@ -199,20 +241,12 @@ impl Model<crate::backend::cpu::Cpu> {
 
     /// Bytes of the packed matrices.
     pub fn weight_bytes(&self) -> u64 {
-        let w = &self.weights;
-        let layers = w.layers.iter().flat_map(|l| {
-            let Mixer::Attention(a) = &l.mixer;
-            let Ffn::Dense(f) = &l.ffn;
-            [&a.qkv, &a.o, &f.gate_up, &f.down]
-        });
-        let ends = std::iter::once(&w.embed).chain(&w.head);
-        layers.chain(ends).map(|m| m.bytes().len() as u64).sum()
+        self.weights.mats().map(|m| m.bytes().len() as u64).sum()
     }
 
     /// How the weights of the layers are stored.
     pub fn form(&self) -> &'static str {
-        let Ffn::Dense(f) = &self.weights.layers[0].ffn;
-        f.down.form().name()
+        self.weights.layers[0].ffn.mats()[0].form().name()
     }
 }
 

@@ -1,10 +1,12 @@
 //! From a checkpoint's tensors to packed weights. Formats and checkpoint names end here.
 
+mod latent;
+
 use super::cache;
-use super::spec::{self, Names, Norm, QkNorm, Spec};
+use super::spec::{self, Names, Norm, QkNorm, Rows, Spec};
 use super::{LoadOptions, Quantization};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
-use crate::backend::{Backend, Form, Part, Parts};
+use crate::backend::{Backend, Expert, Form, Part, Parts};
 use crate::file::{Checkpoint, Dtype, TensorView};
 use crate::{Error, Result};
 use std::path::Path;
@@ -31,11 +33,13 @@ pub(super) struct Layer<M, V> {
 /// As [`spec::Mixer`].
 pub(super) enum Mixer<M, V> {
     Attention(Attention<M, V>),
+    Latent(Latent<M, V>),
 }
 
 /// As [`spec::Ffn`].
 pub(super) enum Ffn<M, V> {
     Dense(Dense<M, V>),
+    Moe(Moe<M, V>),
 }
 
 /// The weights of attention.
@@ -47,6 +51,20 @@ pub(super) struct Attention<M, V> {
     pub(super) o_bias: Option<V>,
 }
 
+/// The weights of latent attention, see [`spec::Latent`].
+pub(super) struct Latent<M, V> {
+    pub(super) q_a: Option<(M, V)>,
+    /// From the input, or from `q_a`'s output.
+    pub(super) q: M,
+    pub(super) kv_a: M,
+    pub(super) kv_norm: V,
+    /// For each head `[rank, nope]`: what the released `kv_b` makes keys with, transposed.
+    pub(super) keys: M,
+    /// For each head `[value, rank]`: what it makes values with.
+    pub(super) values: M,
+    pub(super) o: M,
+}
+
 /// The weights of a feed-forward network.
 pub(super) struct Dense<M, V> {
     pub(super) gate_up: M,
@@ -55,21 +73,98 @@ pub(super) struct Dense<M, V> {
     pub(super) down_bias: Option<V>,
 }
 
-/// A matrix as the checkpoint has it: tensors and their rows, all with `k` inputs.
-struct Source {
-    parts: Vec<(String, usize)>,
-    k: usize,
-    interleaved: bool,
+/// The weights of experts.
+pub(super) struct Moe<M, V> {
+    pub(super) router: M,
+    pub(super) router_bias: Option<V>,
+    pub(super) correction: Option<V>,
+    pub(super) experts: Vec<Expert<M, V>>,
+    pub(super) shared: Option<Shared<M>>,
 }
 
-/// One packed matrix to be: the checkpoint's tensors it comes from.
+/// The weights of shared experts.
+pub(super) struct Shared<M> {
+    pub(super) gate_up: M,
+    pub(super) down: M,
+    /// One row.
+    pub(super) router: Option<M>,
+}
+
+impl<M, V> Weights<M, V> {
+    /// All matrices.
+    pub(super) fn mats(&self) -> impl Iterator<Item = &M> {
+        let layers = self.layers.iter().flat_map(|layer| {
+            layer.mixer.mats().into_iter().chain(layer.ffn.mats())
+        });
+        layers.chain([&self.embed]).chain(&self.head)
+    }
+}
+
+impl<M, V> Mixer<M, V> {
+    /// All matrices.
+    fn mats(&self) -> Vec<&M> {
+        match self {
+            Mixer::Attention(a) => vec![&a.qkv, &a.o],
+            Mixer::Latent(a) => {
+                let mut mats = vec![&a.q, &a.kv_a, &a.keys, &a.values, &a.o];
+                mats.extend(a.q_a.as_ref().map(|(q_a, _)| q_a));
+                mats
+            }
+        }
+    }
+}
+
+impl<M, V> Ffn<M, V> {
+    /// All matrices, gate and up first.
+    pub(super) fn mats(&self) -> Vec<&M> {
+        match self {
+            Ffn::Dense(dense) => vec![&dense.gate_up, &dense.down],
+            Ffn::Moe(moe) => {
+                let mut mats: Vec<&M> =
+                    moe.experts.iter().flat_map(|e| [&e.gate_up, &e.down]).collect();
+                if let Some(shared) = &moe.shared {
+                    mats.extend([&shared.gate_up, &shared.down]);
+                    mats.extend(&shared.router);
+                }
+                mats.push(&moe.router);
+                mats
+            }
+        }
+    }
+}
+
+/// A matrix as the checkpoint has it: rows of tensors and their number, all with `k` inputs.
+struct Source {
+    parts: Vec<(Rows, usize)>,
+    k: usize,
+    interleaved: bool,
+    /// The tensors are `[in, out]`: of each, rows `first..first + k`.
+    transposed: bool,
+    /// Never quantized: a small matrix whose errors would choose other experts.
+    exact: bool,
+}
+
+impl Source {
+    /// A whole tensor.
+    fn whole(name: String, n: usize, k: usize) -> Source {
+        Source::rows(vec![(Rows { name, first: 0, of: n }, n)], k)
+    }
+
+    /// Rows of tensors, one below the other.
+    fn rows(parts: Vec<(Rows, usize)>, k: usize) -> Source {
+        Source { parts, k, interleaved: false, transposed: false, exact: false }
+    }
+}
+
+/// One packed matrix to be: the rows of the checkpoint's tensors it comes from.
 #[derive(Debug)]
 pub(super) struct Plan {
-    pub(super) names: Vec<String>,
+    pub(super) parts: Vec<(Rows, usize)>,
     pub(super) n: usize,
     pub(super) k: usize,
     pub(super) form: Form,
     interleaved: bool,
+    transposed: bool,
 }
 
 impl Plan {
@@ -123,9 +218,9 @@ impl<'a> Reader<'a> {
     }
 
     /// A vector as f32.
-    fn vector(&self, name: &str, n: usize) -> Result<Vec<f32>> {
-        let (tensor, stored) = self.tensor(name, &[n])?;
-        let values: Vec<f32> = match stored {
+    fn vector(&self, rows: &Rows, n: usize) -> Result<Vec<f32>> {
+        let (tensor, stored) = self.tensor(&rows.name, &[rows.of])?;
+        let mut values: Vec<f32> = match stored {
             Form::F32 => {
                 tensor.bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
             }
@@ -138,10 +233,11 @@ impl<'a> Reader<'a> {
                 halves.map(|&b| half::bf16::from_le_bytes(b).to_f32()).collect()
             }
         };
-        match values.iter().position(|x| !x.is_finite()) {
-            None => Ok(values),
-            Some(i) => Err(self.not_finite(name, &format!("[{i}]"))),
+        if let Some(i) = values.iter().position(|x| !x.is_finite()) {
+            return Err(self.not_finite(&rows.name, &format!("[{i}]")));
         }
+        values.truncate(rows.first + n);
+        Ok(values.split_off(rows.first))
     }
 
     fn not_finite(&self, name: &str, at: &str) -> Error {
@@ -149,8 +245,8 @@ impl<'a> Reader<'a> {
         Error::format(self.folder, what)
     }
 
-    fn norm(&self, name: &str, n: usize) -> Result<Vec<f32>> {
-        let mut gain = self.vector(name, n)?;
+    fn norm(&self, rows: &Rows, n: usize) -> Result<Vec<f32>> {
+        let mut gain = self.vector(rows, n)?;
         if self.spec.norm == Norm::RmsPlusOne {
             gain.iter_mut().for_each(|g| *g += 1.0);
         }
@@ -159,11 +255,12 @@ impl<'a> Reader<'a> {
 
     /// How a matrix will be packed.
     fn plan(&self, quantization: Quantization, source: Source) -> Result<Plan> {
-        let Source { parts, k, interleaved } = source;
+        let Source { parts, k, interleaved, transposed, exact } = source;
         let mut form = None;
-        for (name, n) in &parts {
-            let (tensor, stored) = self.tensor(name, &[*n, k])?;
+        for (Rows { name, of, .. }, n) in &parts {
+            let (tensor, stored) = self.tensor(name, &[*of, if transposed { *n } else { k }])?;
             let wanted = match quantization {
+                _ if exact => stored,
                 Quantization::Int4 => Form::Q4,
                 Quantization::Int8 => Form::Q8,
                 Quantization::Auto | Quantization::None => stored,
@@ -172,34 +269,35 @@ impl<'a> Reader<'a> {
                 return Err(Error::Unsupported(format!(
                     "tensor `{name}`: found {}, but `{}` beside it is stored otherwise; use quantization=\"int8\"",
                     tensor.dtype.name(),
-                    parts[0].0
+                    parts[0].0.name
                 )));
             }
         }
         let n = parts.iter().map(|(_, n)| n).sum::<usize>();
         let n = if interleaved { 2 * (n / 2).next_multiple_of(16) } else { n };
-        let names = parts.into_iter().map(|(name, _)| name).collect();
-        Ok(Plan { names, n, k, form: form.unwrap_or(Form::F32), interleaved })
+        Ok(Plan { parts, n, k, form: form.unwrap_or(Form::F32), interleaved, transposed })
     }
 
     /// Packs one matrix into `out`.
     fn pack(&self, cpu: &Cpu, plan: &Plan, out: &mut [u8]) -> Result<()> {
-        let tensors: Vec<TensorView<'a>> =
-            plan.names.iter().map(|name| self.checkpoint.tensor(name)).collect::<Result<_>>()?;
-        let part = |t: &TensorView<'a>| {
-            let stored = match t.dtype {
-                Dtype::F32 => Form::F32,
-                Dtype::F16 => Form::F16,
-                _ => Form::Bf16, // `plan` has checked
-            };
-            Part { stored, n: t.shape[0], bytes: t.bytes, transposed: false }
+        let transposed = plan.transposed;
+        let part = |&(ref rows, n): &(Rows, usize)| {
+            let (len, width) = if transposed { (plan.k, n) } else { (n, plan.k) };
+            let (tensor, stored) = self.tensor(&rows.name, &[rows.of, width])?;
+            let row = tensor.bytes.len() / rows.of;
+            let bytes = &tensor.bytes[rows.first * row..][..len * row];
+            Ok(Part { stored, n, bytes, transposed })
         };
-        let parts = tensors.iter().map(part).collect();
+        let parts = plan.parts.iter().map(part).collect::<Result<_>>()?;
         let parts = Parts { parts, k: plan.k, interleaved: plan.interleaved };
         cpu.pack_into(plan.form, &parts, out).map_err(|(p, row, column)| {
-            self.not_finite(&plan.names[p], &format!("[{row}, {column}]"))
+            let rows = &plan.parts[p].0;
+            let (row, column) = if transposed { (column, row) } else { (row, column) };
+            self.not_finite(&rows.name, &format!("[{}, {column}]", rows.first + row))
         })?;
-        tensors.iter().for_each(|t| self.checkpoint.release(t));
+        for (rows, _) in &plan.parts {
+            self.checkpoint.release(&self.checkpoint.tensor(&rows.name)?);
+        }
         Ok(())
     }
 
@@ -224,21 +322,13 @@ impl<'a> Reader<'a> {
         mut mat: impl FnMut(Source) -> Result<M>,
     ) -> Result<Weights<M, V>> {
         let s = self.spec;
-        let mut one =
-            |name: String, n, k| mat(Source { parts: vec![(name, n)], k, interleaved: false });
-        let embed = one(self.names.model("embed"), s.vocab, s.hidden)?;
+        let embed = mat(Source::whole(self.names.model("embed"), s.vocab, s.hidden))?;
         let layers = (0..s.layers.len()).map(|l| self.layer(l, &row, &mut mat));
         let layers = layers.collect::<Result<_>>()?;
-        let mut one =
-            |name: String, n, k| mat(Source { parts: vec![(name, n)], k, interleaved: false });
-        let head =
-            (!s.tied).then(|| one(self.names.model("head"), s.vocab, s.hidden)).transpose()?;
-        Ok(Weights {
-            embed,
-            layers,
-            norm: row(&self.norm(&self.names.model("norm"), s.hidden)?),
-            head,
-        })
+        let head = || mat(Source::whole(self.names.model("head"), s.vocab, s.hidden));
+        let head = (!s.tied).then(head).transpose()?;
+        let norm = Rows { name: self.names.model("norm"), first: 0, of: s.hidden };
+        Ok(Weights { embed, layers, norm: row(&self.norm(&norm, s.hidden)?), head })
     }
 
     fn layer<M, V>(
@@ -248,18 +338,18 @@ impl<'a> Reader<'a> {
         mat: &mut impl FnMut(Source) -> Result<M>,
     ) -> Result<Layer<M, V>> {
         let s = self.spec;
-        let name = |what: &str| self.names.layer(l, what);
+        let place = |what: &str| s.place(&self.names, l, what);
         let norm = |exists: bool, what: &str, n: usize| -> Result<Option<V>> {
-            exists.then(|| Ok(row(&self.norm(&name(what), n)?))).transpose()
+            exists.then(|| Ok(row(&self.norm(&place(what), n)?))).transpose()
         };
-        let vector = |what: &str, n: usize| self.vector(&name(what), n);
+        let vector = |what: &str, n: usize| self.vector(&place(what), n);
         let bias = |exists: bool, what: &str, n: usize| -> Result<Option<V>> {
             exists.then(|| Ok(row(&vector(what, n)?))).transpose()
         };
         let source = |parts: &[(&str, usize)], k, interleaved| Source {
-            parts: parts.iter().map(|&(what, n)| (name(what), n)).collect(),
-            k,
+            parts: parts.iter().map(|&(what, n)| (place(what), n)).collect(),
             interleaved,
+            ..Source::rows(Vec::new(), k)
         };
         let mixer = match &s.layers[l].mixer {
             spec::Mixer::Attention(a) => {
@@ -277,9 +367,11 @@ impl<'a> Reader<'a> {
                     o_bias: bias(s.o_bias, "o_bias", s.hidden)?,
                 })
             }
+            spec::Mixer::Latent(a) => Mixer::Latent(self.latent(l, a, row, mat)?),
         };
-        let ffn = match s.layers[l].ffn {
-            spec::Ffn::Dense(ffn) => {
+        let ffn = match &s.layers[l].ffn {
+            spec::Ffn::Moe(moe) => Ffn::Moe(self.moe(l, moe, row, mat)?),
+            &spec::Ffn::Dense(ffn) => {
                 let gate_up_bias = || -> Result<V> {
                     Ok(row(&interleave(&vector("gate_bias", ffn)?, &vector("up_bias", ffn)?)))
                 };
@@ -298,6 +390,58 @@ impl<'a> Reader<'a> {
             ffn_norm: norm(s.norms.ffn, "ffn_norm", s.hidden)?,
             ffn,
             ffn_after_norm: norm(s.norms.ffn_after, "ffn_after_norm", s.hidden)?,
+        })
+    }
+}
+
+impl Reader<'_> {
+    fn moe<M, V>(
+        &self,
+        l: usize,
+        moe: &spec::Moe,
+        row: &impl Fn(&[f32]) -> V,
+        mat: &mut impl FnMut(Source) -> Result<M>,
+    ) -> Result<Moe<M, V>> {
+        let hidden = self.spec.hidden;
+        let name = |what: &str| self.names.layer(l, what);
+        let vector = |exists: bool, what: &str| -> Result<Option<V>> {
+            let place = || Rows { name: name(what), first: 0, of: moe.experts };
+            exists.then(|| Ok(row(&self.vector(&place(), moe.experts)?))).transpose()
+        };
+        let mut source = |parts: Vec<(String, usize)>, k, exact| {
+            let interleaved = parts.len() == 2;
+            let whole = |(name, n)| (Rows { name, first: 0, of: n }, n);
+            let parts = parts.into_iter().map(whole).collect();
+            mat(Source { interleaved, exact, ..Source::rows(parts, k) })
+        };
+        let router = source(vec![(name("router"), moe.experts)], hidden, true)?;
+        let mut expert = |e: usize| -> Result<Expert<M, V>> {
+            let name = |what: &str| name(what).replace("{e}", &e.to_string());
+            let gate_up = vec![(name("expert_gate"), moe.width), (name("expert_up"), moe.width)];
+            Ok(Expert {
+                gate_up: source(gate_up, hidden, false)?,
+                gate_up_bias: None,
+                down: source(vec![(name("expert_down"), hidden)], moe.width, false)?,
+                down_bias: None,
+            })
+        };
+        let experts = (0..moe.experts).map(&mut expert).collect::<Result<_>>()?;
+        let shared = |shared: spec::Shared| -> Result<Shared<M>> {
+            let width = shared.width;
+            let gate_up = vec![(name("shared_gate"), width), (name("shared_up"), width)];
+            let gate = vec![(name("shared_router"), 1)];
+            Ok(Shared {
+                gate_up: source(gate_up, hidden, false)?,
+                down: source(vec![(name("shared_down"), hidden)], width, false)?,
+                router: shared.gate.then(|| source(gate, hidden, true)).transpose()?,
+            })
+        };
+        Ok(Moe {
+            router,
+            router_bias: vector(moe.router_bias, "router_bias")?,
+            correction: vector(moe.correction, "router_correction")?,
+            experts,
+            shared: moe.shared.map(shared).transpose()?,
         })
     }
 }

@@ -4,6 +4,7 @@
 mod attention;
 mod latent;
 mod memory;
+mod moe;
 mod pool;
 pub mod topology;
 
@@ -11,7 +12,8 @@ pub use attention::Kv;
 pub use memory::Bytes;
 
 use super::{
-    Activation, Attention, Backend, KvDtype, KvLayer, Latent, NotFinite, Part, Parts, Span,
+    Activation, Attention, Backend, Expert, KvDtype, KvLayer, Latent, NotFinite, Part, Parts,
+    Routing, Score, Span,
 };
 use crate::kernels::{Acts, Form, Kernels, layout};
 use crate::quant::{BLOCK, GROUPS};
@@ -20,6 +22,7 @@ use layout::ROWS;
 use memory::Disjoint;
 use pool::{Claims, Pool};
 use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::Mutex;
 
 /// Tokens from which an operation on rows is worth a parallel region.
@@ -34,43 +37,8 @@ pub struct Cpu {
     kernels: &'static Kernels,
     pool: Pool,
     acts: Mutex<ActBuf>,
-}
-
-/// The inputs of a product: of each row of `x`, cut into `heads` equal parts, the first `k` numbers of each part.
-#[derive(Clone, Copy)]
-struct Inputs<'a> {
-    x: &'a Buf,
-    heads: usize,
-    k: usize,
-}
-
-impl<'a> Inputs<'a> {
-    fn get(&self, row: usize, head: usize) -> &'a [f32] {
-        &self.x.row(row)[head * (self.x.width / self.heads)..][..self.k]
-    }
-}
-
-/// Inputs as [`Acts`], for each head.
-struct Quantized<'a> {
-    m: usize,
-    k: usize,
-    buf: &'a ActBuf,
-    start: usize,
-}
-
-impl<'a> Quantized<'a> {
-    fn head(&self, head: usize) -> Acts<'a> {
-        let (m, k) = (self.m, self.k);
-        let blocks = head * m * k.div_ceil(BLOCK)..(head + 1) * m * k.div_ceil(BLOCK);
-        Acts {
-            m,
-            k,
-            q: &self.buf.q[self.start + head * m * k..][..m * k],
-            s: &self.buf.s[blocks.clone()],
-            sums: &self.buf.sums[blocks.clone()],
-            totals: &self.buf.totals[blocks],
-        }
-    }
+    moe: Mutex<moe::Scratch>,
+    heads: Mutex<latent::Scratch>,
 }
 
 /// Quantized activations of the operation that runs.
@@ -80,6 +48,24 @@ struct ActBuf {
     s: Vec<f32>,
     sums: Vec<[i16; GROUPS]>,
     totals: Vec<i32>,
+    /// Where the values begin in `q`.
+    start: usize,
+}
+
+impl ActBuf {
+    /// The activations of `m` rows with `rows` before them, of `width` inputs.
+    fn of(&self, rows: usize, m: usize, width: usize) -> Acts<'_> {
+        let k = layout::padded_k(width);
+        let (from, n) = (rows * k.div_ceil(BLOCK), m * k.div_ceil(BLOCK));
+        Acts {
+            m,
+            k,
+            q: &self.q[self.start + rows * k..][..m * k],
+            s: &self.s[from..][..n],
+            sums: &self.sums[from..][..n],
+            totals: &self.totals[from..][..n],
+        }
+    }
 }
 
 /// Activations `[rows, width]`.
@@ -150,6 +136,19 @@ impl Mat {
     }
 }
 
+/// A matrix, or some of its row blocks, against some rows of the activations; the same rows of the output take
+/// the product.
+struct Job<'a> {
+    w: &'a Mat,
+    /// First row block.
+    block: usize,
+    /// Rows from there on.
+    n: usize,
+    bias: Option<&'a Vec<f32>>,
+    /// At most [`TOKENS`].
+    rows: Range<usize>,
+}
+
 /// What happens to a finished tile of a product.
 #[derive(Clone, Copy)]
 enum Into {
@@ -166,7 +165,13 @@ impl Cpu {
             return Err(Error::parameter("threads", threads, "1 to 4096, or \"auto\""));
         }
         let pool = Pool::new(threads).map_err(|e| Error::io("threads", e))?;
-        Ok(Cpu { kernels: crate::kernels::choose(isa)?, pool, acts: Mutex::default() })
+        Ok(Cpu {
+            kernels: crate::kernels::choose(isa)?,
+            pool,
+            acts: Mutex::default(),
+            moe: Mutex::default(),
+            heads: Mutex::default(),
+        })
     }
 
     /// The kernel set in use.
@@ -188,34 +193,31 @@ impl Cpu {
         self.pool.run(&|thread| claims.each(thread, |run| run.for_each(&work)));
     }
 
-    /// Rows `first..first + m` of `x`, quantized, in `buf`.
-    fn quantize<'a>(
-        &self,
-        x: Inputs<'_>,
-        first: usize,
-        m: usize,
-        buf: &'a mut ActBuf,
-    ) -> Quantized<'a> {
-        let k = layout::padded_k(x.k);
-        let (all, blocks) = (m * x.heads, k.div_ceil(BLOCK));
+    /// The rows of `jobs`, quantized, in `buf`: each job's activations stand together, see [`ActBuf::of`].
+    fn quantize(&self, jobs: &[Job<'_>], x: &Buf, buf: &mut ActBuf) {
+        let k = layout::padded_k(x.width);
+        let blocks = k.div_ceil(BLOCK);
+        let first = jobs[0].rows.start;
+        let rows = jobs[jobs.len() - 1].rows.end - first;
         // The values start at a line of the cache, as the tiles of AMX like them.
-        buf.q.resize(all * k + 64, 0);
-        let start = buf.q.as_ptr().addr().wrapping_neg() % 64;
-        let values = &mut buf.q[start..start + all * k];
-        buf.s.resize(all * blocks, 0.0);
-        buf.sums.resize(all * blocks, [0; GROUPS]);
-        buf.totals.resize(all * blocks, 0);
+        buf.q.resize(rows * k + 64, 0);
+        buf.start = buf.q.as_ptr().addr().wrapping_neg() % 64;
+        let values = &mut buf.q[buf.start..][..rows * k];
+        buf.s.resize(rows * blocks, 0.0);
+        buf.sums.resize(rows * blocks, [0; GROUPS]);
+        buf.totals.resize(rows * blocks, 0);
         let (q, s) = (Disjoint::new(values), Disjoint::new(&mut buf.s));
         let (sums, totals) = (Disjoint::new(&mut buf.sums), Disjoint::new(&mut buf.totals));
-        self.each(all, 4, |part| {
-            let (head, t) = (part / m, part % m);
+        self.each(rows, 4, |r| {
+            let job = &jobs[jobs.partition_point(|job| job.rows.end <= first + r)].rows;
+            let (m, before, t) = (job.len(), job.start - first, first + r - job.start);
             for b in 0..blocks {
                 let len = BLOCK.min(k - b * BLOCK);
-                let start = (b * BLOCK).min(x.k);
-                let x = &x.get(first + t, head)[start..(start + len).min(x.k)];
-                let at = head * m * k + b * BLOCK * m + t * len;
-                let i = (head * blocks + b) * m + t;
-                // SAFETY: `(head, b, t)` names these ranges, and each `(head, t)` is claimed by one thread.
+                let start = (b * BLOCK).min(x.width);
+                let x = &x.row(first + r)[start..(start + len).min(x.width)];
+                let at = before * k + b * BLOCK * m + t * len;
+                let i = before * blocks + b * m + t;
+                // SAFETY: `(b, r)` names these ranges, and each `r` is claimed by one thread.
                 let (q, s, sums, totals) = unsafe {
                     (
                         q.part(at..at + len),
@@ -227,57 +229,68 @@ impl Cpu {
                 (s[0], totals[0]) = self.kernels.quantize(x, q, &mut sums[0]);
             }
         });
-        Quantized { m, k, buf, start }
     }
 
     /// One matrix product: `out` takes `x w^T + bias` as `into` says.
     fn product(&self, w: &Mat, bias: Option<&Vec<f32>>, x: &Buf, into: Into, out: &mut Buf) {
-        assert_eq!(x.width, w.k, "inputs of the matrix");
         match into {
             Into::Store => out.shape(x.rows, w.n),
             Into::Add => assert!(out.rows == x.rows && out.width == w.n),
             Into::Gate(_, width) => out.shape(x.rows, width),
         }
-        let width = out.width;
-        let mut guard = self.acts.lock().unwrap_or_else(|e| e.into_inner());
-        let size = w.form.row_block_bytes(w.k);
-        // Pairs of row blocks: gate and up stand side by side, and AMX takes two.
-        let pairs = w.n.div_ceil(2 * ROWS);
-        let grain = if x.rows <= 4 { (CLAIM / (2 * size)).clamp(1, 64) } else { 1 };
         for t in (0..x.rows).step_by(TOKENS) {
-            let m = TOKENS.min(x.rows - t);
-            let inputs = Inputs { x, heads: 1, k: w.k };
-            let acts =
-                w.form.is_quantized().then(|| self.quantize(inputs, t, m, &mut guard).head(0));
-            let claims = Claims::new(pairs, self.pool.threads(), grain);
-            let values = Disjoint::new(&mut out.values_mut()[t * width..]);
-            self.pool.run(&|thread| {
-                let mut tile = Vec::new();
-                claims.each(thread, |run| {
-                    let columns = run.len() * 2 * ROWS;
+            let rows = t..x.rows.min(t + TOKENS);
+            self.products(&[Job { w, block: 0, n: w.n, bias, rows }], x, into, out);
+        }
+    }
+
+    /// Matrix products side by side. All matrices have one shape; the rows of the jobs follow each other.
+    fn products(&self, jobs: &[Job<'_>], x: &Buf, into: Into, out: &mut Buf) {
+        let Some(&Job { w, n, .. }) = jobs.first() else { return };
+        assert!(jobs.iter().all(|job| job.n == n && job.w.k == x.width));
+        let width = out.width;
+        let first = jobs[0].rows.start;
+        let mut acts = self.acts.lock().unwrap_or_else(|e| e.into_inner());
+        if jobs.iter().any(|job| job.w.form.is_quantized()) {
+            self.quantize(jobs, x, &mut acts);
+        }
+        let acts = &*acts;
+        // Pairs of row blocks: gate and up stand side by side, and AMX takes two.
+        let pairs = n.div_ceil(2 * ROWS);
+        let size = w.form.row_block_bytes(w.k);
+        let few = jobs.iter().all(|job| job.rows.len() <= 4);
+        let grain = if few { (CLAIM / (2 * size)).clamp(1, 64) } else { 1 };
+        let claims = Claims::new(jobs.len() * pairs, self.pool.threads(), grain);
+        let values = Disjoint::new(out.values_mut());
+        self.pool.run(&|thread| {
+            let mut tile = Vec::new();
+            claims.each(thread, |run| {
+                let mut piece = run.start;
+                while piece < run.end {
+                    // A run may go on into the next job.
+                    let (job, start) = (&jobs[piece / pairs], piece % pairs);
+                    let end = pairs.min(start + run.end - piece);
+                    piece += end - start;
+                    let blocks = start * 2..(end * 2).min(n.div_ceil(ROWS));
+                    let (m, columns) = (job.rows.len(), blocks.len() * ROWS);
                     tile.resize(m * columns, 0.0);
-                    let weights = &w.bytes()[run.start * 2 * size..run.end * 2 * size];
-                    match &acts {
-                        Some(acts) => self.kernels.gemm(w.form, weights, acts, &mut tile),
-                        None => {
-                            let x = &x.values()[t * x.width..(t + m) * x.width];
-                            self.kernels.gemm_float(w.form, weights, w.k, x, &mut tile);
-                        }
+                    let size = job.w.form.row_block_bytes(job.w.k);
+                    let weights = &job.w.bytes()[job.block * size..];
+                    let weights = &weights[blocks.start * size..blocks.end * size];
+                    if job.w.form.is_quantized() {
+                        let acts = acts.of(job.rows.start - first, m, x.width);
+                        self.kernels.gemm(job.w.form, weights, &acts, &mut tile);
+                    } else {
+                        let x = &x.values()[job.rows.start * x.width..job.rows.end * x.width];
+                        self.kernels.gemm_float(job.w.form, weights, job.w.k, x, &mut tile);
                     }
                     for (i, tile) in tile.chunks_mut(columns).enumerate() {
-                        self.finish(
-                            into,
-                            w.n,
-                            bias,
-                            run.start * 2 * ROWS,
-                            tile,
-                            &values,
-                            i * width,
-                        );
+                        let row = (job.rows.start + i) * width;
+                        self.finish(into, n, job.bias, start * 2 * ROWS, tile, &values, row);
                     }
-                });
+                }
             });
-        }
+        });
     }
 
     /// Takes one row of a tile, columns `first..` of the matrix, into the row of `out` that begins at `row`.
@@ -478,8 +491,7 @@ impl Backend for Cpu {
     }
 
     fn linear_heads(&self, w: &Mat, heads: usize, x: &Buf, out: &mut Buf) {
-        out.shape(x.rows, w.n);
-        self.product_heads(w, Inputs { x, heads, k: w.k }, 0, out);
+        self.product_heads(w, heads, x, out);
     }
 
     fn latent_qk(
@@ -492,6 +504,32 @@ impl Backend for Cpu {
         out: &mut Buf,
     ) {
         self.latent(w, norm, how, q, kv, out);
+    }
+
+    fn moe(
+        &self,
+        how: &Routing,
+        logits: &mut Buf,
+        correction: Option<&Vec<f32>>,
+        experts: &[Expert<Mat, Vec<f32>>],
+        act: Activation,
+        width: usize,
+        x: &Buf,
+        out: &mut Buf,
+    ) {
+        self.mixture(how, logits, correction, experts, Into::Gate(act, width), x, out);
+    }
+
+    fn add_gated(&self, gate: &mut Buf, y: &Buf, out: &mut Buf) {
+        assert!(gate.width == 1 && gate.rows == y.rows && out.width == y.width);
+        self.kernels.score(Score::Sigmoid, gate.values_mut());
+        let width = y.width;
+        let values = Disjoint::new(out.values_mut());
+        self.each(y.rows, 4, |r| {
+            // SAFETY: each row is claimed by one thread.
+            let out = unsafe { values.part(r * width..(r + 1) * width) };
+            self.kernels.add_scaled(out, gate.row(r)[0], y.row(r));
+        });
     }
 
     fn add(&self, x: &mut Buf, y: &Buf) {
@@ -581,7 +619,7 @@ impl Part<'_> {
     }
 
     /// The bytes of numbers `range` of row `i`.
-    fn range(&self, i: usize, k: usize, range: std::ops::Range<usize>) -> Cow<'_, [u8]> {
+    fn range(&self, i: usize, k: usize, range: Range<usize>) -> Cow<'_, [u8]> {
         let width = Part::width(self.stored);
         if self.transposed {
             let number = |j: usize| &self.bytes[(j * self.n + i) * width..][..width];

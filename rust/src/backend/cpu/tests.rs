@@ -2,7 +2,7 @@
 
 use super::*;
 
-fn noise(n: usize, mut seed: u32) -> Vec<f32> {
+pub(super) fn noise(n: usize, mut seed: u32) -> Vec<f32> {
     (0..n)
         .map(|_| {
             seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -19,7 +19,13 @@ fn part(n: usize, bytes: &[u8]) -> Part<'_> {
     Part { stored: Form::F32, n, bytes, transposed: false }
 }
 
-fn mat(cpu: &Cpu, form: Form, parts: &[(&[f32], usize)], k: usize, interleaved: bool) -> Mat {
+pub(super) fn mat(
+    cpu: &Cpu,
+    form: Form,
+    parts: &[(&[f32], usize)],
+    k: usize,
+    interleaved: bool,
+) -> Mat {
     let stored: Vec<Vec<u8>> = parts.iter().map(|(x, _)| bytes(x)).collect();
     let parts = parts.iter().zip(&stored);
     let parts = parts.map(|(&(_, n), bytes)| part(n, bytes)).collect();

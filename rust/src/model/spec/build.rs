@@ -12,7 +12,7 @@ const MAX_LAYERS: usize = 10_000;
 pub(super) const MAX_WIDTH: usize = 1 << 20;
 const MAX_HEADS: usize = 1 << 14;
 pub(super) const MAX_HEAD_DIM: usize = 1 << 14;
-const MAX_FFN: usize = 1 << 22;
+pub(super) const MAX_FFN: usize = 1 << 22;
 const MAX_VOCAB: usize = 1 << 24;
 const MAX_POSITIONS: usize = 1 << 30;
 
@@ -86,14 +86,15 @@ impl Spec {
             rope: Some(0),
         };
         let latent = Latent::read(&family, facts, (hidden, heads, head_dim))?;
-        let ffn = Ffn::Dense(facts.need_count(&family.ffn, MAX_FFN)?);
-        let layers = windows(&family, facts)?.into_iter().map(|window| {
+        let windows = windows(&family, facts)?;
+        let ffns = ffns(&family, facts, windows.len())?;
+        let layers = windows.into_iter().zip(ffns).map(|(window, ffn)| {
             let rope = Some(if window.is_some() { local } else { 0 });
             let mixer = match latent {
                 Some(latent) => Mixer::Latent(latent),
                 None => Mixer::Attention(Attention { window, rope, ..attention }),
             };
-            Layer { mixer, ffn: ffn.clone() }
+            Layer { mixer, ffn }
         });
         let layers = layers.collect();
         let spec = Spec {
@@ -174,6 +175,23 @@ fn refuse(family: &Family, architecture: &str, top: &Object<'_>, text: &Object<'
         }
     }
     Ok(())
+}
+
+/// The feed-forward network of each layer.
+fn ffns(family: &Family, facts: &Facts<'_>, layers: usize) -> Result<Vec<Ffn>> {
+    let dense = facts.count(&family.ffn, MAX_FFN)?;
+    let (moe, has) = match &family.moe {
+        None => (None, vec![false; layers]),
+        Some(moe) => {
+            let (moe, has) = moe.read(facts, dense, layers)?;
+            (Some(moe), has)
+        }
+    };
+    let ffn = |has| match (moe, has) {
+        (Some(moe), true) => Ok(Ffn::Moe(moe)),
+        _ => Ok(Ffn::Dense(facts.need_count(&family.ffn, MAX_FFN)?)),
+    };
+    has.into_iter().map(ffn).collect()
 }
 
 /// The window of each layer.

@@ -193,6 +193,11 @@ impl<'a> Facts<'a> {
         self.needed(fact, "a string", found)
     }
 
+    /// A string, if there is one.
+    pub(super) fn read_text<'b>(&'b self, fact: &'b Fact) -> Result<Option<&'b str>> {
+        self.read(fact, "a string", Value::as_str)
+    }
+
     /// A list, if there is one.
     pub(super) fn list<'b>(&'b self, fact: &'b Fact) -> Result<Option<&'b Vec<Value>>> {
         self.read(fact, "a list", Value::as_array)

@@ -1,6 +1,7 @@
 //! Architecture families: the TOML files under `models/families`, each a difference from its base.
 //! Knows no number of any model and no tensor; `Spec` applies a family to one `config.json`.
 
+use super::moe::MoeFacts;
 use super::{Norm, Place, QkNorm};
 use crate::{Error, Result};
 use serde::Deserialize;
@@ -15,7 +16,20 @@ macro_rules! families {
         ];
     };
 }
-families!["llama", "mistral", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_mm", "minicpm3"];
+families![
+    "llama",
+    "mistral",
+    "mistral3",
+    "mixtral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "gemma2",
+    "gemma3",
+    "gemma3_mm",
+    "minicpm3",
+];
 
 /// One string or a list of them.
 #[derive(Clone, Debug, Deserialize)]
@@ -128,6 +142,7 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) rope_theta_local: Fact,
     pub(super) rope_scaling: Fact,
+    pub(super) moe: Option<MoeFacts>,
     pub(super) model: Vec<String>,
     pub(super) ignore: Vec<String>,
     pub(super) names: BTreeMap<String, Names>,
@@ -161,7 +176,9 @@ impl Family {
     pub(super) fn parse(text: &str, source: &str) -> Result<Family> {
         let bad = |what: String| Error::format(format!("family {source}"), what);
         let table = merged(text, source, 0)?;
-        let facts = table.values().filter_map(|v| Fact::try_from(v.clone()).ok());
+        let moe = table.get("moe").and_then(Value::as_object);
+        let facts = table.values().chain(moe.into_iter().flat_map(|moe| moe.values()));
+        let facts = facts.filter_map(|v| Fact::try_from(v.clone()).ok());
         let honoured = facts.flat_map(|fact| fact.key).collect();
         let mut family: Family =
             serde_json::from_value(Value::Object(table)).map_err(|e| bad(e.to_string()))?;

@@ -5,13 +5,15 @@ mod build;
 mod config;
 mod family;
 mod latent;
+mod moe;
 mod names;
 mod rope;
 #[cfg(test)]
 mod tests;
 
 pub use latent::Latent;
-pub use names::{Names, Weight};
+pub use moe::{Moe, Shared};
+pub use names::{Names, Rows, Weight};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 
@@ -102,6 +104,8 @@ impl Mixer {
 pub enum Ffn {
     /// `down(act(gate(x)) * up(x))` of this width.
     Dense(usize),
+    /// Experts, of which each position uses some.
+    Moe(Moe),
 }
 
 /// Shape of attention in one layer.

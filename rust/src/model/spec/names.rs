@@ -1,7 +1,7 @@
 //! The weights that a model has, and what they are called in a checkpoint. Never reads a tensor.
 
 use super::config::bad;
-use super::{Ffn, Mixer, QkNorm, Spec};
+use super::{Ffn, Mixer, Moe, QkNorm, Spec};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, HashSet};
 
@@ -29,6 +29,15 @@ pub(super) const WEIGHTS: &[&str] = &[
     "up",
     "down",
     "ffn_after_norm",
+    "router",
+    "router_correction",
+    "expert_gate",
+    "expert_up",
+    "expert_down",
+    "shared_gate",
+    "shared_up",
+    "shared_down",
+    "shared_router",
 ];
 
 /// A weight that the model has.
@@ -36,7 +45,8 @@ pub(super) const WEIGHTS: &[&str] = &[
 pub struct Weight {
     /// Its short name here: `embed`, `q`, `q_bias`, ...
     pub what: &'static str,
-    /// Its shape: `[out, in]` for a matrix, `[n]` for a norm or a bias.
+    /// Its shape: `[out, in]` for a matrix, `[n]` for a norm or a bias; those of experts with the number of experts
+    /// before it.
     pub shape: Vec<usize>,
 }
 
@@ -103,8 +113,8 @@ impl Spec {
             }
             Mixer::Latent(latent) => latent.weights(hidden),
         });
-        all.extend(match layer.ffn {
-            Ffn::Dense(ffn) => existing([
+        all.extend(match &layer.ffn {
+            &Ffn::Dense(ffn) => existing([
                 (true, "gate", vec![ffn, hidden]),
                 (true, "up", vec![ffn, hidden]),
                 (true, "down", vec![hidden, ffn]),
@@ -112,6 +122,25 @@ impl Spec {
                 (self.mlp_bias, "up_bias", vec![ffn]),
                 (self.mlp_bias, "down_bias", vec![hidden]),
             ]),
+            Ffn::Moe(moe) => {
+                let Moe { experts, width, .. } = *moe;
+                let shared = moe.shared.map_or(0, |shared| shared.width);
+                existing([
+                    (true, "router", vec![experts, hidden]),
+                    (moe.router_bias, "router_bias", vec![experts]),
+                    (moe.correction, "router_correction", vec![experts]),
+                    (true, "expert_gate", vec![experts, width, hidden]),
+                    (true, "expert_up", vec![experts, width, hidden]),
+                    (true, "expert_down", vec![experts, hidden, width]),
+                    (moe.expert_bias, "expert_gate_bias", vec![experts, width]),
+                    (moe.expert_bias, "expert_up_bias", vec![experts, width]),
+                    (moe.expert_bias, "expert_down_bias", vec![experts, hidden]),
+                    (shared > 0, "shared_gate", vec![shared, hidden]),
+                    (shared > 0, "shared_up", vec![shared, hidden]),
+                    (shared > 0, "shared_down", vec![hidden, shared]),
+                    (moe.shared.is_some_and(|s| s.gate), "shared_router", vec![1, hidden]),
+                ])
+            }
         });
         all
     }
@@ -120,7 +149,8 @@ impl Spec {
     pub fn names(&self, has: impl Fn(&str) -> bool) -> Names {
         let first = |what: &str, model: &str| {
             let mut names = self.names[what].0.iter().map(|n| n.replace("{model}", model));
-            names.find(|n| has(&format!("{}.weight", n.replace("{l}", "0")))) // layer 0 decides
+            // Layer 0 and expert 0 decide.
+            names.find(|n| has(&format!("{}.weight", n.replace("{l}", "0").replace("{e}", "0"))))
         };
         let model = self.model.iter().find(|m| first("embed", m).is_some());
         let model = model.or(self.model.first()).cloned().unwrap_or_default();
@@ -129,6 +159,22 @@ impl Spec {
             (what.clone(), first(what, &model).or_else(fallback).unwrap_or_default())
         });
         Names { stems: stems.collect() }
+    }
+
+    /// Where weight `what` of layer `l` is. Weights with one name are rows of one tensor, one below the other in the
+    /// order of `layer_weights`: q, k, v and gate, up. Panics if the layer has no such weight.
+    pub fn place(&self, names: &Names, l: usize, what: &str) -> Rows {
+        let name = names.layer(l, what);
+        let (mut first, mut of) = (0, 0);
+        for weight in self.layer_weights(l) {
+            if weight.what == what {
+                first = of;
+            }
+            if names.layer(l, weight.what) == name {
+                of += weight.shape[0];
+            }
+        }
+        Rows { name, first, of }
     }
 
     /// Those of a checkpoint's tensors that are neither a weight of this model nor known to be ignorable: their
@@ -142,7 +188,9 @@ impl Spec {
         known.extend(names.stems.get("head").map(|h| format!("{h}.weight"))); // also where tied
         known.extend(self.model_weights().iter().map(|w| names.model(w.what)));
         for l in 0..self.layers.len() {
-            known.extend(self.layer_weights(l).iter().map(|w| names.layer(l, w.what)));
+            for weight in self.layer_weights(l) {
+                known.extend(names.tensors(l, &weight).into_iter().map(|(name, _)| name));
+            }
         }
         let ignored = |name: &str| self.ignore.iter().any(|pattern| matches(pattern, name));
         tensors.into_iter().filter(|name| !known.contains(*name) && !ignored(name)).collect()
@@ -155,6 +203,17 @@ pub(super) fn existing<const N: usize>(
 ) -> Vec<Weight> {
     let weights = table.into_iter().filter(|(exists, ..)| *exists);
     weights.map(|(_, what, shape)| Weight { what, shape }).collect()
+}
+
+/// Rows of a checkpoint's tensor that are one weight.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rows {
+    /// The tensor.
+    pub name: String,
+    /// The first of them.
+    pub first: usize,
+    /// Rows that the tensor has.
+    pub of: usize,
 }
 
 /// Short name of a weight -> its name in one checkpoint.
@@ -175,6 +234,16 @@ impl Names {
     /// The name of a weight of layer `l`. Panics if `what` is none of `Spec::layer_weights`.
     pub fn layer(&self, l: usize, what: &str) -> String {
         self.model(what).replace("{l}", &l.to_string())
+    }
+
+    /// The tensors of a weight of layer `l` and their shapes: one, or one for each expert.
+    pub fn tensors(&self, l: usize, weight: &Weight) -> Vec<(String, Vec<usize>)> {
+        let name = self.layer(l, weight.what);
+        if !name.contains("{e}") {
+            return vec![(name, weight.shape.clone())];
+        }
+        let each = |e: usize| (name.replace("{e}", &e.to_string()), weight.shape[1..].to_vec());
+        (0..weight.shape[0]).map(each).collect()
     }
 }
 
