@@ -176,7 +176,7 @@ pub trait Backend: Send + Sync {
 
     /// `out[r] = scale * table[ids[r]]`.
     fn embed(&self, table: &Self::Mat, ids: &[u32], scale: f32, out: &mut Self::Buf);
-    /// `out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * gain`.
+    /// `out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * gain`; if rows are longer than `gain`, of each piece as long as it.
     fn rms_norm(&self, x: &Self::Buf, gain: &Self::Row, eps: f32, out: &mut Self::Buf);
     /// `out = x w^T + bias`.
     fn linear(&self, w: &Self::Mat, bias: Option<&Self::Row>, x: &Self::Buf, out: &mut Self::Buf);
@@ -231,6 +231,30 @@ pub trait Backend: Send + Sync {
     );
     /// `out[r] = fma(sigmoid(gate[r]), y[r], out[r])`; `gate` has one column.
     fn add_gated(&self, gate: &mut Self::Buf, y: &Self::Buf, out: &mut Self::Buf);
+    /// `x = act(x) * y[.., from..from + width of x]`.
+    fn gate_with(&self, x: &mut Self::Buf, act: Activation, y: &Self::Buf, from: usize);
+    /// `out = act(max(0, gate - mean(gate) - times * deviation(gate))) * up` (Gemma 3n's sparse layers), `width`
+    /// columns, of gate and up interleaved as [`Backend::linear`] gives them.
+    fn cut_and_gate(
+        &self,
+        x: &Self::Buf,
+        times: f32,
+        act: Activation,
+        width: usize,
+        out: &mut Self::Buf,
+    );
+    /// AltUp (Baykal et al. 2023), before a layer: with n streams, `streams[i] += sum over j of
+    /// coefficients[n i + j] * streams[j]`, all of the streams as they were.
+    fn altup_predict(&self, coefficients: &Self::Buf, streams: &mut [Self::Buf]);
+    /// After it: `streams[i] += (1 + coefficients[i]) * (seen - streams[0])`, with `streams[0]` as it was.
+    fn altup_correct(
+        &self,
+        coefficients: &Self::Buf,
+        seen: &Self::Buf,
+        streams: &mut [Self::Buf],
+    );
+    /// `x[r] *= sqrt(mean(to[r]^2) / max(mean(x[r]^2), least))`.
+    fn match_power(&self, x: &mut Self::Buf, to: &Self::Buf, least: f32);
     /// `x += y`.
     fn add(&self, x: &mut Self::Buf, y: &Self::Buf);
     /// Cosines, then sines, of `position * inv_freq`, times `scale`, for each position.

@@ -207,6 +207,18 @@ impl Kernels {
         unsafe { (self.float.rms_norm)(x, gain, eps, out) }
     }
 
+    /// `mean(x^2)`.
+    pub fn mean_square(&self, x: &[f32]) -> f32 {
+        // SAFETY: see above.
+        unsafe { (self.float.mean_square)(x) }
+    }
+
+    /// `x = max(0, x - mean(x) - times * sqrt(mean((x - mean(x))^2)))`.
+    pub fn cut(&self, x: &mut [f32], times: f32) {
+        // SAFETY: see above.
+        unsafe { (self.float.cut)(x, times) }
+    }
+
     /// Rotates one head; `cos_sin` is as long as the part of the head that turns, cosines first.
     pub fn rope(&self, x: &mut [f32], cos_sin: &[f32]) {
         assert!(cos_sin.len() <= x.len() && cos_sin.len().is_multiple_of(2));

@@ -271,6 +271,9 @@ proptest! {
                 set.score(score, &mut z);
                 all.extend_from_slice(&z);
             }
+            all.push(set.mean_square(&z));
+            set.cut(&mut z, 0.5);
+            all.extend_from_slice(&z);
             all
         };
         let expected = run(&scalar::KERNELS);
@@ -419,4 +422,18 @@ fn a_forced_set_must_exist() {
     assert_eq!(choose(Some("scalar")).unwrap().name(), "scalar");
     let error = choose(Some("sse9")).unwrap_err().to_string();
     assert!(error.contains("sse9") && error.contains("scalar"), "{error}");
+}
+
+#[test]
+fn a_cut_keeps_what_stands_out() {
+    let x = Random(7).values(1000);
+    let mean = x.iter().map(|&x| f64::from(x)).sum::<f64>() / 1000.0;
+    let variance = x.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / 1000.0;
+    let mut y = x.clone();
+    scalar::KERNELS.cut(&mut y, 1.5);
+    for (x, y) in x.iter().zip(&y) {
+        let expected = (f64::from(*x) - mean - 1.5 * variance.sqrt()).max(0.0);
+        assert!((f64::from(*y) - expected).abs() < 1e-5, "{x}: {y}, {expected}");
+    }
+    assert!(y.iter().any(|&y| y > 0.0));
 }

@@ -6,6 +6,7 @@ mod latent;
 mod memory;
 mod moe;
 mod pool;
+mod streams;
 pub mod topology;
 
 pub use attention::Kv;
@@ -459,13 +460,17 @@ impl Backend for Cpu {
     }
 
     fn rms_norm(&self, x: &Buf, gain: &Vec<f32>, eps: f32, out: &mut Buf) {
+        assert!(x.width.is_multiple_of(gain.len()));
         out.shape(x.rows, x.width);
         let width = x.width;
         let values = Disjoint::new(out.values_mut());
         self.each(x.rows, 4, |r| {
             // SAFETY: each row is claimed by one thread.
             let out = unsafe { values.part(r * width..(r + 1) * width) };
-            self.kernels.rms_norm(x.row(r), gain, eps, out);
+            let pieces = x.row(r).chunks_exact(gain.len());
+            for (x, out) in pieces.zip(out.chunks_exact_mut(gain.len())) {
+                self.kernels.rms_norm(x, gain, eps, out);
+            }
         });
     }
 
@@ -530,6 +535,26 @@ impl Backend for Cpu {
             let out = unsafe { values.part(r * width..(r + 1) * width) };
             self.kernels.add_scaled(out, gate.row(r)[0], y.row(r));
         });
+    }
+
+    fn gate_with(&self, x: &mut Buf, act: Activation, y: &Buf, from: usize) {
+        self.gate_rows(x, act, y, from);
+    }
+
+    fn cut_and_gate(&self, x: &Buf, times: f32, act: Activation, width: usize, out: &mut Buf) {
+        self.cut_rows(x, times, act, width, out);
+    }
+
+    fn altup_predict(&self, coefficients: &Buf, streams: &mut [Buf]) {
+        self.predict(coefficients, streams);
+    }
+
+    fn altup_correct(&self, coefficients: &Buf, seen: &Buf, streams: &mut [Buf]) {
+        self.correct(coefficients, seen, streams);
+    }
+
+    fn match_power(&self, x: &mut Buf, to: &Buf, least: f32) {
+        self.match_rows(x, to, least);
     }
 
     fn add(&self, x: &mut Buf, y: &Buf) {

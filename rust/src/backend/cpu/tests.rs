@@ -126,3 +126,57 @@ fn a_matrix_of_each_head_is_a_product_of_each_head() {
         }
     }
 }
+
+#[test]
+fn streams_and_gates_match_plain_loops() {
+    const ROWS: usize = 9;
+    const N: usize = 3;
+    let width = 40;
+    let run = |threads| {
+        let cpu = Cpu::new(threads, None).unwrap();
+        let old: Vec<_> =
+            (0..N).map(|i| Buf::new(noise(ROWS * width, i as u32), width)).collect();
+        let (predict, correct) = (noise(ROWS * N * N, 7), noise(ROWS * N, 8));
+        let seen = Buf::new(noise(ROWS * width, 9), width);
+        let mut predicted = old.clone();
+        cpu.altup_predict(&Buf::new(predict.clone(), N * N), &mut predicted);
+        let mut corrected = predicted.clone();
+        cpu.altup_correct(&Buf::new(correct.clone(), N), &seen, &mut corrected);
+        let mut matched = seen.clone();
+        cpu.match_power(&mut matched, &old[0], 1e-5);
+        let mut gated = Buf::new(noise(ROWS * 8, 10), 8);
+        let before = gated.clone();
+        cpu.gate_with(&mut gated, Activation::Silu, &seen, 16);
+        let both = Buf::new(noise(ROWS * 96, 11), 96);
+        let mut cut = cpu.buf();
+        cpu.cut_and_gate(&both, 0.5, Activation::Silu, width, &mut cut);
+        let silu = |x: f32| x / (1.0 + (-x).exp());
+        let close = |a: f32, b: f32| assert!((a - b).abs() < 1e-5, "{a} {b}");
+        for r in 0..ROWS {
+            let power = |x: &Buf| x.row(r).iter().map(|x| x * x).sum::<f32>() / width as f32;
+            close(power(&matched), power(&old[0]));
+            let part = |from: usize| -> Vec<f32> {
+                (0..width).map(|c| both.row(r)[c / 16 * 32 + from + c % 16]).collect()
+            };
+            let (gate, up) = (part(0), part(16));
+            let mean = gate.iter().sum::<f32>() / width as f32;
+            let variance = gate.iter().map(|g| (g - mean).powi(2)).sum::<f32>() / width as f32;
+            for c in 0..width {
+                for i in 0..N {
+                    let sum = (0..N).map(|j| predict[r * N * N + i * N + j] * old[j].row(r)[c]);
+                    close(predicted[i].row(r)[c], old[i].row(r)[c] + sum.sum::<f32>());
+                    let new = (seen.row(r)[c] - predicted[0].row(r)[c]) * (1.0 + correct[r * N + i]);
+                    close(corrected[i].row(r)[c], predicted[i].row(r)[c] + new);
+                }
+                let large = (gate[c] - mean - 0.5 * variance.sqrt()).max(0.0);
+                close(cut.row(r)[c], silu(large) * up[c]);
+            }
+            for c in 0..8 {
+                close(gated.row(r)[c], silu(before.row(r)[c]) * seen.row(r)[16 + c]);
+            }
+        }
+        [predicted, corrected, vec![matched, gated, cut]].concat()
+    };
+    let one: Vec<Vec<f32>> = run(1).iter().map(|x| x.values().to_vec()).collect();
+    assert!(run(2).iter().zip(&one).all(|(a, b)| a.values() == b));
+}
