@@ -595,6 +595,7 @@ fn attention(set: &Kernels, threads: usize) {
                     latent: None,
                     scale: 0.1,
                     softcap: None,
+                    sinks: None,
                     seen: &[(0, CONTEXT as u32); GROUP],
                     kv: &memory.get()[layer * one.len()..][..one.len()],
                     table: &table,

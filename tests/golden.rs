@@ -36,6 +36,18 @@ fn goldens() -> Vec<PathBuf> {
                 "qwen2-moe-a",
                 "qwen3-moe-a",
                 "qwen3-moe-b",
+                "granite3-a",
+                "olmo2-a",
+                "starcoder2-a",
+                "arcee-a",
+                "apertus-a",
+                "phi4-a",
+                "glm4-a",
+                "ernie45-a",
+                "seed-oss-a",
+                "minicpm3-a",
+                "deepseek-v2-lite-a",
+                "deepseek-v3-a",
             ]
             .iter()
             .map(|name| Path::new(&shared).join("goldens").join(name)),

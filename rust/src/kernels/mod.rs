@@ -219,11 +219,26 @@ impl Kernels {
         unsafe { (self.float.cut)(x, times) }
     }
 
+    /// `out = (x - mean(x)) / sqrt(variance(x) + eps) * gain + bias`.
+    pub fn layer_norm(
+        &self,
+        x: &[f32],
+        gain: &[f32],
+        bias: Option<&[f32]>,
+        eps: f32,
+        out: &mut [f32],
+    ) {
+        assert!(x.len() == gain.len() && x.len() == out.len());
+        assert!(bias.is_none_or(|bias| bias.len() == x.len()));
+        // SAFETY: see above.
+        unsafe { (self.float.layer_norm)(x, gain, bias, eps, out) }
+    }
+
     /// Rotates one head; `cos_sin` is as long as the part of the head that turns, cosines first.
-    pub fn rope(&self, x: &mut [f32], cos_sin: &[f32]) {
+    pub fn rope(&self, x: &mut [f32], cos_sin: &[f32], interleaved: bool) {
         assert!(cos_sin.len() <= x.len() && cos_sin.len().is_multiple_of(2));
         // SAFETY: see above.
-        unsafe { (self.float.rope)(x, cos_sin) }
+        unsafe { (self.float.rope)(x, cos_sin, interleaved) }
     }
 
     /// `gate = act(gate) * up`.
@@ -265,6 +280,7 @@ impl Kernels {
         let rows = a.seen.len();
         assert!(rows <= MAX_ROWS && a.q.len() == rows * a.d);
         assert!(out.len() == rows * a.out_width() && a.latent.is_none_or(|dv| dv <= a.d));
+        assert!(a.sinks.is_none_or(|sinks| sinks.len() == rows));
         let offsets = a.kv.as_ptr().addr() | a.page_stride | a.head_offset;
         assert!(offsets.is_multiple_of(4), "pages hold f32 scales");
         let attend = match dtype {

@@ -255,13 +255,20 @@ proptest! {
             let mut z = vec![0.0; n];
             set.rms_norm(&x, &y, 1e-5, &mut z);
             all.extend_from_slice(&z);
-            for act in [Activation::Silu, Activation::GeluTanh] {
+            for bias in [None, Some(&y[..])] {
+                set.layer_norm(&x, &y, bias, 1e-5, &mut z);
+                all.extend_from_slice(&z);
+            }
+            let xielu = Activation::XIelu { alpha_p: 0.8, alpha_n: 0.3, beta: 0.5, eps: -1e-6 };
+            use Activation::{Gelu, GeluTanh, Relu2, Silu};
+            for act in [Silu, Gelu, GeluTanh, Relu2, xielu] {
                 z.copy_from_slice(&x);
                 set.gate(act, &mut z, &y);
                 all.extend_from_slice(&z);
             }
             z.copy_from_slice(&x);
-            set.rope(&mut z, &y[..n / 2 * 2]);
+            set.rope(&mut z, &y[..n / 2 * 2], false);
+            set.rope(&mut z, &y[..n / 4 * 2], true);
             set.softcap(&mut z, 30.0);
             set.add(&mut z, &y);
             set.add_scaled(&mut z, 0.3, &x);
@@ -284,7 +291,7 @@ proptest! {
 
     #[test]
     fn attention(rows in 1usize..=MAX_ROWS, d in 1usize..20, len in 1usize..1200, window in 1u32..1500,
-                 kind in 0usize..3, cap: bool, keys_only: bool, seed: u64) {
+                 kind in 0usize..3, cap: bool, keys_only: bool, sink: bool, seed: u64) {
         let d = 8 * d;
         let dtype = [KvDtype::F32, KvDtype::F16, KvDtype::Int8][kind];
         let mut random = Random(seed);
@@ -299,6 +306,7 @@ proptest! {
         if keys_only {
             v.clear();
         }
+        let sinks = mild(rows);
         let seen: Vec<(u32, u32)> = (0..rows).map(|_| {
             let to = 1 + (random.next() % len as u64) as u32;
             (to.saturating_sub(window), to)
@@ -321,6 +329,7 @@ proptest! {
                 latent,
                 scale: 0.2,
                 softcap: cap.then_some(50.0),
+                sinks: sink.then_some(&sinks[rows.clone()]),
                 seen: &seen[rows.clone()],
                 kv: kv.get(),
                 table: &table,
@@ -363,7 +372,8 @@ proptest! {
                 if cap { 50.0 * (s * 0.2 / 50.0).tanh() } else { s * 0.2 }
             }).collect();
             let max = scores.iter().fold(f64::MIN, |a, &b| a.max(b));
-            let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+            let extra = if sink { (f64::from(sinks[r]) - max).exp() } else { 0.0 };
+            let total: f64 = scores.iter().map(|s| (s - max).exp()).sum::<f64>() + extra;
             for i in 0..dv {
                 let o: f64 = scores.iter().zip(from as usize..)
                     .map(|(s, p)| (s - max).exp() / total * v[p * d + d - dv + i]).sum();
@@ -415,6 +425,51 @@ fn exp_is_within_two_ulp() {
     assert_eq!(float::exp(0.0), 1.0);
     assert_eq!(float::exp(f32::INFINITY), f32::INFINITY);
     assert!(float::exp(f32::NAN).is_nan());
+}
+
+/// `(x, act(x))` for x from -20 to 20, and some small x.
+fn curve(act: Activation) -> impl Iterator<Item = (f64, f64)> {
+    let x = (-20_000..=20_000).map(|i| i as f32 * 1e-3).chain([1e-8, -1e-8, 1e-5, -1e-5]);
+    x.map(move |x| {
+        let mut y = [x];
+        scalar::KERNELS.gate(act, &mut y, &[1.0]);
+        (f64::from(x), f64::from(y[0]))
+    })
+}
+
+#[test]
+fn activations_are_their_formulas() {
+    for (x, y) in curve(Activation::Gelu) {
+        let want = x * 0.5 * libm::erfc(-x / 2f64.sqrt());
+        assert!((y - want).abs() <= 1.2e-7 * x.abs(), "gelu({x}) = {y}, expected {want}");
+    }
+    let eps = -1e-6f32;
+    for (x, y) in curve(Activation::XIelu { alpha_p: 0.75, alpha_n: 1.5, beta: 0.5, eps }) {
+        let bend = if x > 0.0 { 0.75 * x * x } else { 1.5 * (x.min(eps.into()).exp_m1() - x) };
+        let want = 0.5 * x + bend;
+        assert!(
+            (y - want).abs() <= 4e-7 * (x.abs() + want.abs()),
+            "xielu({x}) = {y}, expected {want}"
+        );
+    }
+    for (x, y) in curve(Activation::Relu2) {
+        assert!((y - x.max(0.0).powi(2)).abs() <= 1e-7 * y);
+    }
+}
+
+#[test]
+fn layer_norm_is_its_formula() {
+    let mut random = Random(7);
+    let (x, gain, bias) = (random.values(77), random.values(77), random.values(77));
+    let mut y = vec![0.0; 77];
+    scalar::KERNELS.layer_norm(&x, &gain, Some(&bias), 1e-5, &mut y);
+    let mean = x.iter().map(|&x| f64::from(x)).sum::<f64>() / 77.0;
+    let variance = x.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / 77.0;
+    for i in 0..77 {
+        let unit = (f64::from(x[i]) - mean) / (variance + 1e-5).sqrt();
+        let want = unit * f64::from(gain[i]) + f64::from(bias[i]);
+        assert!((f64::from(y[i]) - want).abs() <= 1e-5 * want.abs().max(1.0), "{i}");
+    }
 }
 
 #[test]

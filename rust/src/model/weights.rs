@@ -3,10 +3,10 @@
 mod latent;
 
 use super::cache;
-use super::spec::{self, Names, Norm, QkNorm, Rows, Spec};
+use super::spec::{self, Act, Names, QkNorm, Rows, Spec};
 use super::{LoadOptions, Quantization};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
-use crate::backend::{Backend, Expert, Form, Part, Parts};
+use crate::backend::{Activation, Backend, Expert, Form, Part, Parts};
 use crate::file::{Checkpoint, Dtype, TensorView};
 use crate::{Error, Result};
 use std::path::Path;
@@ -14,20 +14,28 @@ use std::path::Path;
 /// All weights of a model: matrices `M`, vectors `V`. Bias and norm exist where the family has them.
 pub(super) struct Weights<M, V> {
     pub(super) embed: M,
+    pub(super) positions: Option<M>,
     pub(super) layers: Vec<Layer<M, V>>,
-    pub(super) norm: V,
+    pub(super) norm: Norm<V>,
     /// `None`: the embedding is the head.
     pub(super) head: Option<M>,
+    pub(super) head_bias: Option<V>,
+}
+
+/// The weights of a norm.
+pub(super) struct Norm<V> {
+    pub(super) gain: V,
+    pub(super) bias: Option<V>,
 }
 
 /// The weights of one layer.
 pub(super) struct Layer<M, V> {
-    pub(super) attn_norm: Option<V>,
+    pub(super) attn_norm: Option<Norm<V>>,
     pub(super) mixer: Mixer<M, V>,
-    pub(super) attn_after_norm: Option<V>,
-    pub(super) ffn_norm: Option<V>,
+    pub(super) attn_after_norm: Option<Norm<V>>,
+    pub(super) ffn_norm: Option<Norm<V>>,
     pub(super) ffn: Ffn<M, V>,
-    pub(super) ffn_after_norm: Option<V>,
+    pub(super) ffn_after_norm: Option<Norm<V>>,
 }
 
 /// As [`spec::Mixer`].
@@ -47,6 +55,7 @@ pub(super) struct Attention<M, V> {
     pub(super) qkv: M,
     pub(super) qkv_bias: Option<V>,
     pub(super) qk_norms: Option<(V, V)>,
+    pub(super) sinks: Option<V>,
     pub(super) o: M,
     pub(super) o_bias: Option<V>,
 }
@@ -67,6 +76,8 @@ pub(super) struct Latent<M, V> {
 
 /// The weights of a feed-forward network.
 pub(super) struct Dense<M, V> {
+    pub(super) act: Activation,
+    /// Up alone, where there is no gate.
     pub(super) gate_up: M,
     pub(super) gate_up_bias: Option<V>,
     pub(super) down: M,
@@ -75,6 +86,7 @@ pub(super) struct Dense<M, V> {
 
 /// The weights of experts.
 pub(super) struct Moe<M, V> {
+    pub(super) act: Activation,
     pub(super) router: M,
     pub(super) router_bias: Option<V>,
     pub(super) correction: Option<V>,
@@ -96,7 +108,7 @@ impl<M, V> Weights<M, V> {
         let layers = self.layers.iter().flat_map(|layer| {
             layer.mixer.mats().into_iter().chain(layer.ffn.mats())
         });
-        layers.chain([&self.embed]).chain(&self.head)
+        layers.chain([&self.embed]).chain(&self.positions).chain(&self.head)
     }
 }
 
@@ -219,8 +231,15 @@ impl<'a> Reader<'a> {
 
     /// A vector as f32.
     fn vector(&self, rows: &Rows, n: usize) -> Result<Vec<f32>> {
-        let (tensor, stored) = self.tensor(&rows.name, &[rows.of])?;
-        let mut values: Vec<f32> = match stored {
+        let mut values = self.values(&rows.name, &[rows.of])?;
+        values.truncate(rows.first + n);
+        Ok(values.split_off(rows.first))
+    }
+
+    /// A small tensor as f32.
+    fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let (tensor, stored) = self.tensor(name, shape)?;
+        let values: Vec<f32> = match stored {
             Form::F32 => {
                 tensor.bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
             }
@@ -233,11 +252,10 @@ impl<'a> Reader<'a> {
                 halves.map(|&b| half::bf16::from_le_bytes(b).to_f32()).collect()
             }
         };
-        if let Some(i) = values.iter().position(|x| !x.is_finite()) {
-            return Err(self.not_finite(&rows.name, &format!("[{i}]")));
+        match values.iter().position(|x| !x.is_finite()) {
+            None => Ok(values),
+            Some(i) => Err(self.not_finite(name, &format!("[{i}]"))),
         }
-        values.truncate(rows.first + n);
-        Ok(values.split_off(rows.first))
     }
 
     fn not_finite(&self, name: &str, at: &str) -> Error {
@@ -245,9 +263,9 @@ impl<'a> Reader<'a> {
         Error::format(self.folder, what)
     }
 
-    fn norm(&self, rows: &Rows, n: usize) -> Result<Vec<f32>> {
-        let mut gain = self.vector(rows, n)?;
-        if self.spec.norm == Norm::RmsPlusOne {
+    fn norm(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let mut gain = self.values(name, shape)?;
+        if self.spec.norm.plus_one() {
             gain.iter_mut().for_each(|g| *g += 1.0);
         }
         Ok(gain)
@@ -322,13 +340,20 @@ impl<'a> Reader<'a> {
         mut mat: impl FnMut(Source) -> Result<M>,
     ) -> Result<Weights<M, V>> {
         let s = self.spec;
-        let embed = mat(Source::whole(self.names.model("embed"), s.vocab, s.hidden))?;
+        let whole = |what: &str, n| Source::whole(self.names.model(what), n, s.hidden);
+        let embed = mat(whole("embed", s.vocab))?;
+        let positions = |n| mat(Source { exact: true, ..whole("positions", n) });
+        let positions = s.positions.map(positions).transpose()?;
         let layers = (0..s.layers.len()).map(|l| self.layer(l, &row, &mut mat));
         let layers = layers.collect::<Result<_>>()?;
-        let head = || mat(Source::whole(self.names.model("head"), s.vocab, s.hidden));
-        let head = (!s.tied).then(head).transpose()?;
-        let norm = Rows { name: self.names.model("norm"), first: 0, of: s.hidden };
-        Ok(Weights { embed, layers, norm: row(&self.norm(&norm, s.hidden)?), head })
+        let head = (!s.tied).then(|| mat(whole("head", s.vocab))).transpose()?;
+        let vector = |what: &str, n| Ok(row(&self.values(&self.names.model(what), &[n])?));
+        let norm = Norm {
+            gain: row(&self.norm(&self.names.model("norm"), &[s.hidden])?),
+            bias: s.norm_bias.then(|| vector("norm_bias", s.hidden)).transpose()?,
+        };
+        let head_bias = s.head_bias.then(|| vector("head_bias", s.vocab)).transpose()?;
+        Ok(Weights { embed, positions, layers, norm, head, head_bias })
     }
 
     fn layer<M, V>(
@@ -338,13 +363,16 @@ impl<'a> Reader<'a> {
         mat: &mut impl FnMut(Source) -> Result<M>,
     ) -> Result<Layer<M, V>> {
         let s = self.spec;
+        let name = |what: &str| self.names.layer(l, what);
         let place = |what: &str| s.place(&self.names, l, what);
-        let norm = |exists: bool, what: &str, n: usize| -> Result<Option<V>> {
-            exists.then(|| Ok(row(&self.norm(&place(what), n)?))).transpose()
-        };
         let vector = |what: &str, n: usize| self.vector(&place(what), n);
         let bias = |exists: bool, what: &str, n: usize| -> Result<Option<V>> {
             exists.then(|| Ok(row(&vector(what, n)?))).transpose()
+        };
+        let norm = |exists: bool, what: &str, bias_what: &str| -> Result<Option<Norm<V>>> {
+            let gain = || Ok(row(&self.norm(&name(what), &[s.hidden])?));
+            let bias = || bias(s.norm_bias, bias_what, s.hidden);
+            exists.then(|| Ok(Norm { gain: gain()?, bias: bias()? })).transpose()
         };
         let source = |parts: &[(&str, usize)], k, interleaved| Source {
             parts: parts.iter().map(|&(what, n)| (place(what), n)).collect(),
@@ -358,11 +386,19 @@ impl<'a> Reader<'a> {
                     let all = [vector("q_bias", q)?, vector("k_bias", kv)?, vector("v_bias", kv)?];
                     Ok(row(&all.concat()))
                 };
-                let heads = s.qk_norm == QkNorm::Head;
+                let gain = |what: &str, heads: usize| match s.qk_norm {
+                    QkNorm::Head => self.norm(&name(what), &[d]),
+                    QkNorm::EachHead => self.norm(&name(what), &[heads, d]),
+                    QkNorm::Full | QkNorm::None => self.norm(&name(what), &[heads * d]),
+                };
+                let qk_norms = || -> Result<(V, V)> {
+                    Ok((row(&gain("q_norm", a.heads)?), row(&gain("k_norm", a.kv_heads)?)))
+                };
                 Mixer::Attention(Attention {
                     qkv: mat(source(&[("q", q), ("k", kv), ("v", kv)], s.hidden, false))?,
                     qkv_bias: s.qkv_bias.then(qkv_bias).transpose()?,
-                    qk_norms: norm(heads, "q_norm", d)?.zip(norm(heads, "k_norm", d)?),
+                    qk_norms: (s.qk_norm != QkNorm::None).then(qk_norms).transpose()?,
+                    sinks: bias(a.sinks, "sinks", a.heads)?,
                     o: mat(source(&[("o", s.hidden)], q, false))?,
                     o_bias: bias(s.o_bias, "o_bias", s.hidden)?,
                 })
@@ -376,20 +412,52 @@ impl<'a> Reader<'a> {
                     Ok(row(&interleave(&vector("gate_bias", ffn)?, &vector("up_bias", ffn)?)))
                 };
                 Ffn::Dense(Dense {
+                    act: self.activation(l)?,
                     gate_up: mat(source(&[("gate", ffn), ("up", ffn)], s.hidden, true))?,
                     gate_up_bias: s.mlp_bias.then(gate_up_bias).transpose()?,
                     down: mat(source(&[("down", s.hidden)], ffn, false))?,
                     down_bias: bias(s.mlp_bias, "down_bias", s.hidden)?,
                 })
             }
+            &spec::Ffn::Plain(ffn) => Ffn::Dense(Dense {
+                act: self.activation(l)?,
+                gate_up: mat(source(&[("up", ffn)], s.hidden, false))?,
+                gate_up_bias: bias(s.mlp_bias, "up_bias", ffn)?,
+                down: mat(source(&[("down", s.hidden)], ffn, false))?,
+                down_bias: bias(s.mlp_bias, "down_bias", s.hidden)?,
+            }),
         };
         Ok(Layer {
-            attn_norm: norm(s.norms.attn, "attn_norm", s.hidden)?,
+            attn_norm: norm(s.norms.attn, "attn_norm", "attn_norm_bias")?,
             mixer,
-            attn_after_norm: norm(s.norms.attn_after, "attn_after_norm", s.hidden)?,
-            ffn_norm: norm(s.norms.ffn, "ffn_norm", s.hidden)?,
+            attn_after_norm: norm(s.norms.attn_after, "attn_after_norm", "attn_after_norm_bias")?,
+            ffn_norm: norm(s.norms.ffn, "ffn_norm", "ffn_norm_bias")?,
             ffn,
-            ffn_after_norm: norm(s.norms.ffn_after, "ffn_after_norm", s.hidden)?,
+            ffn_after_norm: norm(s.norms.ffn_after, "ffn_after_norm", "ffn_after_norm_bias")?,
+        })
+    }
+
+    /// The activation of layer `l`.
+    fn activation(&self, l: usize) -> Result<Activation> {
+        Ok(match self.spec.act {
+            Act::Silu => Activation::Silu,
+            Act::Gelu => Activation::Gelu,
+            Act::GeluTanh => Activation::GeluTanh,
+            Act::Relu2 => Activation::Relu2,
+            Act::XIelu => {
+                let number = |what: &str, shape: &[usize]| -> Result<f32> {
+                    Ok(self.values(&self.names.layer(l, what), shape)?[0])
+                };
+                let softplus =
+                    |x: f32| x.max(0.0) + libm::log1p(libm::exp(-f64::from(x.abs()))) as f32;
+                let beta = number("xielu_beta", &[])?;
+                Activation::XIelu {
+                    alpha_p: softplus(number("xielu_alpha_p", &[1])?),
+                    alpha_n: beta + softplus(number("xielu_alpha_n", &[1])?),
+                    beta,
+                    eps: number("xielu_eps", &[])?,
+                }
+            }
         })
     }
 }
@@ -405,8 +473,7 @@ impl Reader<'_> {
         let hidden = self.spec.hidden;
         let name = |what: &str| self.names.layer(l, what);
         let vector = |exists: bool, what: &str| -> Result<Option<V>> {
-            let place = || Rows { name: name(what), first: 0, of: moe.experts };
-            exists.then(|| Ok(row(&self.vector(&place(), moe.experts)?))).transpose()
+            exists.then(|| Ok(row(&self.values(&name(what), &[moe.experts])?))).transpose()
         };
         let mut source = |parts: Vec<(String, usize)>, k, exact| {
             let interleaved = parts.len() == 2;
@@ -429,14 +496,17 @@ impl Reader<'_> {
         let shared = |shared: spec::Shared| -> Result<Shared<M>> {
             let width = shared.width;
             let gate_up = vec![(name("shared_gate"), width), (name("shared_up"), width)];
-            let gate = vec![(name("shared_router"), 1)];
             Ok(Shared {
                 gate_up: source(gate_up, hidden, false)?,
                 down: source(vec![(name("shared_down"), hidden)], width, false)?,
-                router: shared.gate.then(|| source(gate, hidden, true)).transpose()?,
+                router: shared
+                    .gate
+                    .then(|| source(vec![(name("shared_router"), 1)], hidden, true))
+                    .transpose()?,
             })
         };
         Ok(Moe {
+            act: self.activation(l)?,
             router,
             router_bias: vector(moe.router_bias, "router_bias")?,
             correction: vector(moe.correction, "router_correction")?,

@@ -1,7 +1,7 @@
 //! The pages of keys and values, and attention cut into pieces for the threads.
 
 use super::memory::Disjoint;
-use super::{Attention, Buf, Bytes, Cpu, KvDtype, KvLayer, Span};
+use super::{Attention, Buf, Bytes, Cpu, KvDtype, KvLayer, QkNorm, Span};
 use crate::Result;
 use crate::kernels::{Attend, MAX_ROWS, PAGE, scratch_len};
 
@@ -31,12 +31,12 @@ impl Kv {
 }
 
 impl Cpu {
-    /// Norms and rotates every query and key head.
+    /// Norms, clamps and rotates every query and key head.
     pub(super) fn rotate(
         &self,
         qkv: &mut Buf,
         how: &Attention,
-        norms: Option<(&Vec<f32>, &Vec<f32>, f32)>,
+        norms: Option<&QkNorm<'_, Vec<f32>>>,
         table: Option<&Buf>,
     ) {
         let (rows, width, d) = (qkv.rows, qkv.width, how.head_dim);
@@ -44,18 +44,33 @@ impl Cpu {
         self.each(rows, 4, |r| {
             // SAFETY: each row is claimed by one thread.
             let row = unsafe { values.part(r * width..(r + 1) * width) };
-            let mut normed = vec![0.0; if norms.is_some() { d } else { 0 }];
-            for (h, head) in row.chunks_exact_mut(d).take(how.heads + how.kv_heads).enumerate() {
-                if let Some((q, k, eps)) = norms {
-                    let gain = if h < how.heads { q } else { k };
-                    self.kernels.rms_norm(head, gain, eps, &mut normed);
-                    head.copy_from_slice(&normed);
-                }
-                if let Some(table) = table {
-                    self.kernels.rope(head, table.row(r));
+            if let Some(norms) = norms {
+                let (q, rest) = row.split_at_mut(how.heads * d);
+                self.norm_heads(norms, norms.q, d, q);
+                self.norm_heads(norms, norms.k, d, &mut rest[..how.kv_heads * d]);
+            }
+            if let Some(clip) = how.clip {
+                row.iter_mut().for_each(|x| *x = x.clamp(-clip, clip));
+            }
+            if let Some(table) = table {
+                for head in row.chunks_exact_mut(d).take(how.heads + how.kv_heads) {
+                    self.kernels.rope(head, table.row(r), how.rope_interleaved);
                 }
             }
         });
+    }
+
+    /// Norms the heads of one position in place.
+    fn norm_heads(&self, how: &QkNorm<'_, Vec<f32>>, gain: &[f32], d: usize, heads: &mut [f32]) {
+        let width = if how.full { heads.len() } else { d };
+        let mut normed = vec![0.0; width];
+        for (x, gain) in heads.chunks_exact_mut(width).zip(gain.chunks_exact(width).cycle()) {
+            match how.centred {
+                false => self.kernels.rms_norm(x, gain, how.eps, &mut normed),
+                true => self.kernels.layer_norm(x, gain, None, how.eps, &mut normed),
+            }
+            x.copy_from_slice(&normed);
+        }
     }
 
     /// Writes keys and values into their pages.
@@ -99,6 +114,7 @@ impl Cpu {
         &self,
         qkv: &Buf,
         how: &Attention,
+        sinks: Option<&Vec<f32>>,
         kv: &Kv,
         layer: usize,
         spans: &[Span<'_>],
@@ -134,12 +150,14 @@ impl Cpu {
             let rows = tile.len() * heads;
             let mut q = Vec::with_capacity(rows * d);
             let mut seen = Vec::with_capacity(rows);
+            let mut sink = Vec::new();
             for i in tile.clone() {
                 let row = qkv.row(span.first_row + i);
                 q.extend_from_slice(&row[first_head * d..][..heads * d]);
                 let to = span.start + i + 1;
                 let from = how.window.map_or(0, |w| to.saturating_sub(w));
                 seen.extend(std::iter::repeat_n((from as u32, to as u32), heads));
+                sink.extend_from_slice(sinks.map_or(&[], |s| &s[first_head..first_head + heads]));
             }
             let attend = Attend {
                 q: &q,
@@ -147,6 +165,7 @@ impl Cpu {
                 latent: how.latent,
                 scale: how.scale,
                 softcap: how.softcap,
+                sinks: sinks.map(|_| &sink[..]),
                 seen: &seen,
                 kv: bytes.get(),
                 table: span.table,

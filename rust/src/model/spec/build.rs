@@ -2,8 +2,9 @@
 //! what the family says. Knows no tensor.
 
 use super::config::{Facts, Object, bad, shown};
-use super::family::{self, Family};
-use super::{Act, Attention, Ffn, Latent, Layer, Mixer, Norms, Place, Rope, Spec, rope};
+use super::family::Family;
+use super::ropes::Ropes;
+use super::{Act, Attention, Ffn, Latent, Layer, Mixer, Norms, Place, QkNorm, Spec};
 use crate::{Error, Result};
 use serde_json::Value;
 
@@ -14,7 +15,7 @@ const MAX_HEADS: usize = 1 << 14;
 pub(super) const MAX_HEAD_DIM: usize = 1 << 14;
 pub(super) const MAX_FFN: usize = 1 << 22;
 const MAX_VOCAB: usize = 1 << 24;
-const MAX_POSITIONS: usize = 1 << 30;
+pub(super) const MAX_POSITIONS: usize = 1 << 30;
 
 impl Spec {
     /// Reads `config`, the parsed `config.json`. `family` is the TOML text of a family to use instead of the one
@@ -71,32 +72,67 @@ impl Spec {
             return Err(bad("head_dim", &head_dim.to_string(), "an even number"));
         }
         let file_context = facts.need_count(&family.context_length, MAX_POSITIONS)?;
-        let (ropes, local, reach) = ropes(&family, facts, head_dim, file_context)?;
+        let windows = windows(&family, facts)?;
+        let positions = facts.count(&family.positions, MAX_POSITIONS)?;
+        let ropes = match positions {
+            Some(_) => Ropes::none(windows.len()),
+            None => Ropes::read(&family, facts, head_dim, file_context, &windows)?,
+        };
         let scale_of = facts.number(&family.attn_scale_rsqrt_of, 1e-9, 1e9)?;
         let softcap =
             |fact| -> Result<Option<f32>> { Ok(facts.number(fact, 1e-6, 1e9)?.map(|x| x as f32)) };
-        let has = |place| family.norms.contains(&place);
+        let parallel = facts.flag(&family.parallel)?;
+        let norms = if parallel { family.norms_parallel.as_ref() } else { None };
+        let norms = norms.unwrap_or(&family.norms);
+        let has = |place| norms.contains(&place);
+        let norm_bias = facts.flag(&family.norm_bias)?;
+        if norm_bias && !family.norm.centred()
+            || parallel && (has(Place::AttnAfter) || has(Place::FfnAfter))
+        {
+            return Err(Error::format(
+                format!("family of {architecture}"),
+                "found a bias on an rms norm, or a norm of outputs in a parallel layer, expected neither",
+            ));
+        }
+        let scale =
+            |fact| -> Result<f32> { Ok(facts.number(fact, 1e-6, 1e6)?.unwrap_or(1.0) as f32) };
         let attention = Attention {
             heads,
             kv_heads,
             head_dim,
-            scale: (1.0 / scale_of.unwrap_or(head_dim as f64).sqrt()) as f32,
+            scale: match facts.number(&family.attn_scale, 1e-6, 1e6)? {
+                Some(scale) => scale as f32,
+                None => (1.0 / scale_of.unwrap_or(head_dim as f64).sqrt()) as f32,
+            },
+            clip: softcap(&family.attn_clip)?,
             softcap: softcap(&family.attn_softcap)?,
             window: None,
-            rope: Some(0),
+            rope: None,
+            query_growth: match family.query_growth.key.is_empty() {
+                true => None,
+                false => Some((
+                    facts.need_number(&family.query_growth, 0.0, 1e3)? as f32,
+                    facts.need_count(&family.query_growth_every, MAX_POSITIONS)?,
+                )),
+            },
+            sinks: facts.flag(&family.sinks)?,
+            rope_interleaved: facts.flag(&family.rope_interleaved)?,
         };
         let latent = Latent::read(&family, facts, (hidden, heads, head_dim))?;
-        let windows = windows(&family, facts)?;
-        let ffns = ffns(&family, facts, windows.len())?;
-        let layers = windows.into_iter().zip(ffns).map(|(window, ffn)| {
-            let rope = Some(if window.is_some() { local } else { 0 });
+        let ffns = ffns(&family, facts, hidden, windows.len())?;
+        let layers = windows.into_iter().zip(ropes.of).zip(ffns).map(|((window, rope), ffn)| {
             let mixer = match latent {
-                Some(latent) => Mixer::Latent(latent),
+                Some(latent) => Mixer::Latent(Latent { rope, ..latent }),
                 None => Mixer::Attention(Attention { window, rope, ..attention }),
             };
             Layer { mixer, ffn }
         });
-        let layers = layers.collect();
+        let layers: Vec<Layer> = layers.collect();
+        let embed_scale = scale(&family.embed_scale)?;
+        let depth = facts.number(&family.residual_depth, 1e-6, 1e6)?;
+        let depth = depth.map_or(1.0, |depth| depth / (layers.len() as f64).sqrt());
+        let logit_width = facts.count(&family.logit_width, MAX_WIDTH)?.unwrap_or(hidden);
+        let logit_width = logit_width as f64 / hidden as f64;
         let spec = Spec {
             architecture: architecture.to_owned(),
             hidden,
@@ -109,25 +145,42 @@ impl Spec {
                 ffn: has(Place::Ffn),
                 ffn_after: has(Place::FfnAfter),
             },
-            qk_norm: family.qk_norm,
+            norm_bias,
+            parallel,
+            residual_scale: scale(&family.residual_scale)? * depth as f32,
+            qk_norm: if facts.flag(&family.use_qk_norm)? { family.qk_norm } else { QkNorm::None },
             act: match facts.need_text(&family.act)? {
                 "silu" | "swish" => Act::Silu,
-                "gelu_pytorch_tanh" | "gelu_new" => Act::GeluTanh,
+                "gelu" | "gelu_python" => Act::Gelu,
+                "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" | "gelu_accurate" => Act::GeluTanh,
+                "relu2" => Act::Relu2,
+                "xielu" if !family.gated => Act::XIelu,
                 other => {
                     return Err(Error::Unsupported(format!(
-                        "config.json: activation {other:?} is not supported, only silu and gelu_pytorch_tanh"
+                        "config.json: activation {other:?} is not supported, only silu, gelu, gelu_pytorch_tanh, \
+                         relu2, and xielu where there is no gate"
                     )));
                 }
             },
             qkv_bias: facts.flag(&family.qkv_bias)?,
             o_bias: facts.flag(&family.o_bias)?,
             mlp_bias: facts.flag(&family.mlp_bias)?,
+            logit_scale: scale(&family.logit_scale)? / scale(&family.logit_divisor)?
+                * logit_width as f32,
             logit_softcap: softcap(&family.logit_softcap)?,
-            embed_scale: if family.embed_times_sqrt_hidden { (hidden as f32).sqrt() } else { 1.0 },
+            embed_scale: match family.embed_times_sqrt_hidden {
+                true => (hidden as f32).sqrt() * embed_scale,
+                false => embed_scale,
+            },
+            positions,
             tied: facts.flag(&family.tied)?,
+            head_bias: facts.flag(&family.head_bias)?,
             layers,
-            ropes,
-            context_length: file_context.max(reach.unwrap_or(0).min(MAX_POSITIONS)),
+            ropes: ropes.all,
+            context_length: match positions {
+                Some(positions) => file_context.min(positions),
+                None => file_context.max(ropes.reach.unwrap_or(0).min(MAX_POSITIONS)),
+            },
             model: family.model,
             names: family.names,
             ignore: family.ignore,
@@ -164,6 +217,7 @@ fn refuse(family: &Family, architecture: &str, top: &Object<'_>, text: &Object<'
     for (key, neutral) in &family.neutral {
         let same = |v: &Value| v == neutral || (v.is_number() && v.as_f64() == neutral.as_f64());
         if let Some(value) = text.get(key)
+            && neutral != "*"
             && !family.honoured.contains(key)
             && !same(value)
         {
@@ -178,8 +232,14 @@ fn refuse(family: &Family, architecture: &str, top: &Object<'_>, text: &Object<'
 }
 
 /// The feed-forward network of each layer.
-fn ffns(family: &Family, facts: &Facts<'_>, layers: usize) -> Result<Vec<Ffn>> {
-    let dense = facts.count(&family.ffn, MAX_FFN)?;
+fn ffns(
+    family: &Family,
+    facts: &Facts<'_>,
+    hidden: usize,
+    layers: usize,
+) -> Result<Vec<Ffn>> {
+    let per_hidden = facts.count(&family.ffn_per_hidden, 64)?;
+    let dense = facts.count(&family.ffn, MAX_FFN)?.or(per_hidden.map(|times| times * hidden));
     let (moe, has) = match &family.moe {
         None => (None, vec![false; layers]),
         Some(moe) => {
@@ -189,7 +249,10 @@ fn ffns(family: &Family, facts: &Facts<'_>, layers: usize) -> Result<Vec<Ffn>> {
     };
     let ffn = |has| match (moe, has) {
         (Some(moe), true) => Ok(Ffn::Moe(moe)),
-        _ => Ok(Ffn::Dense(facts.need_count(&family.ffn, MAX_FFN)?)),
+        _ => {
+            let width = dense.map_or_else(|| facts.need_count(&family.ffn, MAX_FFN), Ok)?;
+            Ok(if family.gated { Ffn::Dense(width) } else { Ffn::Plain(width) })
+        }
     };
     has.into_iter().map(ffn).collect()
 }
@@ -199,9 +262,14 @@ fn windows(family: &Family, facts: &Facts<'_>) -> Result<Vec<Option<usize>>> {
     let count = facts.need_count(&family.layers, MAX_LAYERS)?;
     let window = facts.count(&family.window, MAX_POSITIONS)?;
     let window = if facts.flag(&family.use_window)? { window } else { None };
-    let full_every = facts.count(&family.full_every, MAX_LAYERS)?;
-    let full_first = facts.number(&family.full_first, 0.0, 1e9)?;
     let types = facts.list(&family.layer_types)?;
+    // Not read where layer_types decides: EXAONE 4 says the interval in letters.
+    let full_every = match types {
+        None => facts.count(&family.full_every, MAX_LAYERS)?,
+        Some(_) => None,
+    };
+    let full_at = facts.number(&family.full_at, 0.0, 1e9)?;
+    let full_first = facts.number(&family.full_first, 0.0, 1e9)?;
     if let Some(types) = types
         && types.len() != count
     {
@@ -226,81 +294,11 @@ fn windows(family: &Family, facts: &Facts<'_>) -> Result<Vec<Option<usize>>> {
                     )));
                 }
                 None => {
-                    full_every.is_none_or(|n| (l + 1) % n != 0)
+                    full_every.is_none_or(|n| (l % n) as f64 != full_at.unwrap_or(n as f64 - 1.0))
                         && full_first.is_none_or(|n| l as f64 >= n)
                 }
             };
             Ok(window.filter(|_| slides))
         })
         .collect()
-}
-
-/// The rotary embedding of full layers, that of sliding layers if it differs, the index of the latter, and the
-/// context that scaling reaches.
-fn ropes(
-    family: &Family,
-    facts: &Facts<'_>,
-    head_dim: usize,
-    max_position: usize,
-) -> Result<(Vec<Rope>, usize, Option<usize>)> {
-    const RANGE: (f64, f64) = (1.0, 1e18);
-    // The base is outside (old spelling), inside (new) or both; two that disagree are an error.
-    let base = |params: Option<&Object<'_>>, fact: &family::Fact| -> Result<rope::Base> {
-        let outside = facts.need_number(fact, RANGE.0, RANGE.1);
-        let inside = match params {
-            Some(params) => params.number_in("rope_theta", RANGE.0, RANGE.1)?,
-            None => None,
-        };
-        if let (Some(inside), Some(outside)) = (inside, facts.given(fact))
-            && outside.as_f64() != Some(inside)
-        {
-            return Err(bad("rope_theta", &format!("{inside} and {outside}"), "one value"));
-        }
-        let theta = match inside {
-            Some(theta) => theta,
-            None => outside?,
-        };
-        Ok(rope::Base { head_dim, theta, max_position })
-    };
-    let (mut full, mut local, mut reach) = (Vec::new(), Vec::new(), None);
-    let own_local = !family.rope_theta_local.key.is_empty();
-    for params in facts.objects(&family.rope_scaling)? {
-        let per_type = params.map.values().any(Value::is_object);
-        if per_type && let Some(key) = params.keys().find(|k| !k.ends_with("_attention")) {
-            return Err(params.bad(key, "a key beside layer types".to_owned(), "layer types only"));
-        }
-        let full_params =
-            if per_type { params.object("full_attention")? } else { Some(params.clone()) };
-        if let Some(p) = full_params {
-            let (rope, to) = base(Some(&p), &family.rope_theta)?.scaled(&p)?;
-            reach = reach.max(to);
-            full.push(rope);
-        }
-        if per_type && let Some(p) = params.object("sliding_attention")? {
-            let fact = if own_local { &family.rope_theta_local } else { &family.rope_theta };
-            local.push(base(Some(&p), fact)?.scaled(&p)?.0);
-        }
-    }
-    if full.is_empty() {
-        full.push(base(None, &family.rope_theta)?.unscaled());
-    }
-    if local.is_empty() && own_local {
-        local.push(base(None, &family.rope_theta_local)?.unscaled());
-    }
-    for all in [&mut full, &mut local] {
-        if all.windows(2).any(|two| two[0] != two[1]) {
-            return Err(bad(
-                "rope_parameters",
-                "another embedding than rope_scaling says",
-                "the same",
-            ));
-        }
-        all.truncate(1);
-    }
-    if local == full {
-        local.clear();
-    }
-    full.append(&mut local);
-    let last = full.len() - 1;
-    Ok((full, last, reach))
 }

@@ -2,7 +2,7 @@
 //! Knows no number of any model and no tensor; `Spec` applies a family to one `config.json`.
 
 use super::moe::MoeFacts;
-use super::{Norm, Place, QkNorm};
+use super::{Norm, Place, QkNorm, RopeOn};
 use crate::{Error, Result};
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -28,7 +28,18 @@ families![
     "gemma2",
     "gemma3",
     "gemma3_mm",
+    "granite",
+    "olmo2",
+    "starcoder2",
+    "arcee",
+    "apertus",
+    "phi3",
+    "glm4",
+    "ernie45",
+    "seed_oss",
     "minicpm3",
+    "deepseek_v2",
+    "deepseek_v3",
 ];
 
 /// One string or a list of them.
@@ -97,8 +108,15 @@ pub(super) struct Family {
     pub(super) model_types: Vec<String>,
     pub(super) section: Option<String>,
     pub(super) norm: Norm,
+    #[serde(default)]
+    pub(super) norm_bias: Fact,
     pub(super) norms: Vec<Place>,
+    pub(super) norms_parallel: Option<Vec<Place>>,
+    #[serde(default)]
+    pub(super) parallel: Fact,
     pub(super) qk_norm: QkNorm,
+    pub(super) use_qk_norm: Fact,
+    pub(super) gated: bool,
     pub(super) embed_times_sqrt_hidden: bool,
     pub(super) hidden: Fact,
     pub(super) layers: Fact,
@@ -106,6 +124,8 @@ pub(super) struct Family {
     pub(super) kv_heads: Fact,
     pub(super) head_dim: Fact,
     pub(super) ffn: Fact,
+    #[serde(default)]
+    pub(super) ffn_per_hidden: Fact,
     pub(super) vocab: Fact,
     pub(super) eps: Fact,
     pub(super) act: Fact,
@@ -114,6 +134,26 @@ pub(super) struct Family {
     pub(super) qkv_bias: Fact,
     pub(super) o_bias: Fact,
     pub(super) mlp_bias: Fact,
+    #[serde(default)]
+    pub(super) head_bias: Fact,
+    #[serde(default)]
+    pub(super) positions: Fact,
+    #[serde(default)]
+    pub(super) embed_scale: Fact,
+    #[serde(default)]
+    pub(super) residual_scale: Fact,
+    #[serde(default)]
+    pub(super) residual_depth: Fact,
+    #[serde(default)]
+    pub(super) logit_scale: Fact,
+    #[serde(default)]
+    pub(super) logit_divisor: Fact,
+    #[serde(default)]
+    pub(super) logit_width: Fact,
+    #[serde(default)]
+    pub(super) attn_scale: Fact,
+    #[serde(default)]
+    pub(super) attn_clip: Fact,
     #[serde(default)]
     pub(super) attn_scale_rsqrt_of: Fact,
     #[serde(default)]
@@ -129,6 +169,8 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) attn_softcap: Fact,
     #[serde(default)]
+    pub(super) sinks: Fact,
+    #[serde(default)]
     pub(super) logit_softcap: Fact,
     #[serde(default)]
     pub(super) window: Fact,
@@ -137,10 +179,32 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) full_every: Fact,
     #[serde(default)]
+    pub(super) full_at: Fact,
+    #[serde(default)]
     pub(super) full_first: Fact,
+    #[serde(default)]
+    pub(super) rope_on: RopeOn,
+    #[serde(default)]
+    pub(super) rope_layers: Fact,
+    #[serde(default)]
+    pub(super) nope_every: Fact,
+    #[serde(default)]
+    pub(super) rotary_dim: Fact,
+    #[serde(default)]
+    pub(super) rotary_factor: Fact,
+    #[serde(default)]
+    pub(super) rope_interleaved: Fact,
     pub(super) rope_theta: Fact,
     #[serde(default)]
     pub(super) rope_theta_local: Fact,
+    #[serde(default)]
+    pub(super) rope_theta_layers: Fact,
+    #[serde(default)]
+    pub(super) original_context: Fact,
+    #[serde(default)]
+    pub(super) query_growth: Fact,
+    #[serde(default)]
+    pub(super) query_growth_every: Fact,
     pub(super) rope_scaling: Fact,
     pub(super) moe: Option<MoeFacts>,
     pub(super) model: Vec<String>,

@@ -37,8 +37,10 @@ pub struct Latent {
     pub eps: f32,
     /// `1 / sqrt(nope + rope)`, and with YaRN times `(0.1 mscale_all_dim ln(factor) + 1)^2`.
     pub scale: f32,
-    /// Index into `Spec::ropes`.
-    pub rope: usize,
+    /// As in [`Attention`](super::Attention).
+    pub rope: Option<usize>,
+    /// As in [`Attention`](super::Attention).
+    pub rope_interleaved: bool,
 }
 
 impl Latent {
@@ -75,7 +77,8 @@ impl Latent {
             value,
             eps: facts.need_number(&family.latent_eps, 1e-12, 1.0)? as f32,
             scale: scale as f32,
-            rope: 0,
+            rope: None,
+            rope_interleaved: facts.flag(&family.rope_interleaved)?,
         }))
     }
 

@@ -217,7 +217,7 @@ fn experts_of_each_family() {
     let moe = |spec: &Spec| -> Vec<Option<Moe>> {
         let moe = |layer: &Layer| match layer.ffn {
             Ffn::Moe(moe) => Some(moe),
-            Ffn::Dense(_) => None,
+            Ffn::Dense(_) | Ffn::Plain(_) => None,
         };
         spec.layers.iter().map(moe).collect()
     };
@@ -361,7 +361,7 @@ fn errors_say_what_where_and_what_was_expected() {
             json!({"hidden_size": 66}),
             "config.json: num_attention_heads: found 4 with hidden size 66",
         ),
-        (json!({"hidden_act": "relu2"}), "config.json: activation \"relu2\" is not supported"),
+        (json!({"hidden_act": "xielu"}), "config.json: activation \"xielu\" is not supported"),
         (
             json!({"rms_norm_eps": 0}),
             "config.json: rms_norm_eps: found 0, expected a number from 1e-12 to 1e0",

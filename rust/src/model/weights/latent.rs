@@ -15,7 +15,7 @@ impl Reader<'_> {
     ) -> Result<Latent<M, V>> {
         let hidden = self.spec.hidden;
         let place = |what: &str| self.spec.place(&self.names, l, what);
-        let norm = |what: &str, n: usize| Ok(row(&self.norm(&place(what), n)?));
+        let norm = |what: &str, n| Ok(row(&self.norm(&self.names.layer(l, what), &[n])?));
         let mut whole = |what: &str, n, k| mat(Source::rows(vec![(place(what), n)], k));
         let q = a.heads * (a.nope + a.turned);
         let (q_a, q) = match a.q_rank {
