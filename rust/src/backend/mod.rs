@@ -143,14 +143,25 @@ pub struct QkNorm<'a, R> {
 /// Stored rows of one checkpoint tensor.
 #[derive(Clone, Copy, Debug)]
 pub struct Part<'a> {
-    /// F32, F16 or Bf16.
+    /// F32, F16, Bf16 or Mxfp4.
     pub stored: Form,
     /// Rows.
     pub n: usize,
-    /// Little-endian: `[n, k]`, or, if transposed, `[k, n]`.
+    /// From the first number on, little-endian. MXFP4: two codes in a byte, the first in the low nibble.
     pub bytes: &'a [u8],
-    /// One row's numbers are `n` apart.
-    pub transposed: bool,
+    /// Numbers from one to the one below it. MXFP4: a multiple of 32.
+    pub row: usize,
+    /// Numbers from one to the one beside it. MXFP4: 1.
+    pub column: usize,
+    /// MXFP4: the exponent of each 32 numbers.
+    pub scales: &'a [u8],
+}
+
+impl<'a> Part<'a> {
+    /// A matrix `[n, k]` of plain floats.
+    pub fn floats(stored: Form, n: usize, k: usize, bytes: &'a [u8]) -> Part<'a> {
+        Part { stored, n, bytes, row: k, column: 1, scales: &[] }
+    }
 }
 
 /// Rows that become one matrix.
@@ -283,12 +294,7 @@ pub trait Backend: Send + Sync {
     /// coefficients[n i + j] * streams[j]`, all of the streams as they were.
     fn altup_predict(&self, coefficients: &Self::Buf, streams: &mut [Self::Buf]);
     /// After it: `streams[i] += (1 + coefficients[i]) * (seen - streams[0])`, with `streams[0]` as it was.
-    fn altup_correct(
-        &self,
-        coefficients: &Self::Buf,
-        seen: &Self::Buf,
-        streams: &mut [Self::Buf],
-    );
+    fn altup_correct(&self, coefficients: &Self::Buf, seen: &Self::Buf, streams: &mut [Self::Buf]);
     /// `x[r] *= sqrt(mean(to[r]^2) / max(mean(x[r]^2), least))`.
     fn match_power(&self, x: &mut Self::Buf, to: &Self::Buf, least: f32);
     /// `x += y`.

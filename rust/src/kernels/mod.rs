@@ -70,6 +70,7 @@ pub struct Kernels {
     supported: fn() -> bool,
     gemm_q4: Gemm,
     gemm_q8: Gemm,
+    gemm_mxfp4: Gemm,
     float: float::Floats,
 }
 
@@ -159,7 +160,11 @@ impl Kernels {
         let scales = a.blocks() * a.m;
         assert!(a.q.len() == a.m * a.k && a.s.len() == scales && a.sums.len() == scales);
         assert!(a.totals.len() == scales);
-        let gemm = if form == Form::Q4 { self.gemm_q4 } else { self.gemm_q8 };
+        let gemm = match form {
+            Form::Q4 => self.gemm_q4,
+            Form::Q8 => self.gemm_q8,
+            _ => self.gemm_mxfp4,
+        };
         // SAFETY: see above.
         unsafe { gemm(w, a, y) }
     }
@@ -174,7 +179,10 @@ impl Kernels {
             Form::F32 => self.float.gemm_f32,
             Form::F16 => self.float.gemm_f16,
             Form::Bf16 => self.float.gemm_bf16,
-            Form::Q4 | Form::Q8 => unreachable!("quantized forms take quantized activations"),
+            Form::Mxfp4Float => self.float.gemm_mxfp4,
+            Form::Q4 | Form::Q8 | Form::Mxfp4 => {
+                unreachable!("quantized forms take quantized activations")
+            }
         };
         // SAFETY: see above.
         unsafe { gemm(w, k, x, y) }
@@ -194,7 +202,7 @@ impl Kernels {
         let pack = match form {
             Form::Q4 => self.float.pack_q4,
             Form::Q8 => self.float.pack_q8,
-            Form::F32 | Form::F16 | Form::Bf16 => unreachable!("floats are not quantized"),
+            _ => unreachable!("other forms are kept as they come"),
         };
         // SAFETY: see above.
         unsafe { pack(x, k, out) }

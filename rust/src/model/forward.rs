@@ -54,10 +54,8 @@ impl<B: Backend> Model<B> {
             _ => unreachable!("weights are those of the spec"),
         }
         match (&self.spec.layers[l].ffn, &w.ffn) {
-            (spec::Ffn::Dense(_) | spec::Ffn::Plain(_), Ffn::Dense(dense)) => {
-                self.feed_forward(l, w, dense, kv);
-            }
             (spec::Ffn::Moe(how), Ffn::Moe(moe)) => self.experts(how, w, moe, kv),
+            (_, Ffn::Dense(dense)) => self.feed_forward(l, w, dense, kv),
             _ => unreachable!("weights are read as the spec says"),
         }
     }
@@ -111,12 +109,8 @@ impl<B: Backend> Model<B> {
         step: &Step<'_, B>,
     ) {
         let b = &self.backend;
-        let cut = backend::Latent {
-            heads: how.heads,
-            nope: how.nope,
-            rope: how.turned,
-            rank: how.rank,
-        };
+        let cut =
+            backend::Latent { heads: how.heads, nope: how.nope, rope: how.turned, rank: how.rank };
         let shape = backend::Attention {
             heads: how.heads,
             kv_heads: 1,
@@ -167,7 +161,7 @@ impl<B: Backend> Model<B> {
         self.residual(&w.down, w.down_bias.as_ref(), norm, [wide, x, a, after]);
     }
 
-    /// `x += norm?(sum of p_e expert_e(a) + sigmoid(gate a)? * shared(a))`, `a = norm(x)`.
+    /// `x += residual_scale * norm?(sum of p_e expert_e(a) + sigmoid(gate a)? * shared(a))`, `a = norm(x)`.
     fn experts(
         &self,
         how: &spec::Moe,
@@ -192,8 +186,14 @@ impl<B: Backend> Model<B> {
                 }
             }
         }
-        let out = self.normed(layer.ffn_after_norm.as_ref(), out, after);
-        b.add_scaled(x, s.residual_scale, out);
+        let y = match &layer.ffn_after_norm {
+            None => out,
+            Some(norm) => {
+                self.norm(norm, out, after);
+                after
+            }
+        };
+        b.add_scaled(x, s.residual_scale, y);
     }
 
     /// `x += residual_scale * norm?(w y + bias)`, with two buffers to work in; `a` only if there is a norm.

@@ -3,7 +3,7 @@
 mod latent;
 
 use super::cache;
-use super::spec::{self, Act, Names, QkNorm, Rows, Spec};
+use super::spec::{self, Act, Names, QkNorm, Slice, Spec};
 use super::{LoadOptions, Quantization};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
 use crate::backend::{Activation, Backend, Expert, Form, Part, Parts};
@@ -67,11 +67,11 @@ pub(super) struct Latent<M, V> {
     pub(super) q: M,
     pub(super) kv_a: M,
     pub(super) kv_norm: V,
+    pub(super) o: M,
     /// For each head `[rank, nope]`: what the released `kv_b` makes keys with, transposed.
     pub(super) keys: M,
     /// For each head `[value, rank]`: what it makes values with.
     pub(super) values: M,
-    pub(super) o: M,
 }
 
 /// The weights of a feed-forward network.
@@ -105,9 +105,10 @@ pub(super) struct Shared<M> {
 impl<M, V> Weights<M, V> {
     /// All matrices.
     pub(super) fn mats(&self) -> impl Iterator<Item = &M> {
-        let layers = self.layers.iter().flat_map(|layer| {
-            layer.mixer.mats().into_iter().chain(layer.ffn.mats())
-        });
+        let layers = self
+            .layers
+            .iter()
+            .flat_map(|layer| layer.mixer.mats().into_iter().chain(layer.ffn.mats()));
         layers.chain([&self.embed]).chain(&self.positions).chain(&self.head)
     }
 }
@@ -118,7 +119,7 @@ impl<M, V> Mixer<M, V> {
         match self {
             Mixer::Attention(a) => vec![&a.qkv, &a.o],
             Mixer::Latent(a) => {
-                let mut mats = vec![&a.q, &a.kv_a, &a.keys, &a.values, &a.o];
+                let mut mats = vec![&a.q, &a.kv_a, &a.o, &a.keys, &a.values];
                 mats.extend(a.q_a.as_ref().map(|(q_a, _)| q_a));
                 mats
             }
@@ -145,38 +146,23 @@ impl<M, V> Ffn<M, V> {
     }
 }
 
-/// A matrix as the checkpoint has it: rows of tensors and their number, all with `k` inputs.
+/// A matrix as the checkpoint has it: places of rows and their number, all with `k` inputs.
 struct Source {
-    parts: Vec<(Rows, usize)>,
+    parts: Vec<(Slice, usize)>,
     k: usize,
     interleaved: bool,
-    /// The tensors are `[in, out]`: of each, rows `first..first + k`.
-    transposed: bool,
     /// Never quantized: a small matrix whose errors would choose other experts.
     exact: bool,
 }
 
-impl Source {
-    /// A whole tensor.
-    fn whole(name: String, n: usize, k: usize) -> Source {
-        Source::rows(vec![(Rows { name, first: 0, of: n }, n)], k)
-    }
-
-    /// Rows of tensors, one below the other.
-    fn rows(parts: Vec<(Rows, usize)>, k: usize) -> Source {
-        Source { parts, k, interleaved: false, transposed: false, exact: false }
-    }
-}
-
-/// One packed matrix to be: the rows of the checkpoint's tensors it comes from.
+/// One packed matrix to be: what it comes from.
 #[derive(Debug)]
 pub(super) struct Plan {
-    pub(super) parts: Vec<(Rows, usize)>,
+    parts: Vec<(Slice, usize)>,
     pub(super) n: usize,
     pub(super) k: usize,
     pub(super) form: Form,
     interleaved: bool,
-    transposed: bool,
 }
 
 impl Plan {
@@ -207,64 +193,90 @@ impl<'a> Reader<'a> {
         Ok(Reader { folder, checkpoint, spec, names })
     }
 
-    /// The tensor of a weight, its shape and type checked.
-    fn tensor(&self, name: &str, shape: &[usize]) -> Result<(TensorView<'a>, Form)> {
+    /// A tensor, its shape checked.
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<TensorView<'a>> {
         let tensor = self.checkpoint.tensor(name)?;
         if tensor.shape != shape {
             let what =
                 format!("tensor `{name}`: found shape {:?}, expected {shape:?}", tensor.shape);
             return Err(Error::format(self.folder, what));
         }
-        let stored = match tensor.dtype {
-            Dtype::F32 => Form::F32,
-            Dtype::F16 => Form::F16,
-            Dtype::BF16 => Form::Bf16,
-            other => {
-                return Err(Error::Unsupported(format!(
-                    "tensor `{name}`: found {}, expected F32, F16 or BF16",
-                    other.name()
-                )));
-            }
-        };
-        Ok((tensor, stored))
+        Ok(tensor)
+    }
+
+    /// The tensors of a weight, their shapes and types checked. One, or two for MXFP4.
+    fn tensors(&self, place: &Slice) -> Result<(Vec<TensorView<'a>>, Form)> {
+        let tensor = |(name, shape): (String, Vec<usize>)| self.tensor(&name, &shape);
+        let tensors: Vec<_> = place.tensors().into_iter().map(tensor).collect::<Result<_>>()?;
+        let mut stored = Form::Mxfp4;
+        for tensor in &tensors {
+            stored = match (tensor.dtype, place.mxfp4) {
+                (Dtype::F32, false) => Form::F32,
+                (Dtype::F16, false) => Form::F16,
+                (Dtype::BF16, false) => Form::Bf16,
+                (Dtype::U8, true) => Form::Mxfp4,
+                (other, mxfp4) => {
+                    return Err(Error::Unsupported(format!(
+                        "tensor `{}`: found {}, expected {}",
+                        tensor.name,
+                        other.name(),
+                        if mxfp4 { "U8" } else { "F32, F16 or BF16" }
+                    )));
+                }
+            };
+        }
+        Ok((tensors, stored))
+    }
+
+    /// `n` rows of `k` numbers.
+    fn part(&self, place: &Slice, n: usize, k: usize) -> Result<(Vec<TensorView<'a>>, Part<'a>)> {
+        let (mut tensors, stored) = self.tensors(place)?;
+        let numbers: usize = place.shape.iter().product();
+        let end = place.first + (n - 1) * place.row + (k - 1) * place.column + 1;
+        for tensor in &mut tensors {
+            // Whole bytes of codes and whole exponents: rows of MXFP4 start and end with a group.
+            let byte =
+                |number: usize| number as u128 * tensor.bytes.len() as u128 / numbers as u128;
+            tensor.bytes = &tensor.bytes[byte(place.first) as usize..byte(end) as usize];
+        }
+        let scales = tensors.get(1).map_or(&[][..], |scales| scales.bytes);
+        let Slice { row, column, .. } = *place;
+        let part = Part { stored, n, bytes: tensors[0].bytes, row, column, scales };
+        Ok((tensors, part))
     }
 
     /// A vector as f32.
-    fn vector(&self, rows: &Rows, n: usize) -> Result<Vec<f32>> {
-        let mut values = self.values(&rows.name, &[rows.of])?;
-        values.truncate(rows.first + n);
-        Ok(values.split_off(rows.first))
+    fn vector(&self, place: &Slice, n: usize) -> Result<Vec<f32>> {
+        self.values(place, n, 1)
     }
 
-    /// A small tensor as f32.
-    fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        let (tensor, stored) = self.tensor(name, shape)?;
-        let values: Vec<f32> = match stored {
-            Form::F32 => {
-                tensor.bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
-            }
-            Form::F16 => {
-                let halves = tensor.bytes.as_chunks().0.iter();
-                halves.map(|&b| half::f16::from_le_bytes(b).to_f32()).collect()
-            }
-            _ => {
-                let halves = tensor.bytes.as_chunks().0.iter();
-                halves.map(|&b| half::bf16::from_le_bytes(b).to_f32()).collect()
+    /// `n` rows of `k` numbers as f32.
+    fn values(&self, place: &Slice, n: usize, k: usize) -> Result<Vec<f32>> {
+        let (_, Part { stored, bytes, row, column, .. }) = self.part(place, n, k)?;
+        let (words, halves) = (bytes.as_chunks().0, bytes.as_chunks().0);
+        let value = |i: usize| {
+            let at = i / k * row + i % k * column;
+            match stored {
+                Form::F32 => f32::from_le_bytes(words[at]),
+                Form::F16 => half::f16::from_le_bytes(halves[at]).to_f32(),
+                _ => half::bf16::from_le_bytes(halves[at]).to_f32(),
             }
         };
+        let values: Vec<f32> = (0..n * k).map(value).collect();
         match values.iter().position(|x| !x.is_finite()) {
             None => Ok(values),
-            Some(i) => Err(self.not_finite(name, &format!("[{i}]"))),
+            Some(i) => Err(self.not_finite(place, i / k, i % k)),
         }
     }
 
-    fn not_finite(&self, name: &str, at: &str) -> Error {
-        let what = format!("tensor `{name}`{at}: found a number that is not finite");
+    fn not_finite(&self, place: &Slice, i: usize, j: usize) -> Error {
+        let (tensor, at) = (&place.tensor, place.index(i, j));
+        let what = format!("tensor `{tensor}`{at:?}: found a number that is not finite");
         Error::format(self.folder, what)
     }
 
-    fn norm(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        let mut gain = self.values(name, shape)?;
+    fn norm(&self, place: &Slice, n: usize, k: usize) -> Result<Vec<f32>> {
+        let mut gain = self.values(place, n, k)?;
         if self.spec.norm.plus_one() {
             gain.iter_mut().for_each(|g| *g += 1.0);
         }
@@ -273,49 +285,40 @@ impl<'a> Reader<'a> {
 
     /// How a matrix will be packed.
     fn plan(&self, quantization: Quantization, source: Source) -> Result<Plan> {
-        let Source { parts, k, interleaved, transposed, exact } = source;
+        let Source { parts, k, interleaved, exact } = source;
         let mut form = None;
-        for (Rows { name, of, .. }, n) in &parts {
-            let (tensor, stored) = self.tensor(name, &[*of, if transposed { *n } else { k }])?;
+        for (place, _) in &parts {
+            let (_, stored) = self.tensors(place)?;
             let wanted = match quantization {
-                _ if exact => stored,
+                Quantization::None if stored == Form::Mxfp4 => Form::Mxfp4Float,
+                _ if exact || stored == Form::Mxfp4 => stored,
                 Quantization::Int4 => Form::Q4,
                 Quantization::Int8 => Form::Q8,
                 Quantization::Auto | Quantization::None => stored,
             };
             if *form.get_or_insert(wanted) != wanted {
                 return Err(Error::Unsupported(format!(
-                    "tensor `{name}`: found {}, but `{}` beside it is stored otherwise; use quantization=\"int8\"",
-                    tensor.dtype.name(),
-                    parts[0].0.name
+                    "tensor `{}`: found {}, but `{}` beside it is stored otherwise; use quantization=\"int8\"",
+                    place.tensor,
+                    stored.name(),
+                    parts[0].0.tensor
                 )));
             }
         }
         let n = parts.iter().map(|(_, n)| n).sum::<usize>();
         let n = if interleaved { 2 * (n / 2).next_multiple_of(16) } else { n };
-        Ok(Plan { parts, n, k, form: form.unwrap_or(Form::F32), interleaved, transposed })
+        Ok(Plan { parts, n, k, form: form.unwrap_or(Form::F32), interleaved })
     }
 
     /// Packs one matrix into `out`.
     fn pack(&self, cpu: &Cpu, plan: &Plan, out: &mut [u8]) -> Result<()> {
-        let transposed = plan.transposed;
-        let part = |&(ref rows, n): &(Rows, usize)| {
-            let (len, width) = if transposed { (plan.k, n) } else { (n, plan.k) };
-            let (tensor, stored) = self.tensor(&rows.name, &[rows.of, width])?;
-            let row = tensor.bytes.len() / rows.of;
-            let bytes = &tensor.bytes[rows.first * row..][..len * row];
-            Ok(Part { stored, n, bytes, transposed })
-        };
-        let parts = plan.parts.iter().map(part).collect::<Result<_>>()?;
+        let part = |(place, n): &(Slice, usize)| self.part(place, *n, plan.k);
+        let sources: Vec<_> = plan.parts.iter().map(part).collect::<Result<_>>()?;
+        let parts = sources.iter().map(|(_, part)| *part).collect();
         let parts = Parts { parts, k: plan.k, interleaved: plan.interleaved };
-        cpu.pack_into(plan.form, &parts, out).map_err(|(p, row, column)| {
-            let rows = &plan.parts[p].0;
-            let (row, column) = if transposed { (column, row) } else { (row, column) };
-            self.not_finite(&rows.name, &format!("[{}, {column}]", rows.first + row))
-        })?;
-        for (rows, _) in &plan.parts {
-            self.checkpoint.release(&self.checkpoint.tensor(&rows.name)?);
-        }
+        cpu.pack_into(plan.form, &parts, out)
+            .map_err(|(p, row, column)| self.not_finite(&plan.parts[p].0, row, column))?;
+        sources.iter().flat_map(|(tensors, _)| tensors).for_each(|t| self.checkpoint.release(t));
         Ok(())
     }
 
@@ -340,16 +343,20 @@ impl<'a> Reader<'a> {
         mut mat: impl FnMut(Source) -> Result<M>,
     ) -> Result<Weights<M, V>> {
         let s = self.spec;
-        let whole = |what: &str, n| Source::whole(self.names.model(what), n, s.hidden);
-        let embed = mat(whole("embed", s.vocab))?;
-        let positions = |n| mat(Source { exact: true, ..whole("positions", n) });
-        let positions = s.positions.map(positions).transpose()?;
+        let whole = |what: &str, n, exact| {
+            let place = Slice::whole(self.names.model(what), vec![n, s.hidden]);
+            Source { parts: vec![(place, n)], k: s.hidden, interleaved: false, exact }
+        };
+        let embed = mat(whole("embed", s.vocab, false))?;
+        let positions = s.positions.map(|n| mat(whole("positions", n, true))).transpose()?;
         let layers = (0..s.layers.len()).map(|l| self.layer(l, &row, &mut mat));
         let layers = layers.collect::<Result<_>>()?;
-        let head = (!s.tied).then(|| mat(whole("head", s.vocab))).transpose()?;
-        let vector = |what: &str, n| Ok(row(&self.values(&self.names.model(what), &[n])?));
+        let head = || mat(whole("head", s.vocab, false));
+        let head = (!s.tied).then(head).transpose()?;
+        let place = |what: &str, n| Slice::whole(self.names.model(what), vec![n]);
+        let vector = |what: &str, n| Ok(row(&self.vector(&place(what, n), n)?));
         let norm = Norm {
-            gain: row(&self.norm(&self.names.model("norm"), &[s.hidden])?),
+            gain: row(&self.norm(&place("norm", s.hidden), s.hidden, 1)?),
             bias: s.norm_bias.then(|| vector("norm_bias", s.hidden)).transpose()?,
         };
         let head_bias = s.head_bias.then(|| vector("head_bias", s.vocab)).transpose()?;
@@ -363,21 +370,21 @@ impl<'a> Reader<'a> {
         mat: &mut impl FnMut(Source) -> Result<M>,
     ) -> Result<Layer<M, V>> {
         let s = self.spec;
-        let name = |what: &str| self.names.layer(l, what);
-        let place = |what: &str| s.place(&self.names, l, what);
+        let place = |what: &str| s.place(&self.names, l, what, 0);
         let vector = |what: &str, n: usize| self.vector(&place(what), n);
         let bias = |exists: bool, what: &str, n: usize| -> Result<Option<V>> {
             exists.then(|| Ok(row(&vector(what, n)?))).transpose()
         };
         let norm = |exists: bool, what: &str, bias_what: &str| -> Result<Option<Norm<V>>> {
-            let gain = || Ok(row(&self.norm(&name(what), &[s.hidden])?));
+            let gain = || Ok(row(&self.norm(&place(what), s.hidden, 1)?));
             let bias = || bias(s.norm_bias, bias_what, s.hidden);
             exists.then(|| Ok(Norm { gain: gain()?, bias: bias()? })).transpose()
         };
         let source = |parts: &[(&str, usize)], k, interleaved| Source {
             parts: parts.iter().map(|&(what, n)| (place(what), n)).collect(),
+            k,
             interleaved,
-            ..Source::rows(Vec::new(), k)
+            exact: false,
         };
         let mixer = match &s.layers[l].mixer {
             spec::Mixer::Attention(a) => {
@@ -387,9 +394,9 @@ impl<'a> Reader<'a> {
                     Ok(row(&all.concat()))
                 };
                 let gain = |what: &str, heads: usize| match s.qk_norm {
-                    QkNorm::Head => self.norm(&name(what), &[d]),
-                    QkNorm::EachHead => self.norm(&name(what), &[heads, d]),
-                    QkNorm::Full | QkNorm::None => self.norm(&name(what), &[heads * d]),
+                    QkNorm::Head => self.norm(&place(what), d, 1),
+                    QkNorm::EachHead => self.norm(&place(what), heads, d),
+                    QkNorm::Full | QkNorm::None => self.norm(&place(what), heads * d, 1),
                 };
                 let qk_norms = || -> Result<(V, V)> {
                     Ok((row(&gain("q_norm", a.heads)?), row(&gain("k_norm", a.kv_heads)?)))
@@ -444,18 +451,19 @@ impl<'a> Reader<'a> {
             Act::Gelu => Activation::Gelu,
             Act::GeluTanh => Activation::GeluTanh,
             Act::Relu2 => Activation::Relu2,
+            Act::ClampedSwiglu => Activation::ClampedSwiglu,
             Act::XIelu => {
-                let number = |what: &str, shape: &[usize]| -> Result<f32> {
-                    Ok(self.values(&self.names.layer(l, what), shape)?[0])
+                let number = |what: &str| -> Result<f32> {
+                    Ok(self.vector(&self.spec.place(&self.names, l, what, 0), 1)?[0])
                 };
                 let softplus =
                     |x: f32| x.max(0.0) + libm::log1p(libm::exp(-f64::from(x.abs()))) as f32;
-                let beta = number("xielu_beta", &[])?;
+                let beta = number("xielu_beta")?;
                 Activation::XIelu {
-                    alpha_p: softplus(number("xielu_alpha_p", &[1])?),
-                    alpha_n: beta + softplus(number("xielu_alpha_n", &[1])?),
+                    alpha_p: softplus(number("xielu_alpha_p")?),
+                    alpha_n: beta + softplus(number("xielu_alpha_n")?),
                     beta,
-                    eps: number("xielu_eps", &[])?,
+                    eps: number("xielu_eps")?,
                 }
             }
         })
@@ -470,39 +478,40 @@ impl Reader<'_> {
         row: &impl Fn(&[f32]) -> V,
         mat: &mut impl FnMut(Source) -> Result<M>,
     ) -> Result<Moe<M, V>> {
-        let hidden = self.spec.hidden;
-        let name = |what: &str| self.names.layer(l, what);
+        let (hidden, width) = (self.spec.hidden, moe.width);
+        let place = |what: &str, e| self.spec.place(&self.names, l, what, e);
         let vector = |exists: bool, what: &str| -> Result<Option<V>> {
-            exists.then(|| Ok(row(&self.values(&name(what), &[moe.experts])?))).transpose()
+            exists.then(|| Ok(row(&self.vector(&place(what, 0), moe.experts)?))).transpose()
         };
-        let mut source = |parts: Vec<(String, usize)>, k, exact| {
+        let mut source = |parts: Vec<(Slice, usize)>, k, exact| {
             let interleaved = parts.len() == 2;
-            let whole = |(name, n)| (Rows { name, first: 0, of: n }, n);
-            let parts = parts.into_iter().map(whole).collect();
-            mat(Source { interleaved, exact, ..Source::rows(parts, k) })
+            mat(Source { parts, k, interleaved, exact })
         };
-        let router = source(vec![(name("router"), moe.experts)], hidden, true)?;
+        let router = source(vec![(place("router", 0), moe.experts)], hidden, true)?;
         let mut expert = |e: usize| -> Result<Expert<M, V>> {
-            let name = |what: &str| name(what).replace("{e}", &e.to_string());
-            let gate_up = vec![(name("expert_gate"), moe.width), (name("expert_up"), moe.width)];
+            let bias = |what: &str, n| self.vector(&place(what, e), n);
+            let gate_up_bias = || -> Result<V> {
+                let gate = bias("expert_gate_bias", width)?;
+                Ok(row(&interleave(&gate, &bias("expert_up_bias", width)?)))
+            };
+            let down_bias = || -> Result<V> { Ok(row(&bias("expert_down_bias", hidden)?)) };
+            let gate_up = vec![(place("expert_gate", e), width), (place("expert_up", e), width)];
             Ok(Expert {
                 gate_up: source(gate_up, hidden, false)?,
-                gate_up_bias: None,
-                down: source(vec![(name("expert_down"), hidden)], moe.width, false)?,
-                down_bias: None,
+                gate_up_bias: moe.expert_bias.then(gate_up_bias).transpose()?,
+                down: source(vec![(place("expert_down", e), hidden)], width, false)?,
+                down_bias: moe.expert_bias.then(down_bias).transpose()?,
             })
         };
         let experts = (0..moe.experts).map(&mut expert).collect::<Result<_>>()?;
         let shared = |shared: spec::Shared| -> Result<Shared<M>> {
             let width = shared.width;
-            let gate_up = vec![(name("shared_gate"), width), (name("shared_up"), width)];
+            let gate_up = vec![(place("shared_gate", 0), width), (place("shared_up", 0), width)];
+            let gate = || vec![(place("shared_router", 0), 1)];
             Ok(Shared {
                 gate_up: source(gate_up, hidden, false)?,
-                down: source(vec![(name("shared_down"), hidden)], width, false)?,
-                router: shared
-                    .gate
-                    .then(|| source(vec![(name("shared_router"), 1)], hidden, true))
-                    .transpose()?,
+                down: source(vec![(place("shared_down", 0), hidden)], width, false)?,
+                router: shared.gate.then(|| source(gate(), hidden, true)).transpose()?,
             })
         };
         Ok(Moe {

@@ -17,7 +17,7 @@ use super::{
     QkNorm, Routing, Score, Span,
 };
 use crate::kernels::{Acts, Form, Kernels, layout};
-use crate::quant::{BLOCK, GROUPS};
+use crate::quant::{BLOCK, BlockMxfp4, GROUP, GROUPS};
 use crate::{Error, Result};
 use layout::ROWS;
 use memory::Disjoint;
@@ -377,17 +377,20 @@ impl Cpu {
     ) -> std::result::Result<(), NotFinite> {
         let k = parts.k;
         let row = |r: usize| parts.locate(rb * ROWS + r);
+        if matches!(form, Form::Mxfp4 | Form::Mxfp4Float) {
+            return pack_mxfp4(form, parts, rb, out);
+        }
         if !form.is_quantized() {
             let width = Part::width(form);
             let rows: Vec<_> =
-                (0..ROWS).map(|r| row(r).map(|(p, i)| parts.parts[p].row(i, k))).collect();
+                (0..ROWS).map(|r| row(r).map(|(p, i)| parts.parts[p].range(i, 0, k))).collect();
             layout::pack_float(width, |r| rows[r].as_deref(), out);
             // Checked like quantized weights: a NaN would spread over every answer.
             let mut values = [0.0; BLOCK];
             for (p, i) in (0..ROWS).filter_map(row) {
                 for b in (0..k).step_by(BLOCK) {
                     let len = BLOCK.min(k - b);
-                    parts.parts[p].values(i, k, b, &mut values[..len]);
+                    parts.parts[p].values(i, b, &mut values[..len]);
                     finite(&values[..len]).map_err(|c| (p, i, b + c))?;
                 }
             }
@@ -399,7 +402,7 @@ impl Cpu {
             let len = BLOCK.min(k - b);
             for (r, values) in rows.iter_mut().enumerate() {
                 let Some((p, i)) = row(r) else { continue };
-                parts.parts[p].values(i, k, b, &mut values[..len]);
+                parts.parts[p].values(i, b, &mut values[..len]);
                 finite(&values[..len]).map_err(|c| (p, i, b + c))?;
             }
             let bytes = form.row_block_bytes(len);
@@ -408,6 +411,37 @@ impl Cpu {
         }
         Ok(())
     }
+}
+
+/// Row block `rb` of `parts`, which are MXFP4, as it is.
+fn pack_mxfp4(
+    form: Form,
+    parts: &Parts<'_>,
+    rb: usize,
+    out: &mut [u8],
+) -> std::result::Result<(), NotFinite> {
+    let mut done = 0;
+    for b in (0..parts.k).step_by(BLOCK) {
+        let len = BLOCK.min(parts.k - b);
+        let mut rows = [BlockMxfp4::ZERO; ROWS];
+        for (r, row) in rows.iter_mut().enumerate() {
+            let Some((p, i)) = parts.locate(rb * ROWS + r) else { continue };
+            let part = &parts.parts[p];
+            let start = i * part.row + b;
+            for (j, byte) in part.bytes[start / 2..][..len / 2].iter().enumerate() {
+                (row.q[2 * j], row.q[2 * j + 1]) = (byte & 15, byte >> 4);
+            }
+            let e = &part.scales[start / GROUP..][..len / GROUP];
+            row.e[..e.len()].copy_from_slice(e);
+            if let Some(g) = e.iter().position(|&e| e == BlockMxfp4::NAN) {
+                return Err((p, i, b + g * GROUP));
+            }
+        }
+        let bytes = form.row_block_bytes(len);
+        layout::pack_mxfp4(&rows, &mut out[done..done + bytes]);
+        done += bytes;
+    }
+    Ok(())
 }
 
 /// `Err` with the index of the first number that is not finite.
@@ -689,24 +723,20 @@ impl Part<'_> {
         if stored == Form::F32 { 4 } else { 2 }
     }
 
-    /// The bytes of row `i`.
-    fn row(&self, i: usize, k: usize) -> Cow<'_, [u8]> {
-        self.range(i, k, 0..k)
-    }
-
-    /// The bytes of numbers `range` of row `i`.
-    fn range(&self, i: usize, k: usize, range: Range<usize>) -> Cow<'_, [u8]> {
+    /// The bytes of `len` numbers of row `i`, from number `from` on.
+    fn range(&self, i: usize, from: usize, len: usize) -> Cow<'_, [u8]> {
         let width = Part::width(self.stored);
-        if self.transposed {
-            let number = |j: usize| &self.bytes[(j * self.n + i) * width..][..width];
-            return range.flat_map(number).copied().collect();
+        let start = i * self.row + from * self.column;
+        if self.column == 1 {
+            return Cow::Borrowed(&self.bytes[start * width..][..len * width]);
         }
-        Cow::Borrowed(&self.bytes[(i * k + range.start) * width..][..range.len() * width])
+        let number = |j| &self.bytes[(start + j * self.column) * width..][..width];
+        (0..len).flat_map(number).copied().collect()
     }
 
     /// Numbers `from..from + out.len()` of row `i`.
-    fn values(&self, i: usize, k: usize, from: usize, out: &mut [f32]) {
-        let bytes = &self.range(i, k, from..from + out.len());
+    fn values(&self, i: usize, from: usize, out: &mut [f32]) {
+        let bytes = &self.range(i, from, out.len())[..];
         match self.stored {
             Form::F32 => {
                 for (out, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {

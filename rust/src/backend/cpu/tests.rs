@@ -15,10 +15,6 @@ fn bytes(x: &[f32]) -> Vec<u8> {
     x.iter().flat_map(|x| x.to_le_bytes()).collect()
 }
 
-fn part(n: usize, bytes: &[u8]) -> Part<'_> {
-    Part { stored: Form::F32, n, bytes, transposed: false }
-}
-
 pub(super) fn mat(
     cpu: &Cpu,
     form: Form,
@@ -28,7 +24,7 @@ pub(super) fn mat(
 ) -> Mat {
     let stored: Vec<Vec<u8>> = parts.iter().map(|(x, _)| bytes(x)).collect();
     let parts = parts.iter().zip(&stored);
-    let parts = parts.map(|(&(_, n), bytes)| part(n, bytes)).collect();
+    let parts = parts.map(|(&(_, n), bytes)| Part::floats(Form::F32, n, k, bytes)).collect();
     cpu.pack(form, &Parts { parts, k, interleaved }).unwrap().unwrap()
 }
 
@@ -78,8 +74,9 @@ fn a_number_that_is_not_finite_is_found() {
         let mut w = noise(40 * 300, 9);
         w[35 * 300 + 277] = bad;
         let w = bytes(&w);
+        let part = |bytes| Part::floats(Form::F32, 40, 300, bytes);
         let good = bytes(&noise(40 * 300, 8));
-        let parts = Parts { parts: vec![part(40, &good), part(40, &w)], k: 300, interleaved: false };
+        let parts = Parts { parts: vec![part(&good), part(&w)], k: 300, interleaved: false };
         assert_eq!(cpu.pack(form, &parts).unwrap().err(), Some((1, 35, 277)));
     }
 }
@@ -101,7 +98,8 @@ fn a_matrix_of_each_head_is_a_product_of_each_head() {
                 let cpu = Cpu::new(threads, None).unwrap();
                 let heads = |w: &[f32], transposed| {
                     let bytes: Vec<Vec<u8>> = w.chunks(n * k).map(bytes).collect();
-                    let part = |bytes| Part { transposed, ..part(n, bytes) };
+                    let (row, column) = if transposed { (1, n) } else { (k, 1) };
+                    let part = |bytes| Part { row, column, ..Part::floats(Form::F32, n, k, bytes) };
                     let parts = bytes.iter().map(|b| part(b)).collect();
                     cpu.pack(form, &Parts { parts, k, interleaved: false }).unwrap().unwrap()
                 };
@@ -134,8 +132,7 @@ fn streams_and_gates_match_plain_loops() {
     let width = 40;
     let run = |threads| {
         let cpu = Cpu::new(threads, None).unwrap();
-        let old: Vec<_> =
-            (0..N).map(|i| Buf::new(noise(ROWS * width, i as u32), width)).collect();
+        let old: Vec<_> = (0..N).map(|i| Buf::new(noise(ROWS * width, i as u32), width)).collect();
         let (predict, correct) = (noise(ROWS * N * N, 7), noise(ROWS * N, 8));
         let seen = Buf::new(noise(ROWS * width, 9), width);
         let mut predicted = old.clone();
@@ -165,7 +162,8 @@ fn streams_and_gates_match_plain_loops() {
                 for i in 0..N {
                     let sum = (0..N).map(|j| predict[r * N * N + i * N + j] * old[j].row(r)[c]);
                     close(predicted[i].row(r)[c], old[i].row(r)[c] + sum.sum::<f32>());
-                    let new = (seen.row(r)[c] - predicted[0].row(r)[c]) * (1.0 + correct[r * N + i]);
+                    let new =
+                        (seen.row(r)[c] - predicted[0].row(r)[c]) * (1.0 + correct[r * N + i]);
                     close(corrected[i].row(r)[c], predicted[i].row(r)[c] + new);
                 }
                 let large = (gate[c] - mean - 0.5 * variance.sqrt()).max(0.0);

@@ -154,6 +154,7 @@ impl Spec {
                 "gelu" | "gelu_python" => Act::Gelu,
                 "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" | "gelu_accurate" => Act::GeluTanh,
                 "relu2" => Act::Relu2,
+                "clamped_swiglu" => Act::ClampedSwiglu,
                 "xielu" if !family.gated => Act::XIelu,
                 other => {
                     return Err(Error::Unsupported(format!(
@@ -196,6 +197,10 @@ fn refuse(family: &Family, architecture: &str, top: &Object<'_>, text: &Object<'
         for key in ["quantization_config", "compression_config"] {
             if let Some(value) = object.get(key) {
                 let method = value["quant_method"].as_str().unwrap_or("unknown");
+                if family.quantized.iter().any(|known| known == method) {
+                    only_experts(object, key)?;
+                    continue;
+                }
                 return Err(Error::Unsupported(format!(
                     "config.json: {}: checkpoints quantized with {method:?} are not supported; take the model's \
                      unquantized checkpoint",
@@ -231,26 +236,49 @@ fn refuse(family: &Family, architecture: &str, top: &Object<'_>, text: &Object<'
     Ok(())
 }
 
+/// Checks that a description of MXFP4 weights says no more than that experts are so.
+fn only_experts(object: &Object<'_>, key: &str) -> Result<()> {
+    let Some(said) = object.object(key)? else { return Ok(()) };
+    let kept = said.get("modules_to_not_convert").and_then(Value::as_array);
+    let modules = kept.into_iter().flatten().filter_map(Value::as_str);
+    let mut strange =
+        said.keys().filter(|k| !["quant_method", "modules_to_not_convert"].contains(k));
+    if let Some(strange) = strange.next() {
+        return Err(Error::Unsupported(format!(
+            "config.json: {}: not known for MXFP4 weights",
+            said.label(strange)
+        )));
+    }
+    for module in modules.filter(|module| module.contains("experts")).take(1) {
+        return Err(Error::Unsupported(format!(
+            "config.json: {}: {module:?} is expected to be MXFP4",
+            said.label("modules_to_not_convert")
+        )));
+    }
+    Ok(())
+}
+
 /// The feed-forward network of each layer.
-fn ffns(
-    family: &Family,
-    facts: &Facts<'_>,
-    hidden: usize,
-    layers: usize,
-) -> Result<Vec<Ffn>> {
-    let per_hidden = facts.count(&family.ffn_per_hidden, 64)?;
-    let dense = facts.count(&family.ffn, MAX_FFN)?.or(per_hidden.map(|times| times * hidden));
+fn ffns(family: &Family, facts: &Facts<'_>, hidden: usize, layers: usize) -> Result<Vec<Ffn>> {
+    let width = facts.count(&family.ffn, MAX_FFN)?;
+    let width = match facts.count(&family.ffn_per_hidden, 64)? {
+        Some(times) => width.or(Some(times * hidden)),
+        None => width,
+    };
     let (moe, has) = match &family.moe {
         None => (None, vec![false; layers]),
         Some(moe) => {
-            let (moe, has) = moe.read(facts, dense, layers)?;
+            // `refuse` lets nothing else pass.
+            let mxfp4 = [&facts.top, &facts.text].map(|o| o.get("quantization_config"));
+            let mxfp4 = mxfp4.iter().any(Option::is_some);
+            let (moe, has) = moe.read(facts, hidden, width, layers, mxfp4)?;
             (Some(moe), has)
         }
     };
     let ffn = |has| match (moe, has) {
         (Some(moe), true) => Ok(Ffn::Moe(moe)),
         _ => {
-            let width = dense.map_or_else(|| facts.need_count(&family.ffn, MAX_FFN), Ok)?;
+            let width = width.map_or_else(|| facts.need_count(&family.ffn, MAX_FFN), Ok)?;
             Ok(if family.gated { Ffn::Dense(width) } else { Ffn::Plain(width) })
         }
     };

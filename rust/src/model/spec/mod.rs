@@ -7,14 +7,16 @@ mod family;
 mod latent;
 mod moe;
 mod names;
+mod place;
 mod rope;
 mod ropes;
 #[cfg(test)]
 mod tests;
 
 pub use latent::Latent;
-pub use moe::{Moe, Shared};
-pub use names::{Names, Rows, Weight};
+pub use moe::{Moe, Shared, Stored};
+pub use names::{Names, Weight};
+pub use place::Slice;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 
@@ -97,6 +99,8 @@ pub enum Act {
     /// xIELU (Huang and Schlag 2024), with numbers of each layer: `beta x + softplus(alpha_p) x^2` where `x > 0`,
     /// else `beta x + (beta + softplus(alpha_n)) (exp(min(x, eps)) - 1 - x)`.
     XIelu,
+    /// `g * sigmoid(1.702 g)` with `g = min(x, 7)`; `up` becomes `clamp(up, -7, 7) + 1` (GPT-OSS).
+    ClampedSwiglu,
 }
 
 /// One layer: positions are mixed, then each is transformed.
@@ -132,10 +136,10 @@ impl Mixer {
 pub enum Ffn {
     /// `down(act(gate(x)) * up(x))` of this width.
     Dense(usize),
-    /// `down(act(up(x)))` of this width.
-    Plain(usize),
     /// Experts, of which each position uses some.
     Moe(Moe),
+    /// `down(act(up(x)))` of this width.
+    Plain(usize),
 }
 
 /// Shape of attention in one layer.

@@ -25,6 +25,8 @@ pub struct Moe {
     pub correction: bool,
     /// Biases on gate, up, down of the experts that are chosen.
     pub expert_bias: bool,
+    /// How a checkpoint stores the experts.
+    pub stored: Stored,
     /// The shared experts.
     pub shared: Option<Shared>,
 }
@@ -38,6 +40,18 @@ pub struct Shared {
     pub gate: bool,
 }
 
+/// How a checkpoint stores the matrices of experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stored {
+    /// `[out, in]`, or `[experts, out, in]`.
+    Rows,
+    /// `[experts, in, out]`; gate and up in one tensor alternate, as their biases do (GPT-OSS).
+    Columns,
+    /// `[experts, out, in]` in MXFP4; gate and up in one tensor alternate, as their biases do (GPT-OSS as released).
+    /// Two tensors: `_blocks`, 32 codes in 16 bytes, the first in the low nibble; `_scales`, an exponent for each 32.
+    Mxfp4,
+}
+
 /// The table `[moe]` of a family. `models/README.md` explains every field.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -48,6 +62,8 @@ pub(super) struct MoeFacts {
     expert_ffn: Fact,
     #[serde(default)]
     expert_bias: Fact,
+    #[serde(default)]
+    stored: Fact,
     score: Fact,
     #[serde(default)]
     renormalise: Fact,
@@ -84,8 +100,10 @@ impl MoeFacts {
     pub(super) fn read(
         &self,
         facts: &Facts<'_>,
+        hidden: usize,
         dense_ffn: Option<usize>,
         layers: usize,
+        mxfp4: bool,
     ) -> Result<(Moe, Vec<bool>)> {
         let experts = facts.need_count(&self.experts, MAX_EXPERTS)?;
         let top_k = facts.need_count(&self.top_k, experts)?;
@@ -102,6 +120,16 @@ impl MoeFacts {
                 )));
             }
         };
+        let stored = match facts.read_text(&self.stored)? {
+            _ if mxfp4 => Stored::Mxfp4,
+            None | Some("rows") => Stored::Rows,
+            Some("columns") => Stored::Columns,
+            Some(other) => return Err(bad("moe.stored", other, "rows or columns")),
+        };
+        if mxfp4 && (hidden % 32 != 0 || width % 32 != 0) {
+            let found = format!("experts of {hidden} inputs and width {width}");
+            return Err(bad("quantization_config", &found, "multiples of 32 for MXFP4"));
+        }
         let renormalise = facts.flag(&self.renormalise)?;
         let eps = facts.number(&self.sum_eps, 0.0, 1.0)?.unwrap_or(0.0) as f32;
         let shared = facts.number(&self.shared_experts, 0.0, MAX_EXPERTS as f64)?.unwrap_or(0.0);
@@ -125,6 +153,7 @@ impl MoeFacts {
             router_bias: facts.flag(&self.router_bias)?,
             correction: facts.flag(&self.correction)?,
             expert_bias: facts.flag(&self.expert_bias)?,
+            stored,
             shared: (shared.width > 0).then_some(shared),
         };
         Ok((moe, self.layers(facts, layers)?))

@@ -1,11 +1,12 @@
 //! The weights that a model has, and what they are called in a checkpoint. Never reads a tensor.
 
 use super::config::bad;
-use super::{Act, Ffn, Mixer, Moe, QkNorm, Spec};
+use super::{Act, Ffn, Mixer, Moe, QkNorm, Slice, Spec};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, HashSet};
 
-/// Short names of all weights that a family can have; biases append `_bias`.
+/// Short names of all weights that a family can have; biases append `_bias`, and need a name of their own only where it
+/// is not the weight's with `.bias`.
 pub(super) const WEIGHTS: &[&str] = &[
     "embed",
     "norm",
@@ -40,6 +41,9 @@ pub(super) const WEIGHTS: &[&str] = &[
     "expert_gate",
     "expert_up",
     "expert_down",
+    "expert_gate_bias",
+    "expert_up_bias",
+    "expert_down_bias",
     "shared_gate",
     "shared_up",
     "shared_down",
@@ -51,8 +55,8 @@ pub(super) const WEIGHTS: &[&str] = &[
 pub struct Weight {
     /// Its short name here: `embed`, `q`, `q_bias`, ...
     pub what: &'static str,
-    /// Its shape: `[out, in]` for a matrix, `[n]` for a norm or a bias, none for a single number; those of experts
-    /// with the number of experts before it.
+    /// Its shape: `[out, in]` for a matrix, `[n]` for a norm or a bias, none for a single number; those of experts with
+    /// the number of experts before it.
     pub shape: Vec<usize>,
 }
 
@@ -68,7 +72,10 @@ impl Spec {
         }
         let layers = (0..self.layers.len()).flat_map(|l| self.layer_weights(l));
         for Weight { what, shape } in self.model_weights().into_iter().chain(layers) {
-            let stem = what.strip_suffix("_bias").unwrap_or(what);
+            let stem = match what.strip_suffix("_bias") {
+                Some(stem) if !self.names.contains_key(what) => stem,
+                _ => what,
+            };
             if self.names.get(stem).is_none_or(|names| names.0.is_empty()) {
                 return Err(bad_name(stem, "nothing", "the name of this weight"));
             }
@@ -141,19 +148,6 @@ impl Spec {
                 (self.mlp_bias, "up_bias", vec![ffn]),
                 (self.mlp_bias, "down_bias", vec![hidden]),
             ]),
-            &Ffn::Plain(ffn) => {
-                let xielu = self.act == Act::XIelu;
-                existing([
-                    (true, "up", vec![ffn, hidden]),
-                    (true, "down", vec![hidden, ffn]),
-                    (self.mlp_bias, "up_bias", vec![ffn]),
-                    (self.mlp_bias, "down_bias", vec![hidden]),
-                    (xielu, "xielu_alpha_p", vec![1]),
-                    (xielu, "xielu_alpha_n", vec![1]),
-                    (xielu, "xielu_beta", vec![]),
-                    (xielu, "xielu_eps", vec![]),
-                ])
-            }
             Ffn::Moe(moe) => {
                 let Moe { experts, width, .. } = *moe;
                 let shared = moe.shared.map_or(0, |shared| shared.width);
@@ -171,6 +165,19 @@ impl Spec {
                     (shared > 0, "shared_up", vec![shared, hidden]),
                     (shared > 0, "shared_down", vec![hidden, shared]),
                     (moe.shared.is_some_and(|s| s.gate), "shared_router", vec![1, hidden]),
+                ])
+            }
+            &Ffn::Plain(ffn) => {
+                let xielu = self.act == Act::XIelu;
+                existing([
+                    (true, "up", vec![ffn, hidden]),
+                    (true, "down", vec![hidden, ffn]),
+                    (self.mlp_bias, "up_bias", vec![ffn]),
+                    (self.mlp_bias, "down_bias", vec![hidden]),
+                    (xielu, "xielu_alpha_p", vec![1]),
+                    (xielu, "xielu_alpha_n", vec![1]),
+                    (xielu, "xielu_beta", vec![]),
+                    (xielu, "xielu_eps", vec![]),
                 ])
             }
         });
@@ -193,22 +200,6 @@ impl Spec {
         Names { stems: stems.collect() }
     }
 
-    /// Where weight `what` of layer `l` is. Weights with one name are rows of one tensor, one below the other in the
-    /// order of `layer_weights`: q, k, v and gate, up. Panics if the layer has no such weight.
-    pub fn place(&self, names: &Names, l: usize, what: &str) -> Rows {
-        let name = names.layer(l, what);
-        let (mut first, mut of) = (0, 0);
-        for weight in self.layer_weights(l) {
-            if weight.what == what {
-                first = of;
-            }
-            if names.layer(l, weight.what) == name {
-                of += weight.shape.first().copied().unwrap_or(1);
-            }
-        }
-        Rows { name, first, of }
-    }
-
     /// Those of a checkpoint's tensors that are neither a weight of this model nor known to be ignorable: their
     /// presence means that the model is not what the family says.
     pub fn unused<'a>(
@@ -221,7 +212,8 @@ impl Spec {
         known.extend(self.model_weights().iter().map(|w| names.model(w.what)));
         for l in 0..self.layers.len() {
             for weight in self.layer_weights(l) {
-                known.extend(names.tensors(l, &weight).into_iter().map(|(name, _)| name));
+                let places = self.places(names, l, weight.what);
+                known.extend(places.iter().flat_map(Slice::tensors).map(|(name, _)| name));
             }
         }
         let ignored = |name: &str| self.ignore.iter().any(|pattern| matches(pattern, name));
@@ -237,17 +229,6 @@ pub(super) fn existing<const N: usize>(
     weights.map(|(_, what, shape)| Weight { what, shape }).collect()
 }
 
-/// Rows of a checkpoint's tensor that are one weight.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Rows {
-    /// The tensor.
-    pub name: String,
-    /// The first of them.
-    pub first: usize,
-    /// Rows that the tensor has.
-    pub of: usize,
-}
-
 /// Short name of a weight -> its name in one checkpoint.
 #[derive(Clone, Debug)]
 pub struct Names {
@@ -257,25 +238,15 @@ pub struct Names {
 impl Names {
     /// The name of a weight outside the layers. Panics if `what` is none of `Spec::model_weights`.
     pub fn model(&self, what: &str) -> String {
-        match what.strip_suffix("_bias") {
-            Some(what) => whole(&self.stems[what], ".bias"),
-            None => whole(&self.stems[what], ".weight"),
+        match (self.stems.get(what), what.strip_suffix("_bias")) {
+            (None, Some(what)) => whole(&self.stems[what], ".bias"),
+            _ => whole(&self.stems[what], ".weight"),
         }
     }
 
     /// The name of a weight of layer `l`. Panics if `what` is none of `Spec::layer_weights`.
     pub fn layer(&self, l: usize, what: &str) -> String {
         self.model(what).replace("{l}", &l.to_string())
-    }
-
-    /// The tensors of a weight of layer `l` and their shapes: one, or one for each expert.
-    pub fn tensors(&self, l: usize, weight: &Weight) -> Vec<(String, Vec<usize>)> {
-        let name = self.layer(l, weight.what);
-        if !name.contains("{e}") {
-            return vec![(name, weight.shape.clone())];
-        }
-        let each = |e: usize| (name.replace("{e}", &e.to_string()), weight.shape[1..].to_vec());
-        (0..weight.shape[0]).map(each).collect()
     }
 }
 

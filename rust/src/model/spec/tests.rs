@@ -217,7 +217,7 @@ fn experts_of_each_family() {
     let moe = |spec: &Spec| -> Vec<Option<Moe>> {
         let moe = |layer: &Layer| match layer.ffn {
             Ffn::Moe(moe) => Some(moe),
-            Ffn::Dense(_) | Ffn::Plain(_) => None,
+            _ => None,
         };
         spec.layers.iter().map(moe).collect()
     };
@@ -236,6 +236,7 @@ fn experts_of_each_family() {
         router_bias: false,
         correction: false,
         expert_bias: false,
+        stored: Stored::Rows,
         shared: None,
     };
     assert_eq!(moe(&mixtral), [Some(expected); 4]);
@@ -244,7 +245,7 @@ fn experts_of_each_family() {
     let up = weights.iter().find(|w| w.what == "expert_up").unwrap();
     assert_eq!(up.shape, [8, 112, 64]);
     let w3 = "model.layers.1.block_sparse_moe.experts.7.w3.weight".to_owned();
-    assert_eq!(names.tensors(1, up)[7], (w3, vec![112, 64]));
+    assert_eq!(mixtral.place(&names, 1, "expert_up", 7), Slice::whole(w3, vec![112, 64]));
 
     let sizes = json!({"num_experts": 6, "moe_intermediate_size": 48, "decoder_sparse_step": 2,
         "mlp_only_layers": [1], "shared_expert_intermediate_size": 96});

@@ -3,7 +3,7 @@
 
 use super::{Latent, Reader, Source};
 use crate::Result;
-use crate::model::spec::{self, Rows};
+use crate::model::spec::{self, Slice};
 
 impl Reader<'_> {
     pub(super) fn latent<M, V>(
@@ -14,9 +14,10 @@ impl Reader<'_> {
         mat: &mut impl FnMut(Source) -> Result<M>,
     ) -> Result<Latent<M, V>> {
         let hidden = self.spec.hidden;
-        let place = |what: &str| self.spec.place(&self.names, l, what);
-        let norm = |what: &str, n| Ok(row(&self.norm(&self.names.layer(l, what), &[n])?));
-        let mut whole = |what: &str, n, k| mat(Source::rows(vec![(place(what), n)], k));
+        let place = |what: &str| self.spec.place(&self.names, l, what, 0);
+        let norm = |what: &str, n| Ok(row(&self.norm(&place(what), n, 1)?));
+        let plain = |parts, k| Source { parts, k, interleaved: false, exact: false };
+        let mut whole = |what: &str, n, k| mat(plain(vec![(place(what), n)], k));
         let q = a.heads * (a.nope + a.turned);
         let (q_a, q) = match a.q_rank {
             None => (None, whole("q", q, hidden)?),
@@ -26,21 +27,21 @@ impl Reader<'_> {
             }
         };
         let kv_a = whole("kv_a", a.rank + a.turned, hidden)?;
+        let o = whole("o", hidden, a.heads * a.value)?;
+        // Of each head, from row `at` of its part on.
         let kv_b = place("kv_b");
-        // From row `at` on of each head's part.
-        let parts = |at: usize, n: usize| -> Vec<(Rows, usize)> {
-            let part = |h: usize| Rows { first: h * (a.nope + a.value) + at, ..kv_b.clone() };
-            (0..a.heads).map(|h| (part(h), n)).collect()
-        };
-        let keys = Source { transposed: true, ..Source::rows(parts(0, a.rank), a.nope) };
+        let first = |h: usize, at: usize| (h * (a.nope + a.value) + at) * a.rank;
+        let key =
+            |h| (Slice { first: first(h, 0), row: 1, column: a.rank, ..kv_b.clone() }, a.rank);
+        let value = |h| (Slice { first: first(h, a.nope), ..kv_b.clone() }, a.value);
         Ok(Latent {
             q_a,
             q,
             kv_a,
             kv_norm: norm("kv_a_norm", a.rank)?,
-            keys: mat(keys)?,
-            values: mat(Source::rows(parts(a.nope, a.value), a.rank))?,
-            o: mat(Source::rows(vec![(place("o"), hidden)], a.heads * a.value))?,
+            o,
+            keys: mat(plain((0..a.heads).map(key).collect(), a.nope))?,
+            values: mat(plain((0..a.heads).map(value).collect(), a.rank))?,
         })
     }
 }
