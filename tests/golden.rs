@@ -14,10 +14,18 @@ type Cpu = ferrule::backend::cpu::Cpu;
 /// Golden folders of the supported families: those in the repository, and all if `FERRULE_SHARED` is set.
 fn goldens() -> Vec<PathBuf> {
     let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    let mut all: Vec<PathBuf> = ["llama31-a", "mistral-a", "qwen25-a", "qwen3-a", "gemma3-a"]
-        .iter()
-        .map(|name| own.join(name))
-        .collect();
+    let mut all: Vec<PathBuf> = [
+        "llama31-a",
+        "mistral-a",
+        "qwen25-a",
+        "qwen3-a",
+        "gemma3-a",
+        "phi4-mini-a",
+        "granite-swa-a",
+    ]
+    .iter()
+    .map(|name| own.join(name))
+    .collect();
     match std::env::var_os("FERRULE_SHARED") {
         Some(shared) => all.extend(
             [
@@ -37,10 +45,26 @@ fn goldens() -> Vec<PathBuf> {
                 "starcoder2-a",
                 "arcee-a",
                 "apertus-a",
+                "granite4-dense-a",
+                "nemotron-a",
+                "phi2-a",
+                "pythia-a",
+                "pythia-b",
+                "stablelm-a",
+                "command-r-a",
+                "cohere2-a",
                 "phi4-a",
                 "glm4-a",
                 "ernie45-a",
                 "seed-oss-a",
+                "phi3-a",
+                "phi3-b",
+                "smollm3-a",
+                "exaone4-a",
+                "exaone4-b",
+                "hunyuan-dense-a",
+                "olmo3-a",
+                "ministral3-a",
                 "mixtral-a",
                 "qwen2-moe-a",
                 "qwen3-moe-a",
@@ -95,16 +119,20 @@ struct Session<'a> {
     kv: <Model<Cpu> as Forward>::Kv,
     pages: Vec<Vec<u32>>,
     len: usize,
+    long: bool,
 }
 
 impl<'a> Session<'a> {
-    fn new(model: &'a Model<Cpu>) -> Session<'a> {
+    /// For a prompt of so many tokens.
+    fn new(model: &'a Model<Cpu>, prompt: usize) -> Session<'a> {
         let groups = model.kv_groups().len();
         let pages = vec![(0..4u32).rev().collect(); groups];
-        Session { model, kv: model.new_kv(&vec![4; groups]).unwrap(), pages, len: 0 }
+        let long = model.long_after().is_some_and(|after| prompt > after);
+        Session { model, kv: model.new_kv(&vec![4; groups]).unwrap(), pages, len: 0, long }
     }
     fn feed(&mut self, tokens: &[u32], wanted: Wanted) -> Vec<f32> {
-        let chunk = Chunk { tokens, start: self.len, pages: &self.pages, wanted };
+        let (start, pages) = (self.len, &self.pages);
+        let chunk = Chunk { tokens, start, long: self.long, pages, wanted };
         self.len += tokens.len();
         assert!(self.len <= 4 * PAGE);
         self.model.forward(&mut self.kv, &[chunk], &AtomicBool::new(false)).unwrap()
@@ -131,7 +159,7 @@ fn reference_logits_and_greedy_ids() {
             let ids = golden.ints(&format!("{prompt}.ids")).unwrap();
             let positions = golden.ints(&format!("{prompt}.positions")).unwrap();
             let expected = golden.floats(&format!("{prompt}.logits"));
-            let mut session = Session::new(&model);
+            let mut session = Session::new(&model, ids.len());
             let logits = session.feed(&ids, Wanted::All);
             let vocab = model.vocab();
             for (row, &position) in positions.iter().enumerate() {
@@ -153,14 +181,43 @@ fn reference_logits_and_greedy_ids() {
     }
 }
 
+/// LongRoPE: what transformers generates from its cache over the end of the first context is what one request gets
+/// here; what it generates without a cache is what requests get whose prompts hold all that was said.
+#[test]
+fn generation_over_the_end_of_the_first_context() {
+    for folder in goldens() {
+        let golden = Golden::open(&folder);
+        let Some(ids) = golden.ints("cross.ids") else { continue };
+        let model = load(&folder, options(Quantization::None)).unwrap();
+        let after = model.long_after().unwrap();
+        let cached = golden.ints("cross.greedy_hf_cached").unwrap();
+        assert!(ids.len() < after && after < ids.len() + cached.len());
+        let mut session = Session::new(&model, ids.len());
+        let mut next = argmax(&session.feed(&ids, Wanted::Last));
+        for (step, &expected) in cached.iter().enumerate() {
+            assert_eq!(next, expected, "{folder:?} cached, step {step}");
+            next = argmax(&session.feed(&[next], Wanted::Last));
+        }
+        let mut text = ids;
+        for (step, &expected) in golden.ints("cross.greedy_hf_uncached").unwrap().iter().enumerate()
+        {
+            let mut session = Session::new(&model, text.len());
+            let next = argmax(&session.feed(&text, Wanted::Last));
+            assert_eq!(next, expected, "{folder:?} uncached, step {step}");
+            text.push(next);
+        }
+    }
+}
+
 #[test]
 fn hidden_states_of_every_layer() {
     for folder in goldens() {
         let golden = Golden::open(&folder);
         let model = load(&folder, options(Quantization::None)).unwrap();
         let ids = golden.ints("p33.ids").unwrap();
-        let mut session = Session::new(&model);
-        let chunk = Chunk { tokens: &ids, start: 0, pages: &session.pages, wanted: Wanted::None };
+        let mut session = Session::new(&model, ids.len());
+        let pages = &session.pages;
+        let chunk = Chunk { tokens: &ids, start: 0, long: false, pages, wanted: Wanted::None };
         let states = model.hidden_states(&mut session.kv, &[chunk]).unwrap();
         assert_eq!(states.len(), model.spec.layers.len() + 1);
         for (i, found) in states.iter().enumerate() {
@@ -198,12 +255,12 @@ fn chunks_batches_threads_and_sets_do_not_change_a_bit() {
                 };
                 let sets: Vec<_> = kernels::available().map(|k| k.name()).collect();
                 let model = open(1, sets[0]);
-                let whole = bits(&Session::new(&model).feed(&ids, Wanted::All));
-                let mut session = Session::new(&model);
+                let whole = bits(&Session::new(&model, ids.len()).feed(&ids, Wanted::All));
+                let mut session = Session::new(&model, ids.len());
                 let single: Vec<u32> =
                     ids.iter().flat_map(|&id| bits(&session.feed(&[id], Wanted::All))).collect();
                 assert!(single == whole, "{folder:?} {quantization:?}: token by token");
-                let mut session = Session::new(&model);
+                let mut session = Session::new(&model, ids.len());
                 let parts: Vec<u32> =
                     ids.chunks(37).flat_map(|c| bits(&session.feed(c, Wanted::All))).collect();
                 assert!(parts == whole, "{folder:?} {quantization:?}: chunks of 37");
@@ -211,9 +268,16 @@ fn chunks_batches_threads_and_sets_do_not_change_a_bit() {
                 let groups = model.kv_groups().len();
                 let mut kv = model.new_kv(&vec![8; groups]).unwrap();
                 let (a, b) = (vec![vec![0, 2, 4, 6]; groups], vec![vec![7, 5, 3, 1]; groups]);
+                let long = model.long_after().is_some_and(|after| ids.len() > after);
                 let batch = [
-                    Chunk { tokens: &ids[3..40], start: 0, pages: &b, wanted: Wanted::Last },
-                    Chunk { tokens: &ids, start: 0, pages: &a, wanted: Wanted::All },
+                    Chunk {
+                        tokens: &ids[3..40],
+                        start: 0,
+                        long: false,
+                        pages: &b,
+                        wanted: Wanted::Last,
+                    },
+                    Chunk { tokens: &ids, start: 0, long, pages: &a, wanted: Wanted::All },
                 ];
                 let both = model.forward(&mut kv, &batch, &AtomicBool::new(false)).unwrap();
                 assert!(
@@ -222,11 +286,12 @@ fn chunks_batches_threads_and_sets_do_not_change_a_bit() {
                 );
                 for threads in [2, 3] {
                     let model = open(threads, sets[0]);
-                    let found = bits(&Session::new(&model).feed(&ids, Wanted::All));
+                    let found = bits(&Session::new(&model, ids.len()).feed(&ids, Wanted::All));
                     assert!(found == whole, "{folder:?} {quantization:?}: {threads} threads");
                 }
                 for set in &sets[1..] {
-                    let found = bits(&Session::new(&open(2, set)).feed(&ids[..40], Wanted::All));
+                    let found =
+                        bits(&Session::new(&open(2, set), ids.len()).feed(&ids[..40], Wanted::All));
                     assert!(found == whole[..found.len()], "{folder:?} {quantization:?}: {set}");
                 }
             }

@@ -26,6 +26,7 @@ pub(crate) enum Trouble {
 pub(crate) struct Fake {
     pub(crate) windows: Vec<Option<usize>>,
     pub(crate) context: usize,
+    pub(crate) long_after: Option<usize>,
     /// (call, trouble): what goes wrong at which forward pass.
     pub(crate) trouble: Vec<(usize, Trouble)>,
     /// Sizes of the chunks of each call.
@@ -35,7 +36,7 @@ pub(crate) struct Fake {
 impl Fake {
     pub(crate) fn new(windows: &[Option<usize>], context: usize) -> Fake {
         let windows = windows.to_vec();
-        Fake { windows, context, trouble: Vec::new(), calls: Mutex::default() }
+        Fake { windows, context, long_after: None, trouble: Vec::new(), calls: Mutex::default() }
     }
 }
 
@@ -56,6 +57,10 @@ impl Forward for Fake {
 
     fn context_length(&self) -> usize {
         self.context
+    }
+
+    fn long_after(&self) -> Option<usize> {
+        self.long_after
     }
 
     fn kv_groups(&self) -> Vec<KvGroup> {
@@ -87,6 +92,9 @@ impl Forward for Fake {
                 for (g, pages) in chunk.pages.iter().enumerate() {
                     let first = self.windows[g].map_or(0, |w| (position + 1).saturating_sub(w));
                     let mut value = mix(g as u64, u64::from(token));
+                    if chunk.long || self.long_after.is_some_and(|after| position >= after) {
+                        value = mix(value, 1);
+                    }
                     for p in first..position {
                         value = mix(value, kv.0[g][pages[p / PAGE] as usize][p % PAGE]);
                     }

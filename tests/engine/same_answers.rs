@@ -100,15 +100,16 @@ fn windows() -> impl Strategy<Value = Vec<Option<usize>>> {
     prop::collection::vec(prop::option::of(1usize..200), 1..4)
 }
 
-fn start(fake: Fake, config: EngineConfig) -> Engine<Fake> {
+fn start(mut fake: Fake, long_after: Option<usize>, config: EngineConfig) -> Engine<Fake> {
+    fake.long_after = long_after;
     Engine::new(Arc::new(fake), TOKENIZER.clone(), ENDS.collect(), config).unwrap()
 }
 
 /// The request by itself: no cache, no chunks.
-fn alone(windows: &[Option<usize>], ask: &Ask) -> Outcome {
+fn alone(windows: &[Option<usize>], long_after: Option<usize>, ask: &Ask) -> Outcome {
     let config =
         EngineConfig { chunk_tokens: CONTEXT, max_batch: 1, prefix_cache: false, ..config() };
-    let mut engine = start(Fake::new(windows, CONTEXT), config);
+    let mut engine = start(Fake::new(windows, CONTEXT), long_after, config);
     engine.submit(ask.request()).unwrap();
     finish(&mut engine).pop().unwrap()
 }
@@ -121,6 +122,7 @@ fn kv_bytes(windows: &[Option<usize>], chunk: usize, extra: usize) -> u64 {
 
 fn same_answers(
     windows: &[Option<usize>],
+    long_after: Option<usize>,
     mut asks: Vec<Ask>,
     config: EngineConfig,
     interrupts: &[usize],
@@ -128,7 +130,7 @@ fn same_answers(
     asks.sort_by_key(|ask| ask.step);
     let mut fake = Fake::new(windows, CONTEXT);
     fake.trouble = interrupts.iter().map(|&call| (call, Trouble::Interrupted)).collect();
-    let mut engine = start(fake, config);
+    let mut engine = start(fake, long_after, config);
     let mut outcomes = Outcomes::default();
     let mut arrivals = asks.iter().enumerate().peekable();
     for step in 0.. {
@@ -151,7 +153,7 @@ fn same_answers(
     prop_assert_eq!(outcomes.0.len(), asks.len());
     for (i, ask) in asks.iter().enumerate() {
         let found = &outcomes.0[&(i as RequestId)];
-        let mut expected = alone(windows, ask);
+        let mut expected = alone(windows, long_after, ask);
         prop_assert!(expected.error.is_none() && expected.reason.is_some());
         if found.reason == Some(FinishReason::Cancelled) {
             prop_assert!(ask.cancel.is_some());
@@ -173,6 +175,7 @@ proptest! {
     #[test]
     fn company_cache_chunks_and_interrupts_change_nothing(
         windows in windows(),
+        long_after in prop::option::of(1usize..400),
         asks in prop::collection::vec(ask(), 1..8),
         chunk in prop_oneof![1usize..20, 20usize..700],
         max_batch in 1usize..6,
@@ -182,7 +185,7 @@ proptest! {
     ) {
         let kv_bytes = kv_bytes(&windows, chunk, extra);
         let config = EngineConfig { max_batch, chunk_tokens: chunk, kv_bytes, prefix_cache, ..config() };
-        same_answers(&windows, asks, config, &interrupts)?;
+        same_answers(&windows, long_after, asks, config, &interrupts)?;
     }
 }
 
@@ -209,7 +212,7 @@ fn preemption_changes_nothing() {
             let config =
                 EngineConfig { max_batch: 6, chunk_tokens: 64, kv_bytes, prefix_cache, ..config() };
             let preemptions =
-                same_answers(&windows, (0..6).map(ask).collect(), config, &[]).unwrap();
+                same_answers(&windows, None, (0..6).map(ask).collect(), config, &[]).unwrap();
             assert!(preemptions > 0 || windows == [Some(130)], "{windows:?} {prefix_cache}");
         }
     }

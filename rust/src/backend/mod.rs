@@ -42,6 +42,8 @@ pub struct Attention {
     pub softcap: Option<f32>,
     /// Keys seen, the position itself included; `None` = all before.
     pub window: Option<usize>,
+    /// `(growth, every)`: queries of position p count `1 + growth * ln(1 + floor(p / every))` times.
+    pub query_growth: Option<(f32, usize)>,
     /// Rotary pairs are dimensions `2 i` and `2 i + 1`, not `i` and `i` + half of those that turn.
     pub rope_interleaved: bool,
 }
@@ -136,6 +138,8 @@ pub struct QkNorm<'a, R> {
     pub centred: bool,
     /// Over all heads together, not over each.
     pub full: bool,
+    /// After the rotation, not before it.
+    pub after_rope: bool,
     /// Added to the mean square or the variance.
     pub eps: f32,
 }
@@ -301,8 +305,15 @@ pub trait Backend: Send + Sync {
     fn add(&self, x: &mut Self::Buf, y: &Self::Buf);
     /// `x = fma(scale, y, x)`.
     fn add_scaled(&self, x: &mut Self::Buf, scale: f32, y: &Self::Buf);
-    /// Cosines, then sines, of `position * inv_freq`, times `scale`, for each position.
-    fn rope_table(&self, positions: &[u32], inv_freq: &[f32], scale: f32) -> Self::Buf;
+    /// Cosines, then sines, of `position * inv_freq`, times `scale`, for each position; with the second `inv_freq`
+    /// where `long` says so.
+    fn rope_table(
+        &self,
+        positions: &[u32],
+        long: &[bool],
+        inv_freq: [&[f32]; 2],
+        scale: f32,
+    ) -> Self::Buf;
     /// Of each row of `qkv`: norms of queries and keys, if given; clamped, if asked for; then rotation of the first
     /// dimensions of a head, as many as `table` is wide, by its row, if there is a table; then keys and values go into
     /// the pages of `layer`.
@@ -316,7 +327,7 @@ pub trait Backend: Send + Sync {
         layer: usize,
         spans: &[Span<'_>],
     );
-    /// `out[r] = softmax(softcap(scale * q k)) v` over the positions that row `r` sees, for each head. `sinks`
+    /// `out[r] = softmax(softcap(scale * growth(r) * q k)) v` over the positions that row `r` sees, for each head. `sinks`
     /// holds for each head one more score of that softmax, whose value is zero.
     fn attend(
         &self,

@@ -80,11 +80,19 @@ impl<B: Backend> Model<B> {
             clip: how.clip,
             softcap: how.softcap,
             window: how.window,
+            query_growth: how.query_growth,
             rope_interleaved: how.rope_interleaved,
         };
         let (centred, full) = (s.norm.centred(), s.qk_norm == QkNorm::Full);
         let norms = w.qk_norms.as_ref();
-        let norms = norms.map(|(q, k)| backend::QkNorm { q, k, centred, full, eps: s.eps });
+        let norms = norms.map(|(q, k)| backend::QkNorm {
+            q,
+            k,
+            centred,
+            full,
+            after_rope: s.qk_norm_after_rope,
+            eps: s.eps,
+        });
         let table = how.rope.map(|rope| &step.tables[rope]);
         let Kv { pages, x, a, wide, out, after } = kv;
         let input = self.normed(layer.attn_norm.as_ref(), x, a);
@@ -120,6 +128,7 @@ impl<B: Backend> Model<B> {
             clip: None,
             softcap: None,
             window: None,
+            query_growth: None,
             rope_interleaved: how.rope_interleaved,
         };
         let Kv { pages, x, a, wide, out, after } = kv;
@@ -271,6 +280,10 @@ impl<B: Backend> Forward for Model<B> {
         self.spec.context_length
     }
 
+    fn long_after(&self) -> Option<usize> {
+        self.spec.long_after()
+    }
+
     fn kv_groups(&self) -> Vec<KvGroup> {
         let group = |(g, &window): (usize, &Option<usize>)| KvGroup {
             window,
@@ -335,10 +348,12 @@ impl<B: Backend> Model<B> {
         let (b, s) = (&self.backend, &self.spec);
         let (mut ids, mut positions, mut wanted) = (Vec::new(), Vec::new(), Vec::new());
         let mut spans: Vec<Vec<Span<'_>>> = vec![Vec::new(); self.windows.len()];
+        let (mut long, long_after) = (Vec::new(), s.long_after().unwrap_or(usize::MAX));
         for chunk in batch {
             let (first_row, len) = (ids.len(), chunk.tokens.len());
             ids.extend_from_slice(chunk.tokens);
             positions.extend((chunk.start..chunk.start + len).map(|p| p as u32));
+            long.extend((chunk.start..chunk.start + len).map(|p| chunk.long || p >= long_after));
             match chunk.wanted {
                 Wanted::None => {}
                 Wanted::Last => wanted.push(first_row + len - 1),
@@ -349,7 +364,10 @@ impl<B: Backend> Model<B> {
                 spans.push(Span { first_row, len, start: chunk.start, table });
             }
         }
-        let rope = |r: &spec::Rope| b.rope_table(&positions, &r.inv_freq, r.scale);
+        let rope = |r: &spec::Rope| {
+            let second = r.long.as_ref().map_or(&r.inv_freq, |long| &long.inv_freq);
+            b.rope_table(&positions, &long, [&r.inv_freq, second], r.scale)
+        };
         let tables: Vec<_> = s.ropes.iter().map(rope).collect();
 
         b.embed(&self.weights.embed, &ids, s.embed_scale, &mut kv.x);

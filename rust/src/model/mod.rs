@@ -34,6 +34,8 @@ pub struct Chunk<'a> {
     pub tokens: &'a [u32],
     /// Position of `tokens[0]`.
     pub start: usize,
+    /// The prompt of its request has more than [`Forward::long_after`] tokens.
+    pub long: bool,
     /// For each group: page ids of positions 64*i .. 64*i + 64, `NO_PAGE` where freed.
     pub pages: &'a [Vec<u32>],
     /// Which logits are asked for.
@@ -59,6 +61,11 @@ pub trait Forward {
     fn vocab(&self) -> usize;
     /// Positions the model was made for.
     fn context_length(&self) -> usize;
+    /// Requests whose prompts have more tokens than this are computed otherwise from the first on
+    /// (see [`spec::Long`]), and share no pages with others.
+    fn long_after(&self) -> Option<usize> {
+        None
+    }
     /// Its page tables.
     fn kv_groups(&self) -> Vec<KvGroup>;
     /// Memory for this many pages of each group.

@@ -389,9 +389,15 @@ impl<'a> Reader<'a> {
         let mixer = match &s.layers[l].mixer {
             spec::Mixer::Attention(a) => {
                 let (q, kv, d) = (a.q_width(), a.kv_width(), a.head_dim);
+                let parts = |what: [&str; 3]| match s.qkv_by_head {
+                    false => what.map(&place).into_iter().zip([q, kv, kv]).collect(),
+                    true => by_head(&place(what[0]), a),
+                };
+                let qkv = Source { parts: parts(["q", "k", "v"]), ..source(&[], s.hidden, false) };
                 let qkv_bias = || -> Result<V> {
-                    let all = [vector("q_bias", q)?, vector("k_bias", kv)?, vector("v_bias", kv)?];
-                    Ok(row(&all.concat()))
+                    let parts = parts(["q_bias", "k_bias", "v_bias"]);
+                    let all = parts.iter().map(|(rows, n)| self.vector(rows, *n));
+                    Ok(row(&all.collect::<Result<Vec<_>>>()?.concat()))
                 };
                 let gain = |what: &str, heads: usize| match s.qk_norm {
                     QkNorm::Head => self.norm(&place(what), d, 1),
@@ -402,7 +408,7 @@ impl<'a> Reader<'a> {
                     Ok((row(&gain("q_norm", a.heads)?), row(&gain("k_norm", a.kv_heads)?)))
                 };
                 Mixer::Attention(Attention {
-                    qkv: mat(source(&[("q", q), ("k", kv), ("v", kv)], s.hidden, false))?,
+                    qkv: mat(qkv)?,
                     qkv_bias: s.qkv_bias.then(qkv_bias).transpose()?,
                     qk_norms: (s.qk_norm != QkNorm::None).then(qk_norms).transpose()?,
                     sinks: bias(a.sinks, "sinks", a.heads)?,
@@ -523,6 +529,17 @@ impl Reader<'_> {
             shared: moe.shared.map(shared).transpose()?,
         })
     }
+}
+
+/// Queries, then keys, then values, where one tensor has those of the first key/value head, of the second, and so on.
+fn by_head(tensor: &Slice, a: &spec::Attention) -> Vec<(Slice, usize)> {
+    let (d, queries) = (a.head_dim, a.heads / a.kv_heads * a.head_dim);
+    let kinds = [(0, queries), (queries, d), (queries + d, d)];
+    let parts = kinds.into_iter().flat_map(|(at, n)| {
+        let first = move |h| h * (queries + 2 * d) + at;
+        (0..a.kv_heads).map(move |h| (Slice { first: first(h) * tensor.row, ..tensor.clone() }, n))
+    });
+    parts.collect()
 }
 
 /// Sixteen of `a`, sixteen of `b`, and so on, padded with zeros: as [`Parts::interleaved`] orders rows.

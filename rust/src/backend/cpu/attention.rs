@@ -44,10 +44,8 @@ impl Cpu {
         self.each(rows, 4, |r| {
             // SAFETY: each row is claimed by one thread.
             let row = unsafe { values.part(r * width..(r + 1) * width) };
-            if let Some(norms) = norms {
-                let (q, rest) = row.split_at_mut(how.heads * d);
-                self.norm_heads(norms, norms.q, d, q);
-                self.norm_heads(norms, norms.k, d, &mut rest[..how.kv_heads * d]);
+            if let Some(norms) = norms.filter(|norms| !norms.after_rope) {
+                self.norm_heads(norms, how, row);
             }
             if let Some(clip) = how.clip {
                 row.iter_mut().for_each(|x| *x = x.clamp(-clip, clip));
@@ -57,19 +55,26 @@ impl Cpu {
                     self.kernels.rope(head, table.row(r), how.rope_interleaved);
                 }
             }
+            if let Some(norms) = norms.filter(|norms| norms.after_rope) {
+                self.norm_heads(norms, how, row);
+            }
         });
     }
 
-    /// Norms the heads of one position in place.
-    fn norm_heads(&self, how: &QkNorm<'_, Vec<f32>>, gain: &[f32], d: usize, heads: &mut [f32]) {
-        let width = if how.full { heads.len() } else { d };
-        let mut normed = vec![0.0; width];
-        for (x, gain) in heads.chunks_exact_mut(width).zip(gain.chunks_exact(width).cycle()) {
-            match how.centred {
-                false => self.kernels.rms_norm(x, gain, how.eps, &mut normed),
-                true => self.kernels.layer_norm(x, gain, None, how.eps, &mut normed),
+    /// Norms the query and key heads of one position in place.
+    fn norm_heads(&self, norms: &QkNorm<'_, Vec<f32>>, how: &Attention, row: &mut [f32]) {
+        let (q, rest) = row.split_at_mut(how.heads * how.head_dim);
+        let k = &mut rest[..how.kv_heads * how.head_dim];
+        for (heads, gain) in [(q, norms.q), (k, norms.k)] {
+            let width = if norms.full { heads.len() } else { how.head_dim };
+            let mut normed = vec![0.0; width];
+            for (x, gain) in heads.chunks_exact_mut(width).zip(gain.chunks_exact(width).cycle()) {
+                match norms.centred {
+                    false => self.kernels.rms_norm(x, gain, norms.eps, &mut normed),
+                    true => self.kernels.layer_norm(x, gain, None, norms.eps, &mut normed),
+                }
+                x.copy_from_slice(&normed);
             }
-            x.copy_from_slice(&normed);
         }
     }
 
@@ -153,8 +158,14 @@ impl Cpu {
             let mut sink = Vec::new();
             for i in tile.clone() {
                 let row = qkv.row(span.first_row + i);
+                let before = q.len();
                 q.extend_from_slice(&row[first_head * d..][..heads * d]);
                 let to = span.start + i + 1;
+                if let Some((growth, every)) = how.query_growth {
+                    let log = libm::log((1 + (to - 1) / every) as f64) as f32;
+                    let times = 1.0 + growth * log;
+                    q[before..].iter_mut().for_each(|x| *x *= times);
+                }
                 let from = how.window.map_or(0, |w| to.saturating_sub(w));
                 seen.extend(std::iter::repeat_n((from as u32, to as u32), heads));
                 sink.extend_from_slice(sinks.map_or(&[], |s| &s[first_head..first_head + heads]));

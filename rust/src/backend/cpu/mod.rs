@@ -639,15 +639,21 @@ impl Backend for Cpu {
         });
     }
 
-    fn rope_table(&self, positions: &[u32], inv_freq: &[f32], scale: f32) -> Buf {
-        let half = inv_freq.len();
+    fn rope_table(
+        &self,
+        positions: &[u32],
+        long: &[bool],
+        inv_freq: [&[f32]; 2],
+        scale: f32,
+    ) -> Buf {
+        let half = inv_freq[0].len();
         let mut out = Buf::default();
         out.shape(positions.len(), 2 * half);
         let values = Disjoint::new(out.values_mut());
         self.each(positions.len(), 4, |r| {
             // SAFETY: each row is claimed by one thread.
             let row = unsafe { values.part(r * 2 * half..(r + 1) * 2 * half) };
-            for (i, &f) in inv_freq.iter().enumerate() {
+            for (i, &f) in inv_freq[usize::from(long[r])].iter().enumerate() {
                 // The product is rounded to f32, as in the models' own code; sine and cosine are the
                 // `libm` crate's, the same on every machine.
                 let (sin, cos) = libm::sincos(f64::from(positions[r] as f32 * f));

@@ -43,11 +43,13 @@ fn products_do_not_depend_on_threads_and_match_plain_loops() {
                 cpu.linear(&below, Some(&bias), &x, &mut a);
                 cpu.linear_add(&below, None, &x, &mut a);
                 cpu.gated(&beside, None, Activation::Silu, n, &x, &mut b);
-                (a.values().to_vec(), b.values().to_vec())
+                let mut c = cpu.buf();
+                cpu.activated(&below, Some(&bias), Activation::Relu2, &x, &mut c);
+                (a.values().to_vec(), b.values().to_vec(), c.values().to_vec())
             };
-            let (a, b) = run(1);
+            let (a, b, c) = run(1);
             for threads in 2..4 {
-                assert!(run(threads) == (a.clone(), b.clone()));
+                assert!(run(threads) == (a.clone(), b.clone(), c.clone()));
             }
             // Quantized weights and activations are off by percents, floats by rounding.
             let allowed = if form == Form::F32 { 1e-4 } else { 2.0 };
@@ -59,6 +61,8 @@ fn products_do_not_depend_on_threads_and_match_plain_loops() {
                     let (g, u) = (dot(&gate, r), dot(&up, r));
                     assert!((a[t * 2 * n + r] - 2.0 * g - bias[r]).abs() < allowed);
                     assert!((a[t * 2 * n + n + r] - 2.0 * u - bias[n + r]).abs() < allowed);
+                    let relu = (g + bias[r]).max(0.0);
+                    assert!((c[t * 2 * n + r].sqrt() - relu).abs() < allowed);
                     let silu = g / (1.0 + (-g).exp()) * u;
                     assert!((b[t * n + r] - silu).abs() < allowed * 3.0);
                 }
@@ -177,4 +181,154 @@ fn streams_and_gates_match_plain_loops() {
     };
     let one: Vec<Vec<f32>> = run(1).iter().map(|x| x.values().to_vec()).collect();
     assert!(run(2).iter().zip(&one).all(|(a, b)| a.values() == b));
+}
+
+#[test]
+fn norms_of_queries_and_keys_are_over_a_head_or_over_all() {
+    let cpu = Cpu::new(1, None).unwrap();
+    let how = Attention {
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 16,
+        latent: None,
+        scale: 1.0,
+        clip: None,
+        softcap: None,
+        window: None,
+        query_growth: None,
+        rope_interleaved: false,
+    };
+    let x = noise(8 * 16, 3);
+    let gain = noise(4 * 16, 4);
+    let (q, k) = (gain.clone(), gain[..32].to_vec());
+    let (one, each) = (gain[..16].to_vec(), gain.clone());
+    let run = |how: &Attention, q: &Vec<f32>, k: &Vec<f32>, full, centred| {
+        let mut qkv = Buf::new(x.clone(), 8 * 16);
+        let norms = QkNorm { q, k, centred, full, after_rope: false, eps: 1e-5 };
+        cpu.rotate(&mut qkv, how, Some(&norms), None);
+        qkv.values().to_vec()
+    };
+    let expected = |x: &[f32], gain: &[f32], centred: bool| -> Vec<f32> {
+        let n = x.len() as f64;
+        let mean = if centred { x.iter().map(|&x| f64::from(x)).sum::<f64>() / n } else { 0.0 };
+        let square = x.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / n;
+        let norm = |(x, g): (&f32, &f32)| {
+            ((f64::from(*x) - mean) / (square + 1e-5).sqrt() * f64::from(*g)) as f32
+        };
+        x.iter().zip(gain).map(norm).collect()
+    };
+    let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5);
+    for centred in [false, true] {
+        let found = run(&how, &q, &k, true, centred);
+        assert!(close(&found[..64], &expected(&x[..64], &q, centred)));
+        assert!(close(&found[64..96], &expected(&x[64..96], &k, centred)));
+        assert_eq!(found[96..], x[96..]);
+        let (shared, own) =
+            (run(&how, &one, &one, false, centred), run(&how, &each, &k, false, centred));
+        for h in 0..6 {
+            let (at, x) = (h * 16, &x[h * 16..][..16]);
+            assert!(close(&shared[at..at + 16], &expected(x, &one, centred)));
+            let gain = &gain[h % 4 * 16..][..16];
+            assert!(close(&own[at..at + 16], &expected(x, gain, centred)));
+        }
+        let clipped = run(&Attention { clip: Some(0.25), ..how }, &one, &one, false, centred);
+        let all = clipped.iter().zip(&shared);
+        assert!(all.into_iter().all(|(c, s)| *c == s.clamp(-0.25, 0.25)));
+    }
+}
+
+#[test]
+fn rotation_comes_before_a_norm_that_is_after_it_and_turns_the_first_dimensions() {
+    let cpu = Cpu::new(1, None).unwrap();
+    let (d, x, gain) = (8, noise(8 * 3, 3), noise(8, 4));
+    let table = cpu.rope_table(&[7], &[false], [&[0.5, 0.1], &[]], 1.5);
+    for rope_interleaved in [false, true] {
+        let how = Attention {
+            heads: 1,
+            kv_heads: 1,
+            head_dim: d,
+            latent: None,
+            scale: 1.0,
+            clip: None,
+            softcap: None,
+            window: None,
+            query_growth: None,
+            rope_interleaved,
+        };
+        let run = |norm: Option<bool>| {
+            let mut qkv = Buf::new(x.clone(), 3 * d);
+            let (q, k) = (&gain, &gain);
+            let norms = norm.map(|after_rope| QkNorm {
+                q,
+                k,
+                centred: false,
+                full: false,
+                after_rope,
+                eps: 1e-5,
+            });
+            cpu.rotate(&mut qkv, &how, norms.as_ref(), Some(&table));
+            qkv.values().to_vec()
+        };
+        let turned = |x: &[f32]| {
+            let mut y = x.to_vec();
+            for (i, f) in [0.5f32, 0.1].into_iter().enumerate() {
+                let (a, b) = if rope_interleaved { (2 * i, 2 * i + 1) } else { (i, i + 2) };
+                let (sin, cos) = (7.0 * f).sin_cos();
+                (y[a], y[b]) = (1.5 * (x[a] * cos - x[b] * sin), 1.5 * (x[b] * cos + x[a] * sin));
+            }
+            y
+        };
+        let normed = |x: &[f32]| -> Vec<f32> {
+            let square = x.iter().map(|x| x * x).sum::<f32>() / d as f32;
+            x.iter().zip(&gain).map(|(x, g)| x / (square + 1e-5).sqrt() * g).collect()
+        };
+        let close = |a: &[f32], b: Vec<f32>| a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-5);
+        for head in [0..d, d..2 * d] {
+            let x = &x[head.clone()];
+            assert!(close(&run(None)[head.clone()], turned(x)));
+            assert!(close(&run(Some(false))[head.clone()], turned(&normed(x))));
+            assert!(close(&run(Some(true))[head.clone()], normed(&turned(x))));
+        }
+        assert_eq!(run(Some(true))[2 * d..], x[2 * d..], "values stay");
+    }
+}
+
+#[test]
+fn queries_grow_with_their_position() {
+    let cpu = Cpu::new(1, None).unwrap();
+    let (d, n, every) = (16, 40, 9);
+    let mut how = Attention {
+        heads: 2,
+        kv_heads: 1,
+        head_dim: d,
+        latent: None,
+        scale: 0.5,
+        clip: None,
+        softcap: None,
+        window: None,
+        query_growth: Some((0.3, every)),
+        rope_interleaved: false,
+    };
+    let qkv = Buf::new(noise(n * 4 * d, 5), 4 * d);
+    let mut kv =
+        Kv::new(KvDtype::F32, &[KvLayer { pages: 1, heads: 1, head_dim: d, values: true }])
+            .unwrap();
+    let spans = [Span { first_row: 0, len: n, start: 0, table: &[0] }];
+    cpu.store(&qkv, &how, &mut kv, 0, &spans);
+    let mut grown = Buf::default();
+    cpu.attention(&qkv, &how, None, &kv, 0, &spans, &mut grown);
+    how.query_growth = None;
+    let mut larger = qkv.clone();
+    for (position, row) in larger.values_mut().chunks_exact_mut(4 * d).enumerate() {
+        let times = 1.0 + 0.3 * (1.0 + (position / every) as f32).ln();
+        row[..2 * d].iter_mut().for_each(|q| *q *= times);
+    }
+    let mut expected = Buf::default();
+    cpu.attention(&larger, &how, None, &kv, 0, &spans, &mut expected);
+    let off = grown.values().iter().zip(expected.values()).map(|(a, b)| (a - b).abs());
+    assert!(off.fold(0.0, f32::max) < 1e-5);
+    let mut plain = Buf::default();
+    cpu.attention(&qkv, &how, None, &kv, 0, &spans, &mut plain);
+    assert_eq!(plain.values()[..every * 2 * d], grown.values()[..every * 2 * d]);
+    assert_ne!(plain.row(every), grown.row(every));
 }

@@ -30,7 +30,7 @@ impl Spec {
             return Err(top.bad("architectures", found, "a list with the model's class name"));
         };
         let family = match family {
-            None => Family::of(architecture)?,
+            None => Family::of(architecture, top.map)?,
             Some(text) => {
                 let family = Family::parse(text, "given")?;
                 if !family.architectures.iter().any(|a| a == architecture) {
@@ -148,6 +148,7 @@ impl Spec {
             norm_bias,
             parallel,
             residual_scale: scale(&family.residual_scale)? * depth as f32,
+            qk_norm_after_rope: family.qk_norm_after_rope,
             qk_norm: if facts.flag(&family.use_qk_norm)? { family.qk_norm } else { QkNorm::None },
             act: match facts.need_text(&family.act)? {
                 "silu" | "swish" => Act::Silu,
@@ -163,6 +164,7 @@ impl Spec {
                     )));
                 }
             },
+            qkv_by_head: family.qkv_by_head,
             qkv_bias: facts.flag(&family.qkv_bias)?,
             o_bias: facts.flag(&family.o_bias)?,
             mlp_bias: facts.flag(&family.mlp_bias)?,
@@ -306,7 +308,7 @@ fn windows(family: &Family, facts: &Facts<'_>) -> Result<Vec<Option<usize>>> {
     (0..count)
         .map(|l| {
             let slides = match types.map(|t| &t[l]) {
-                Some(Value::String(t)) if t == "full_attention" => false,
+                Some(Value::String(t)) if t == "full_attention" || t == "attention" => false,
                 Some(Value::String(t)) if t == "sliding_attention" => {
                     if window.is_none() {
                         let label = format!("layer_types[{l}]");

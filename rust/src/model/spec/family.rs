@@ -37,10 +37,24 @@ families![
     "starcoder2",
     "arcee",
     "apertus",
+    "nemotron",
+    "phi",
+    "gpt_neox",
+    "stablelm",
+    "cohere",
+    "cohere2",
+    "granitemoehybrid",
     "phi3",
     "glm4",
     "ernie45",
     "seed_oss",
+    "smollm3",
+    "exaone4",
+    "hunyuan_dense",
+    "olmo3",
+    "ministral3",
+    "ministral3_mm",
+    "granite_swa",
     "minicpm3",
     "deepseek_v2",
     "deepseek_v3",
@@ -120,7 +134,11 @@ pub(super) struct Family {
     pub(super) parallel: Fact,
     pub(super) qk_norm: QkNorm,
     pub(super) use_qk_norm: Fact,
+    #[serde(default)]
+    pub(super) qk_norm_after_rope: bool,
     pub(super) gated: bool,
+    #[serde(default)]
+    pub(super) qkv_by_head: bool,
     pub(super) embed_times_sqrt_hidden: bool,
     pub(super) hidden: Fact,
     pub(super) layers: Fact,
@@ -223,23 +241,41 @@ pub(super) struct Family {
 }
 
 impl Family {
-    /// The family of `architecture`, or an error that names it and the nearest known one.
-    pub(super) fn of(architecture: &str) -> Result<Family> {
-        let mut nearest = (usize::MAX, String::new());
+    /// The family of `architecture`, and of the text model's type where several share a wrapper; or an error that
+    /// names it and the nearest known ones.
+    pub(super) fn of(architecture: &str, config: &Map<String, Value>) -> Result<Family> {
+        let mut other = None;
+        let mut near = Vec::new();
         for (name, text) in FAMILIES {
             let family = Family::parse(text, name)?;
             for known in &family.architectures {
                 if known == architecture {
-                    return Ok(family);
+                    if family.fits(config) {
+                        return Ok(family);
+                    }
+                    other.get_or_insert_with(|| family.clone()); // to say which types it has
                 }
-                nearest = nearest.min((distance(known, architecture), known.clone()));
+                near.push((distance(known, architecture), known.clone()));
             }
         }
+        if let Some(family) = other {
+            return Ok(family);
+        }
+        near.sort();
+        let near: Vec<_> = near.into_iter().take(3).map(|(_, name)| name).collect();
         Err(Error::Unsupported(format!(
-            "config.json: architecture {architecture:?} is not known; the nearest known is {}; a \
-             family of your own can be given as TOML text (models/README.md)",
-            nearest.1
+            "config.json: architecture {architecture:?} is not known; the nearest known are {}; a family of \
+             your own can be given as TOML (family=, models/README.md)",
+            near.join(", ")
         )))
+    }
+
+    /// Whether the text model has a type of this family, or none is said.
+    fn fits(&self, config: &Map<String, Value>) -> bool {
+        let section = self.section.as_ref().and_then(|key| config.get(key)?.as_object());
+        let kind = section.unwrap_or(config).get("model_type").and_then(Value::as_str);
+        let types = &self.model_types;
+        kind.is_none_or(|kind| types.is_empty() || types.iter().any(|t| t == kind))
     }
 
     /// Parses a family, merging its base in; `source` names the text in errors.

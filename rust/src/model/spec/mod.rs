@@ -254,8 +254,13 @@ pub struct Spec {
     pub residual_scale: f32,
     /// Norm of queries and keys.
     pub qk_norm: QkNorm,
+    /// The norm of queries and keys comes after the rotation (Hunyuan), not before it.
+    pub qk_norm_after_rope: bool,
     /// Activation of the feed-forward network.
     pub act: Act,
+    /// Queries, keys and values are one tensor `[kv_heads, heads / kv_heads + 2, head_dim]`: of each key/value head
+    /// its queries, its key, its value (GPT-NeoX).
+    pub qkv_by_head: bool,
     /// Biases on q, k, v.
     pub qkv_bias: bool,
     /// Bias on the attention's output projection.
@@ -283,4 +288,11 @@ pub struct Spec {
     model: Vec<String>,
     names: BTreeMap<String, family::Names>,
     ignore: Vec<String>,
+}
+
+impl Spec {
+    /// Where sequences begin to be long: [`Long::after`].
+    pub fn long_after(&self) -> Option<usize> {
+        self.ropes.iter().find_map(|rope| rope.long.as_ref()).map(|long| long.after)
+    }
 }

@@ -70,6 +70,10 @@ impl Spec {
         if let Some(stem) = self.names.keys().find(|stem| !WEIGHTS.contains(&stem.as_str())) {
             return Err(bad_name(stem, "this name", "the name of a weight (models/README.md)"));
         }
+        if self.qkv_by_head && ["k", "v"].iter().any(|&w| self.names.get(w) != self.names.get("q"))
+        {
+            return Err(bad_name("q", "other names than k and v have", "one tensor"));
+        }
         let layers = (0..self.layers.len()).flat_map(|l| self.layer_weights(l));
         for Weight { what, shape } in self.model_weights().into_iter().chain(layers) {
             let stem = match what.strip_suffix("_bias") {

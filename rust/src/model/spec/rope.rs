@@ -120,7 +120,7 @@ impl Base<'_> {
                 Base { theta, ..*self }.plain()
             }
             "longrope" | "su" => {
-                let inside = positive("original_max_position_embeddings")?;
+                let inside = params.number_in("original_max_position_embeddings", 1.0, 1e9)?;
                 let original = match (inside, self.original) {
                     (Some(a), Some(b)) if a != b as f64 => {
                         let expected = format!("{b}, as outside");
@@ -193,20 +193,15 @@ impl Base<'_> {
     /// Each frequency divided by a factor of its own, from a list.
     fn divided(&self, params: &Object<'_>, key: &str) -> Result<Vec<f32>> {
         let powers = self.powers();
-        let list = params.get(key).ok_or_else(|| params.missing(key))?;
+        let bad = |found| params.bad(key, found, &format!("{} positive numbers", powers.len()));
+        let list = params.get(key).ok_or_else(|| bad("nothing".to_owned()))?;
         let factors = list.as_array().filter(|list| list.len() == powers.len());
-        let factors = factors.and_then(|list| {
-            let positive = |v: &serde_json::Value| v.as_f64().filter(|x| *x > 0.0 && *x < 1e9);
-            list.iter().map(positive).collect::<Option<Vec<f64>>>()
+        let factors = factors.ok_or_else(|| bad(shown(list)))?.iter().zip(&powers);
+        let divided = factors.map(|(factor, power)| {
+            let factor = factor.as_f64().filter(|x| *x > 0.0 && *x < 1e9);
+            factor.map(|factor| 1.0 / (factor as f32 * power)).ok_or_else(|| bad(shown(list)))
         });
-        match factors {
-            Some(factors) => {
-                Ok(factors.iter().zip(powers).map(|(f, p)| 1.0 / (*f as f32 * p)).collect())
-            }
-            None => {
-                Err(params.bad(key, shown(list), &format!("{} positive numbers", powers.len())))
-            }
-        }
+        divided.collect()
     }
 
     /// YaRN (Peng et al. 2023): low frequencies are divided by `factor`, high ones kept, with a ramp between.
