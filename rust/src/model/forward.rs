@@ -1,9 +1,9 @@
 //! The forward pass. There is one, for every family and every back end; what differs between families is data
 //! in [`Spec`](super::spec::Spec).
 
-use super::spec::{self, QkNorm};
+use super::spec::{self, Gate, QkNorm};
 use super::weights::{self, Dense, Ffn, Layer, Mixer, Moe, Norm};
-use super::{Chunk, Forward, KvGroup, PAGE, Wanted};
+use super::{Chunk, Forward, KvGroup, PAGE, Sees, Wanted};
 use crate::backend::{self, Backend, KvDtype, KvLayer, Span};
 use crate::model::spec::Spec;
 use crate::{Error, Result};
@@ -19,13 +19,14 @@ pub struct Model<B: Backend> {
     pub(super) kv_dtype: KvDtype,
     /// Index of each layer's [`KvGroup`].
     pub(super) group_of: Vec<usize>,
-    /// The windows of the groups.
-    pub(super) windows: Vec<Option<usize>>,
+    /// What the groups see.
+    pub(super) groups: Vec<Sees>,
 }
 
-/// Keys and values of all sequences, and room for the activations of one step.
+/// Keys, values and states of all sequences, and room for the activations of one step.
 pub struct Kv<B: Backend> {
     pages: B::Kv,
+    states: B::States,
     x: B::Buf,
     a: B::Buf,
     wide: B::Buf,
@@ -51,7 +52,10 @@ impl<B: Backend> Model<B> {
             (spec::Mixer::Latent(how), Mixer::Latent(latent)) => {
                 self.attend_latent(l, how, w, latent, kv, step);
             }
-            _ => unreachable!("weights are those of the spec"),
+            (spec::Mixer::Recurrent(how), Mixer::Recurrent(recurrent)) => {
+                self.recur(l, how, w, recurrent, kv, step.spans);
+            }
+            _ => unreachable!("weights are read as the spec says"),
         }
         match (&self.spec.layers[l].ffn, &w.ffn) {
             (spec::Ffn::Moe(how), Ffn::Moe(moe)) => self.experts(how, w, moe, kv),
@@ -94,11 +98,14 @@ impl<B: Backend> Model<B> {
             eps: s.eps,
         });
         let table = how.rope.map(|rope| &step.tables[rope]);
-        let Kv { pages, x, a, wide, out, after } = kv;
+        let Kv { pages, x, a, wide, out, after, .. } = kv;
         let input = self.normed(layer.attn_norm.as_ref(), x, a);
         b.linear(&w.qkv, w.qkv_bias.as_ref(), input, wide);
         b.rotate_and_store(wide, &shape, norms, table, pages, l, step.spans);
         b.attend(wide, &shape, w.sinks.as_ref(), pages, l, step.spans, out);
+        if how.gate != Gate::None {
+            b.gate_heads(wide, &shape, out);
+        }
         if s.parallel {
             // The feed-forward network reads x as it is now: its norm, or the norm that is in `a`.
             self.normed(layer.ffn_norm.as_ref(), x, a);
@@ -131,7 +138,7 @@ impl<B: Backend> Model<B> {
             query_growth: None,
             rope_interleaved: how.rope_interleaved,
         };
-        let Kv { pages, x, a, wide, out, after } = kv;
+        let Kv { pages, x, a, wide, out, after, .. } = kv;
         let input = self.normed(layer.attn_norm.as_ref(), x, a);
         b.linear(&w.kv_a, None, input, after);
         match &w.q_a {
@@ -148,6 +155,31 @@ impl<B: Backend> Model<B> {
         b.attend(wide, &shape, None, pages, l, step.spans, out);
         b.linear_heads(&w.values, how.heads, out, wide);
         self.residual(&w.o, None, layer.attn_after_norm.as_ref(), [wide, x, a, after]);
+    }
+
+    /// `x += recurrence?(convolution(norm(x)))`.
+    fn recur(
+        &self,
+        l: usize,
+        how: &spec::Recurrent,
+        layer: &Layer<B::Mat, B::Row>,
+        w: &weights::Recurrent<B::Mat, B::Row>,
+        kv: &mut Kv<B>,
+        spans: &[Span<'_>],
+    ) {
+        let (b, shape, norm) = (&self.backend, &how.shape, layer.attn_after_norm.as_ref());
+        let Kv { states, x, a, wide, out, after, .. } = kv;
+        let input = self.normed(layer.attn_norm.as_ref(), x, a);
+        b.linear(&w.input, w.input_bias.as_ref(), input, wide);
+        b.conv(wide, shape, &w.taps, w.conv_bias.as_ref(), states, l, spans, out);
+        let (y, a) = match &w.heads {
+            None => (out, a),
+            Some(rows) => {
+                b.recur(wide, out, shape, rows, self.spec.eps, states, l, spans, a);
+                (a, out)
+            }
+        };
+        self.residual(&w.out, w.out_bias.as_ref(), norm, [y, x, a, after]);
     }
 
     /// `x += down(act(gate(norm(x))) * up(norm(x)))`, or without a gate. In parallel layers norm(x) is in `a`.
@@ -285,22 +317,27 @@ impl<B: Backend> Forward for Model<B> {
     }
 
     fn kv_groups(&self) -> Vec<KvGroup> {
-        let group = |(g, &window): (usize, &Option<usize>)| KvGroup {
-            window,
+        let layer = |l: usize| {
+            let (paged, (_, state)) = self.kv_layer(l, 1);
+            paged.pages * paged.page_bytes(self.kv_dtype) + state * size_of::<f32>()
+        };
+        let group = |(g, &sees): (usize, &Sees)| KvGroup {
+            sees,
             page_bytes: (0..self.group_of.len())
                 .filter(|&l| self.group_of[l] == g)
-                .map(|l| self.kv_layer(l, 0).page_bytes(self.kv_dtype))
+                .map(layer)
                 .sum(),
         };
-        self.windows.iter().enumerate().map(group).collect()
+        self.groups.iter().enumerate().map(group).collect()
     }
 
     fn new_kv(&self, pages: &[usize]) -> Result<Kv<B>> {
         let b = &self.backend;
-        let layer = |(l, &g): (usize, &usize)| self.kv_layer(l, pages[g]);
-        let layers: Vec<_> = self.group_of.iter().enumerate().map(layer).collect();
+        let layers = self.group_of.iter().enumerate().map(|(l, &g)| self.kv_layer(l, pages[g]));
+        let (paged, states): (Vec<_>, Vec<_>) = layers.unzip();
         Ok(Kv {
-            pages: b.kv(self.kv_dtype, &layers)?,
+            pages: b.kv(self.kv_dtype, &paged)?,
+            states: b.states(&states)?,
             x: b.buf(),
             a: b.buf(),
             wide: b.buf(),
@@ -320,13 +357,14 @@ impl<B: Backend> Forward for Model<B> {
 }
 
 impl<B: Backend> Model<B> {
-    /// What `pages` pages of layer `l` hold.
-    fn kv_layer(&self, l: usize, pages: usize) -> KvLayer {
-        let (heads, head_dim, values) = match &self.spec.layers[l].mixer {
-            spec::Mixer::Attention(how) => (how.kv_heads, how.head_dim, true),
-            spec::Mixer::Latent(how) => (1, how.key_dim(), false),
+    /// What `pages` pages of layer `l` hold: keys and values, or states and their size.
+    fn kv_layer(&self, l: usize, pages: usize) -> (KvLayer, (usize, usize)) {
+        let (pages, heads, head_dim, values, states) = match &self.spec.layers[l].mixer {
+            spec::Mixer::Attention(how) => (pages, how.kv_heads, how.head_dim, true, (0, 0)),
+            spec::Mixer::Latent(how) => (pages, 1, how.key_dim(), false, (0, 0)),
+            spec::Mixer::Recurrent(how) => (0, 1, 0, false, (pages, how.shape.state())),
         };
-        KvLayer { pages, heads, head_dim, values }
+        (KvLayer { pages, heads, head_dim, values }, states)
     }
 
     /// The hidden states of every position of a batch, f32 `[rows, hidden]` each: the first layer's input, then
@@ -347,7 +385,7 @@ impl<B: Backend> Model<B> {
     ) -> Result<Vec<f32>> {
         let (b, s) = (&self.backend, &self.spec);
         let (mut ids, mut positions, mut wanted) = (Vec::new(), Vec::new(), Vec::new());
-        let mut spans: Vec<Vec<Span<'_>>> = vec![Vec::new(); self.windows.len()];
+        let mut spans: Vec<Vec<Span<'_>>> = vec![Vec::new(); self.groups.len()];
         let (mut long, long_after) = (Vec::new(), s.long_after().unwrap_or(usize::MAX));
         for chunk in batch {
             let (first_row, len) = (ids.len(), chunk.tokens.len());
@@ -359,8 +397,11 @@ impl<B: Backend> Model<B> {
                 Wanted::Last => wanted.push(first_row + len - 1),
                 Wanted::All => wanted.extend(first_row..first_row + len),
             }
-            for (spans, table) in spans.iter_mut().zip(chunk.pages) {
-                debug_assert!(table.len() * PAGE >= chunk.start + len);
+            for ((spans, table), sees) in spans.iter_mut().zip(chunk.pages).zip(&self.groups) {
+                debug_assert!(match sees {
+                    Sees::State => table.len() == 2,
+                    _ => table.len() * PAGE >= chunk.start + len,
+                });
                 spans.push(Span { first_row, len, start: chunk.start, table });
             }
         }

@@ -1,12 +1,13 @@
 //! From a checkpoint's tensors to packed weights. Formats and checkpoint names end here.
 
 mod latent;
+mod recurrent;
 
 use super::cache;
-use super::spec::{self, Act, Names, QkNorm, Slice, Spec};
+use super::spec::{self, Act, Gate, Names, QkNorm, Slice, Spec};
 use super::{LoadOptions, Quantization};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
-use crate::backend::{Activation, Backend, Expert, Form, Part, Parts};
+use crate::backend::{Activation, Backend, Expert, Form, HeadRows, Part, Parts};
 use crate::file::{Checkpoint, Dtype, TensorView};
 use crate::{Error, Result};
 use std::path::Path;
@@ -42,6 +43,7 @@ pub(super) struct Layer<M, V> {
 pub(super) enum Mixer<M, V> {
     Attention(Attention<M, V>),
     Latent(Latent<M, V>),
+    Recurrent(Recurrent<M, V>),
 }
 
 /// As [`spec::Ffn`].
@@ -52,6 +54,7 @@ pub(super) enum Ffn<M, V> {
 
 /// The weights of attention.
 pub(super) struct Attention<M, V> {
+    /// Queries, keys and values, and the gate if there is one.
     pub(super) qkv: M,
     pub(super) qkv_bias: Option<V>,
     pub(super) qk_norms: Option<(V, V)>,
@@ -72,6 +75,18 @@ pub(super) struct Latent<M, V> {
     pub(super) keys: M,
     /// For each head `[value, rank]`: what it makes values with.
     pub(super) values: M,
+}
+
+/// The weights of a mixer with a state.
+pub(super) struct Recurrent<M, V> {
+    pub(super) input: M,
+    pub(super) input_bias: Option<V>,
+    /// `[width, channels]`.
+    pub(super) taps: V,
+    pub(super) conv_bias: Option<V>,
+    pub(super) heads: Option<HeadRows<V>>,
+    pub(super) out: M,
+    pub(super) out_bias: Option<V>,
 }
 
 /// The weights of a feed-forward network.
@@ -118,6 +133,7 @@ impl<M, V> Mixer<M, V> {
     fn mats(&self) -> Vec<&M> {
         match self {
             Mixer::Attention(a) => vec![&a.qkv, &a.o],
+            Mixer::Recurrent(r) => vec![&r.input, &r.out],
             Mixer::Latent(a) => {
                 let mut mats = vec![&a.q, &a.kv_a, &a.o, &a.keys, &a.values];
                 mats.extend(a.q_a.as_ref().map(|(q_a, _)| q_a));
@@ -387,13 +403,25 @@ impl<'a> Reader<'a> {
             exact: false,
         };
         let mixer = match &s.layers[l].mixer {
+            spec::Mixer::Recurrent(r) => Mixer::Recurrent(self.recurrent(l, r, row, mat)?),
             spec::Mixer::Attention(a) => {
                 let (q, kv, d) = (a.q_width(), a.kv_width(), a.head_dim);
                 let parts = |what: [&str; 3]| match s.qkv_by_head {
                     false => what.map(&place).into_iter().zip([q, kv, kv]).collect(),
-                    true => by_head(&place(what[0]), a),
+                    true => by_group(&place(what[0]), a.kv_heads, &[q / a.kv_heads, d, d]),
                 };
-                let qkv = Source { parts: parts(["q", "k", "v"]), ..source(&[], s.hidden, false) };
+                let mut qkv = parts(["q", "k", "v"]);
+                match a.gate {
+                    Gate::None => {}
+                    // One tensor has, for each head, its query and its gate.
+                    Gate::Element if place("q").tensor == place("attn_gate").tensor => {
+                        let mut both = by_group(&place("q"), a.heads, &[d, d]);
+                        let gates = both.split_off(a.heads);
+                        qkv = both.into_iter().chain(qkv.drain(1..)).chain(gates).collect();
+                    }
+                    Gate::Head | Gate::Element => qkv.push((place("attn_gate"), a.gate_width())),
+                }
+                let qkv = Source { parts: qkv, ..source(&[], s.hidden, false) };
                 let qkv_bias = || -> Result<V> {
                     let parts = parts(["q_bias", "k_bias", "v_bias"]);
                     let all = parts.iter().map(|(rows, n)| self.vector(rows, *n));
@@ -401,7 +429,12 @@ impl<'a> Reader<'a> {
                 };
                 let gain = |what: &str, heads: usize| match s.qk_norm {
                     QkNorm::Head => self.norm(&place(what), d, 1),
-                    QkNorm::EachHead => self.norm(&place(what), heads, d),
+                    QkNorm::EachHead => {
+                        let places = s.places(&self.names, l, what);
+                        let each = heads / places.len();
+                        let gains = places.iter().map(|place| self.norm(place, each, d));
+                        Ok(gains.collect::<Result<Vec<_>>>()?.concat())
+                    }
                     QkNorm::Full | QkNorm::None => self.norm(&place(what), heads * d, 1),
                 };
                 let qk_norms = || -> Result<(V, V)> {
@@ -476,6 +509,17 @@ impl<'a> Reader<'a> {
     }
 }
 
+/// The rows of one kind, then those of the next, where one tensor has for each group `sizes` rows of the kinds.
+fn by_group(tensor: &Slice, groups: usize, sizes: &[usize]) -> Vec<(Slice, usize)> {
+    let all: usize = sizes.iter().sum();
+    let kinds = sizes.iter().scan(0, |at, &n| Some((std::mem::replace(at, *at + n), n)));
+    let parts = kinds.flat_map(|(at, n)| {
+        let first = move |g| tensor.first + (g * all + at) * tensor.row;
+        (0..groups).map(move |g| (Slice { first: first(g), ..tensor.clone() }, n))
+    });
+    parts.collect()
+}
+
 impl Reader<'_> {
     fn moe<M, V>(
         &self,
@@ -529,17 +573,6 @@ impl Reader<'_> {
             shared: moe.shared.map(shared).transpose()?,
         })
     }
-}
-
-/// Queries, then keys, then values, where one tensor has those of the first key/value head, of the second, and so on.
-fn by_head(tensor: &Slice, a: &spec::Attention) -> Vec<(Slice, usize)> {
-    let (d, queries) = (a.head_dim, a.heads / a.kv_heads * a.head_dim);
-    let kinds = [(0, queries), (queries, d), (queries + d, d)];
-    let parts = kinds.into_iter().flat_map(|(at, n)| {
-        let first = move |h| h * (queries + 2 * d) + at;
-        (0..a.kv_heads).map(move |h| (Slice { first: first(h) * tensor.row, ..tensor.clone() }, n))
-    });
-    parts.collect()
 }
 
 /// Sixteen of `a`, sixteen of `b`, and so on, padded with zeros: as [`Parts::interleaved`] orders rows.

@@ -1,7 +1,7 @@
 //! The weights that a model has, and what they are called in a checkpoint. Never reads a tensor.
 
 use super::config::bad;
-use super::{Act, Ffn, Mixer, Moe, QkNorm, Slice, Spec};
+use super::{Act, Ffn, Gate, Mixer, Moe, QkNorm, Slice, Spec};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, HashSet};
 
@@ -26,6 +26,7 @@ pub(super) const WEIGHTS: &[&str] = &[
     "q_norm",
     "k_norm",
     "sinks",
+    "attn_gate",
     "attn_after_norm",
     "ffn_norm",
     "gate",
@@ -48,6 +49,19 @@ pub(super) const WEIGHTS: &[&str] = &[
     "shared_up",
     "shared_down",
     "shared_router",
+    "mix_in",
+    "mix_q",
+    "mix_k",
+    "mix_v",
+    "mix_z",
+    "mix_b",
+    "mix_a",
+    "conv",
+    "a_log",
+    "dt",
+    "skip",
+    "mix_norm",
+    "mix_out",
 ];
 
 /// A weight that the model has.
@@ -55,8 +69,8 @@ pub(super) const WEIGHTS: &[&str] = &[
 pub struct Weight {
     /// Its short name here: `embed`, `q`, `q_bias`, ...
     pub what: &'static str,
-    /// Its shape: `[out, in]` for a matrix, `[n]` for a norm or a bias, none for a single number; those of experts with
-    /// the number of experts before it.
+    /// Its shape: `[out, in]` for a matrix, `[n]` for a norm or a bias, `[channels, 1, width]` for a convolution, none for
+    /// a single number; those of experts with the number of experts before it.
     pub shape: Vec<usize>,
 }
 
@@ -139,9 +153,11 @@ impl Spec {
                     (normed, "q_norm", norm(a.heads)),
                     (normed, "k_norm", norm(a.kv_heads)),
                     (a.sinks, "sinks", vec![a.heads]),
+                    (a.gate != Gate::None, "attn_gate", vec![a.gate_width(), hidden]),
                 ])
             }
             Mixer::Latent(latent) => latent.weights(hidden),
+            Mixer::Recurrent(recurrent) => recurrent.weights(hidden),
         });
         all.extend(match &layer.ffn {
             &Ffn::Dense(ffn) => existing([
@@ -192,7 +208,7 @@ impl Spec {
     pub fn names(&self, has: impl Fn(&str) -> bool) -> Names {
         let first = |what: &str, model: &str| {
             let mut names = self.names[what].0.iter().map(|n| n.replace("{model}", model));
-            // Layer 0 and expert 0 decide.
+            // Layer 0 and expert (or head) 0 decide.
             names.find(|n| has(&whole(&n.replace("{l}", "0").replace("{e}", "0"), ".weight")))
         };
         let model = self.model.iter().find(|m| first("embed", m).is_some());

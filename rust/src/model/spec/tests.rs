@@ -25,10 +25,8 @@ fn error(architecture: &str, more: Value) -> String {
 }
 
 fn attention(layer: &Layer) -> Attention {
-    match layer.mixer {
-        Mixer::Attention(a) => a,
-        Mixer::Latent(_) => panic!("latent attention"),
-    }
+    let Mixer::Attention(a) = layer.mixer else { panic!("{:?}", layer.mixer) };
+    a
 }
 
 fn windows(spec: &Spec) -> Vec<Option<usize>> {
