@@ -573,7 +573,7 @@ fn attention(set: &Kernels, threads: usize) {
     const HEADS: usize = 8;
     const GROUP: usize = 4;
     for dtype in [KvDtype::F16, KvDtype::Int8] {
-        let page = dtype.page_bytes(D);
+        let page = dtype.page_bytes(D, true);
         let mut one = vec![0u8; page * CONTEXT / PAGE * HEADS];
         let mut random = Random(3);
         for page in one.chunks_exact_mut(page) {
@@ -592,6 +592,7 @@ fn attention(set: &Kernels, threads: usize) {
                 let a = Attend {
                     q: &q,
                     d: D,
+                    latent: None,
                     scale: 0.1,
                     softcap: None,
                     sinks: None,

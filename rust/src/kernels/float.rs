@@ -61,6 +61,8 @@ pub(super) struct Floats {
     pub(super) pack_q4: unsafe fn(&[[f32; BLOCK]; ROWS], usize, &mut [u8]),
     pub(super) pack_q8: unsafe fn(&[[f32; BLOCK]; ROWS], usize, &mut [u8]),
     pub(super) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
+    pub(super) mean_square: unsafe fn(&[f32]) -> f32,
+    pub(super) cut: unsafe fn(&mut [f32], f32),
     pub(super) layer_norm: unsafe fn(&[f32], &[f32], Option<&[f32]>, f32, &mut [f32]),
     pub(super) rope: unsafe fn(&mut [f32], &[f32], bool),
     pub(super) gate: unsafe fn(Activation, &mut [f32], &[f32]),
@@ -119,6 +121,14 @@ macro_rules! instantiate {
             $(#[target_feature(enable = $features)])?
             unsafe fn rms_norm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) {
                 float::rms_norm(x, gain, eps, out)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn mean_square(x: &[f32]) -> f32 {
+                float::mean_square(x)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn cut(x: &mut [f32], times: f32) {
+                float::cut(x, times)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn layer_norm(
@@ -214,6 +224,8 @@ macro_rules! instantiate {
                 pack_q4,
                 pack_q8,
                 rms_norm,
+                mean_square,
+                cut,
                 layer_norm,
                 rope,
                 gate,
@@ -463,20 +475,53 @@ pub(super) fn tree(mut a: [f32; 16]) -> f32 {
     a[0]
 }
 
-/// `out = x / sqrt(mean(x^2) + eps) * gain` (Zhang & Sennrich 2019).
+/// `mean((x - from)^2)`.
 #[inline(always)]
-pub(super) fn rms_norm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) {
+fn mean_square_from(x: &[f32], from: f32) -> f32 {
     let mut sums = [0.0f32; 16];
     let (chunks, rest) = x.as_chunks::<16>();
     for x in chunks {
         for i in 0..16 {
-            sums[i] = x[i].mul_add(x[i], sums[i]);
+            sums[i] = (x[i] - from).mul_add(x[i] - from, sums[i]);
         }
     }
     for (sum, &x) in sums.iter_mut().zip(rest) {
-        *sum = x.mul_add(x, *sum);
+        *sum = (x - from).mul_add(x - from, *sum);
     }
-    let inv = 1.0 / (tree(sums) / x.len() as f32 + eps).sqrt();
+    tree(sums) / x.len() as f32
+}
+
+/// `mean(x^2)`.
+#[inline(always)]
+pub(super) fn mean_square(x: &[f32]) -> f32 {
+    mean_square_from(x, 0.0)
+}
+
+/// `x = max(0, x - mean(x) - times * sqrt(mean((x - mean(x))^2)))`: of normally distributed numbers, what stands out
+/// (Gemma 3n).
+#[inline(always)]
+pub(super) fn cut(x: &mut [f32], times: f32) {
+    let mut sums = [0.0f32; 16];
+    let (chunks, rest) = x.as_chunks::<16>();
+    for x in chunks {
+        for i in 0..16 {
+            sums[i] += x[i];
+        }
+    }
+    for (sum, &x) in sums.iter_mut().zip(rest) {
+        *sum += x;
+    }
+    let mean = tree(sums) / x.len() as f32;
+    let bar = mean_square_from(x, mean).sqrt().mul_add(times, mean);
+    for x in x {
+        *x = (*x - bar).max(0.0);
+    }
+}
+
+/// `out = x / sqrt(mean(x^2) + eps) * gain` (Zhang & Sennrich 2019).
+#[inline(always)]
+pub(super) fn rms_norm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) {
+    let inv = 1.0 / (mean_square(x) + eps).sqrt();
     for ((out, &x), &gain) in out.iter_mut().zip(x).zip(gain) {
         *out = x * inv * gain;
     }
