@@ -378,14 +378,19 @@ fn dequantize(block: &[u8], panel: &mut [[f32; ROWS]; BLOCK]) {
             for (scale, &e) in scale.iter_mut().zip(&header[16 * (2 * t + half)..]) {
                 *scale = 0.5 * BlockMxfp4::scale(e);
             }
-            for (j, line) in lines.chunks_exact(64).enumerate() {
+            for (j, line) in lines.as_chunks::<64>().0.iter().enumerate() {
+                let mut lanes = [0; ROWS];
+                for (lane, bytes) in lanes.iter_mut().zip(line.as_chunks().0) {
+                    *lane = u32::from_le_bytes(*bytes) >> (4 * half);
+                }
                 for i in 0..4 {
                     let out = &mut panel[64 * t + 32 * half + 4 * j + i];
                     for r in 0..ROWS {
                         // TWICE as arithmetic, for vectors.
-                        let code = i32::from(line[4 * r + i] >> (4 * half));
-                        let (magnitude, shift) = (code & 7, (code >> 1 & 3).max(1) - 1);
-                        let twice = (magnitude & 1 | if magnitude > 1 { 2 } else { 0 }) << shift;
+                        let code = (lanes[r] >> (8 * i)) as i32;
+                        let (mantissa, exponent) = (code & 1, code >> 1 & 3);
+                        let twice = (mantissa | 2) << (exponent.max(1) - 1);
+                        let twice = if exponent == 0 { mantissa } else { twice };
                         let sign = 1 - (code >> 2 & 2);
                         out[r] = (sign * twice) as f32 * scale[r];
                     }
