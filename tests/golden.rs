@@ -4,7 +4,7 @@
 use ferrule::file::Checkpoint;
 use ferrule::kernels;
 use ferrule::model::{
-    Chunk, Forward, KvDtype, LoadOptions, Model, PAGE, Quantization, Wanted, load,
+    Chunk, Forward, KvDtype, KvGroup, LoadOptions, Model, PAGE, Quantization, Sees, Wanted, load,
 };
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -14,11 +14,19 @@ type Cpu = ferrule::backend::cpu::Cpu;
 /// Golden folders of the supported families: those in the repository, and all if `FERRULE_SHARED` is set.
 fn goldens() -> Vec<PathBuf> {
     let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    let mut all: Vec<PathBuf> =
-        ["llama31-a", "mistral-a", "qwen25-a", "qwen3-a", "gemma3-a", "quant-gpt-oss-mxfp4-a"]
-            .iter()
-            .map(|name| own.join(name))
-            .collect();
+    let mut all: Vec<PathBuf> = [
+        "llama31-a",
+        "mistral-a",
+        "qwen25-a",
+        "qwen3-a",
+        "gemma3-a",
+        "phi4-mini-a",
+        "granite-swa-a",
+        "quant-gpt-oss-mxfp4-a",
+    ]
+    .iter()
+    .map(|name| own.join(name))
+    .collect();
     match std::env::var_os("FERRULE_SHARED") {
         Some(shared) => all.extend(
             [
@@ -60,16 +68,20 @@ fn goldens() -> Vec<PathBuf> {
                 "gpt-oss-a",
                 "glm4-moe-a",
                 "granite3-moe-a",
+                "lfm2-a",
+                "lfm3-a",
+                "lfm2-moe-a",
+                "qwen3-next-a",
+                "granite4-h-a",
+                "qwen35-a",
                 "phi3-a",
                 "phi3-b",
-                "phi4-mini-a",
                 "smollm3-a",
                 "exaone4-a",
                 "exaone4-b",
                 "hunyuan-dense-a",
                 "olmo3-a",
                 "ministral3-a",
-                "granite-swa-a",
             ]
             .iter()
             .map(|name| Path::new(&shared).join("goldens").join(name)),
@@ -106,7 +118,7 @@ impl Golden {
     }
 }
 
-/// Runs one sequence; pages lie in descending order.
+/// Runs one sequence; pages lie in descending order, states alternate.
 struct Session<'a> {
     model: &'a Model<Cpu>,
     kv: <Model<Cpu> as Forward>::Kv,
@@ -115,20 +127,27 @@ struct Session<'a> {
     long: bool,
 }
 
+/// The tables of one sequence: these pages, and of states the first of them to read and the second to write.
+fn tables(model: &Model<Cpu>, pages: &[u32]) -> Vec<Vec<u32>> {
+    let table = |g: &KvGroup| if g.sees == Sees::State { &pages[..2] } else { pages }.to_vec();
+    model.kv_groups().iter().map(table).collect()
+}
+
 impl<'a> Session<'a> {
     /// For a prompt of so many tokens.
     fn new(model: &'a Model<Cpu>, prompt: usize) -> Session<'a> {
-        let groups = model.kv_groups().len();
-        let pages = vec![(0..4u32).rev().collect(); groups];
+        let pages = tables(model, &[3, 2, 1, 0]);
         let long = model.long_after().is_some_and(|after| prompt > after);
-        Session { model, kv: model.new_kv(&vec![4; groups]).unwrap(), pages, len: 0, long }
+        Session { model, kv: model.new_kv(&vec![4; pages.len()]).unwrap(), pages, len: 0, long }
     }
     fn feed(&mut self, tokens: &[u32], wanted: Wanted) -> Vec<f32> {
         let (start, pages) = (self.len, &self.pages);
         let chunk = Chunk { tokens, start, long: self.long, pages, wanted };
         self.len += tokens.len();
         assert!(self.len <= 4 * PAGE);
-        self.model.forward(&mut self.kv, &[chunk], &AtomicBool::new(false)).unwrap()
+        let logits = self.model.forward(&mut self.kv, &[chunk], &AtomicBool::new(false)).unwrap();
+        self.pages.iter_mut().filter(|table| table.len() == 2).for_each(|states| states.swap(0, 1));
+        logits
     }
 }
 
@@ -146,8 +165,9 @@ fn reference_logits_and_greedy_ids() {
         let name = folder.file_name().unwrap().to_string_lossy().into_owned();
         let golden = Golden::open(&folder);
         let model = load(&folder, options(Quantization::None)).unwrap();
-        // Soft caps sharpen rounding; 3e-4 is what goldens/README.md gives for dense models.
-        let tolerance = if name.starts_with("gemma2") { 3e-3 } else { 3e-4 };
+        // Soft caps and recurrences sharpen rounding; 3e-4 is what goldens/README.md gives for dense models.
+        let loose = ["gemma2", "granite4-h", "qwen35", "qwen3-next"];
+        let tolerance = if loose.iter().any(|x| name.starts_with(x)) { 3e-3 } else { 3e-4 };
         for prompt in ["p1", "p7", "p33", "p130"] {
             let ids = golden.ints(&format!("{prompt}.ids")).unwrap();
             let positions = golden.ints(&format!("{prompt}.positions")).unwrap();
@@ -170,6 +190,34 @@ fn reference_logits_and_greedy_ids() {
                 assert_eq!(next, expected, "{name} {prompt} greedy step {step}");
                 next = argmax(&session.feed(&[next], Wanted::Last));
             }
+        }
+    }
+}
+
+/// LongRoPE: what transformers generates from its cache over the end of the first context is what one request gets
+/// here; what it generates without a cache is what requests get whose prompts hold all that was said.
+#[test]
+fn generation_over_the_end_of_the_first_context() {
+    for folder in goldens() {
+        let golden = Golden::open(&folder);
+        let Some(ids) = golden.ints("cross.ids") else { continue };
+        let model = load(&folder, options(Quantization::None)).unwrap();
+        let after = model.long_after().unwrap();
+        let cached = golden.ints("cross.greedy_hf_cached").unwrap();
+        assert!(ids.len() < after && after < ids.len() + cached.len());
+        let mut session = Session::new(&model, ids.len());
+        let mut next = argmax(&session.feed(&ids, Wanted::Last));
+        for (step, &expected) in cached.iter().enumerate() {
+            assert_eq!(next, expected, "{folder:?} cached, step {step}");
+            next = argmax(&session.feed(&[next], Wanted::Last));
+        }
+        let mut text = ids;
+        for (step, &expected) in golden.ints("cross.greedy_hf_uncached").unwrap().iter().enumerate()
+        {
+            let mut session = Session::new(&model, text.len());
+            let next = argmax(&session.feed(&text, Wanted::Last));
+            assert_eq!(next, expected, "{folder:?} uncached, step {step}");
+            text.push(next);
         }
     }
 }
@@ -230,9 +278,8 @@ fn chunks_batches_threads_and_sets_do_not_change_a_bit() {
                     ids.chunks(37).flat_map(|c| bits(&session.feed(c, Wanted::All))).collect();
                 assert!(parts == whole, "{folder:?} {quantization:?}: chunks of 37");
                 // Another sequence in the same batch, its pages among the first one's.
-                let groups = model.kv_groups().len();
-                let mut kv = model.new_kv(&vec![8; groups]).unwrap();
-                let (a, b) = (vec![vec![0, 2, 4, 6]; groups], vec![vec![7, 5, 3, 1]; groups]);
+                let (a, b) = (tables(&model, &[0, 2, 4, 6]), tables(&model, &[7, 5, 3, 1]));
+                let mut kv = model.new_kv(&vec![8; a.len()]).unwrap();
                 let long = model.long_after().is_some_and(|after| ids.len() > after);
                 let batch = [
                     Chunk {
@@ -284,7 +331,7 @@ fn quantized_weights_give_nearly_the_same_distribution() {
         let exact = run(Quantization::None);
         // Kullback-Leibler divergence from the exact distribution, mean over positions. The weights are random: int4
         // leaves more than on a trained model, a lost layer or a wrong scale still more.
-        for (quantization, most) in [(Quantization::Int8, 0.15), (Quantization::Int4, 6.0)] {
+        for (quantization, most) in [(Quantization::Int8, 0.6), (Quantization::Int4, 6.0)] {
             let rows = exact.iter().zip(run(quantization));
             let of_row = |(p, q): (&Vec<f64>, Vec<f64>)| -> f64 {
                 p.iter().zip(q).filter(|(p, _)| **p > 0.0).map(|(p, q)| p * (p / q).ln()).sum()

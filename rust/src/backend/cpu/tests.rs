@@ -137,8 +137,8 @@ fn norms_of_queries_and_keys_are_over_a_head_or_over_all() {
         clip: None,
         softcap: None,
         window: None,
-        rope_interleaved: false,
         query_growth: None,
+        rope_interleaved: false,
     };
     let x = noise(8 * 16, 3);
     let gain = noise(4 * 16, 4);
@@ -177,4 +177,96 @@ fn norms_of_queries_and_keys_are_over_a_head_or_over_all() {
         let all = clipped.iter().zip(&shared);
         assert!(all.into_iter().all(|(c, s)| *c == s.clamp(-0.25, 0.25)));
     }
+}
+
+#[test]
+fn rotation_comes_before_a_norm_that_is_after_it_and_turns_the_first_dimensions() {
+    let cpu = Cpu::new(1, None).unwrap();
+    let (d, x, gain) = (8, noise(8 * 3, 3), noise(8, 4));
+    let table = cpu.rope_table(&[7], &[false], [&[0.5, 0.1], &[]], 1.5);
+    for rope_interleaved in [false, true] {
+        let how = Attention {
+            heads: 1,
+            kv_heads: 1,
+            head_dim: d,
+            scale: 1.0,
+            clip: None,
+            softcap: None,
+            window: None,
+            query_growth: None,
+            rope_interleaved,
+        };
+        let run = |norm: Option<bool>| {
+            let mut qkv = Buf::new(x.clone(), 3 * d);
+            let (q, k) = (&gain, &gain);
+            let norms = norm.map(|after_rope| QkNorm {
+                q,
+                k,
+                centred: false,
+                full: false,
+                after_rope,
+                eps: 1e-5,
+            });
+            cpu.rotate(&mut qkv, &how, norms.as_ref(), Some(&table));
+            qkv.values().to_vec()
+        };
+        let turned = |x: &[f32]| {
+            let mut y = x.to_vec();
+            for (i, f) in [0.5f32, 0.1].into_iter().enumerate() {
+                let (a, b) = if rope_interleaved { (2 * i, 2 * i + 1) } else { (i, i + 2) };
+                let (sin, cos) = (7.0 * f).sin_cos();
+                (y[a], y[b]) = (1.5 * (x[a] * cos - x[b] * sin), 1.5 * (x[b] * cos + x[a] * sin));
+            }
+            y
+        };
+        let normed = |x: &[f32]| -> Vec<f32> {
+            let square = x.iter().map(|x| x * x).sum::<f32>() / d as f32;
+            x.iter().zip(&gain).map(|(x, g)| x / (square + 1e-5).sqrt() * g).collect()
+        };
+        let close = |a: &[f32], b: Vec<f32>| a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-5);
+        for head in [0..d, d..2 * d] {
+            let x = &x[head.clone()];
+            assert!(close(&run(None)[head.clone()], turned(x)));
+            assert!(close(&run(Some(false))[head.clone()], turned(&normed(x))));
+            assert!(close(&run(Some(true))[head.clone()], normed(&turned(x))));
+        }
+        assert_eq!(run(Some(true))[2 * d..], x[2 * d..], "values stay");
+    }
+}
+
+#[test]
+fn queries_grow_with_their_position() {
+    let cpu = Cpu::new(1, None).unwrap();
+    let (d, n, every) = (16, 40, 9);
+    let mut how = Attention {
+        heads: 2,
+        kv_heads: 1,
+        head_dim: d,
+        scale: 0.5,
+        clip: None,
+        softcap: None,
+        window: None,
+        query_growth: Some((0.3, every)),
+        rope_interleaved: false,
+    };
+    let qkv = Buf::new(noise(n * 4 * d, 5), 4 * d);
+    let mut kv = Kv::new(KvDtype::F32, &[(1, 1, d)]).unwrap();
+    let spans = [Span { first_row: 0, len: n, start: 0, table: &[0] }];
+    cpu.store(&qkv, &how, &mut kv, 0, &spans);
+    let mut grown = Buf::default();
+    cpu.attention(&qkv, &how, None, &kv, 0, &spans, &mut grown);
+    how.query_growth = None;
+    let mut larger = qkv.clone();
+    for (position, row) in larger.values_mut().chunks_exact_mut(4 * d).enumerate() {
+        let times = 1.0 + 0.3 * (1.0 + (position / every) as f32).ln();
+        row[..2 * d].iter_mut().for_each(|q| *q *= times);
+    }
+    let mut expected = Buf::default();
+    cpu.attention(&larger, &how, None, &kv, 0, &spans, &mut expected);
+    let off = grown.values().iter().zip(expected.values()).map(|(a, b)| (a - b).abs());
+    assert!(off.fold(0.0, f32::max) < 1e-5);
+    let mut plain = Buf::default();
+    cpu.attention(&qkv, &how, None, &kv, 0, &spans, &mut plain);
+    assert_eq!(plain.values()[..every * 2 * d], grown.values()[..every * 2 * d]);
+    assert_ne!(plain.row(every), grown.row(every));
 }

@@ -52,7 +52,7 @@ impl Base<'_> {
         };
         let own: &[&str] = match kind {
             "default" => &[],
-            "linear" => &["factor"],
+            "linear" | "proportional" => &["factor"],
             "dynamic" => &["factor", "alpha", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"],
             "longrope" | "su" => &[
                 "factor",
@@ -79,14 +79,23 @@ impl Base<'_> {
             ],
             _ => {
                 return Err(Error::Unsupported(format!(
-                    "config.json: {}: {kind:?} is not supported, only default, linear, dynamic, llama3, yarn, \
-                     longrope",
+                    "config.json: {}: {kind:?} is not supported, only default, linear, proportional, \
+                     dynamic, llama3, yarn, longrope",
                     params.label("rope_type")
                 )));
             }
         };
         for key in params.keys() {
-            let known = ["rope_type", "type", "rope_theta", "partial_rotary_factor"].contains(&key)
+            // Those of `mrope` concern images: the positions of text have one part.
+            const COMMON: [&str; 6] = [
+                "rope_type",
+                "type",
+                "rope_theta",
+                "partial_rotary_factor",
+                "mrope_section",
+                "mrope_interleaved",
+            ];
+            let known = COMMON.contains(&key)
                 || own.contains(&key)
                 || self
                     .honoured
@@ -107,6 +116,14 @@ impl Base<'_> {
             "linear" => {
                 let factor = need("factor")? as f32;
                 self.plain().iter().map(|f| f / factor).collect()
+            }
+            // Pairs of the whole head, of which those beyond a part have no frequency.
+            "proportional" => {
+                let factor = positive("factor")?.unwrap_or(1.0) as f32;
+                let part = params.number_in("partial_rotary_factor", 0.0, 1.0)?.unwrap_or(1.0);
+                let turning = (part * self.dim as f64 / 2.0) as usize;
+                let turns = |(i, f)| if i < turning { f / factor } else { 0.0 };
+                self.plain().into_iter().enumerate().map(turns).collect()
             }
             "dynamic" => {
                 // With alpha (Hunyuan): a larger base from the start. Without: the base grows beyond the context.
