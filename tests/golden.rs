@@ -24,7 +24,6 @@ fn goldens() -> Vec<PathBuf> {
         "granite-swa-a",
         "lfm3-a",
         "qwen35-a",
-        "granite3-a",
         "phi2-a",
         "quant-gpt-oss-mxfp4-a",
     ]
