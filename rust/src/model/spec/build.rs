@@ -4,13 +4,13 @@
 use super::config::{Facts, Object, bad, shown};
 use super::family::Family;
 use super::ropes::Ropes;
-use super::{Act, Attention, Ffn, Gate, Layer, Mixer, Norms, Place, QkNorm, Spec};
+use super::{Act, Attention, Ffn, Gate, Latent, Layer, Mixer, Norms, Place, QkNorm, Spec};
 use crate::{Error, Result};
 use serde_json::Value;
 
 // No released model comes near these; they keep every product of two far below 2^64.
 pub(super) const MAX_LAYERS: usize = 10_000;
-const MAX_WIDTH: usize = 1 << 20;
+pub(super) const MAX_WIDTH: usize = 1 << 20;
 pub(super) const MAX_HEADS: usize = 1 << 14;
 pub(super) const MAX_HEAD_DIM: usize = 1 << 14;
 pub(super) const MAX_FFN: usize = 1 << 22;
@@ -139,6 +139,7 @@ impl Spec {
             sinks: facts.flag(&family.sinks)?,
             rope_interleaved: facts.flag(&family.rope_interleaved)?,
         };
+        let latent = Latent::read(&family, facts, (hidden, heads, head_dim))?;
         let ffns = ffns(&family, facts, hidden, windows.len())?;
         let states = match &family.recurrent {
             Some(recurrent) => recurrent.at(facts, &family, windows.len())?,
@@ -148,8 +149,9 @@ impl Spec {
         let recurrent = recurrent.map(|r| r.read(facts, &family, hidden)).transpose()?;
         let kinds = windows.into_iter().zip(ropes.of).zip(states).zip(ffns);
         let layers = kinds.map(|(((window, rope), state), ffn)| {
-            let mixer = match recurrent {
-                Some(recurrent) if state => Mixer::Recurrent(recurrent),
+            let mixer = match (recurrent, latent) {
+                (Some(recurrent), _) if state => Mixer::Recurrent(recurrent),
+                (_, Some(latent)) => Mixer::Latent(Latent { rope, ..latent }),
                 _ => Mixer::Attention(Attention { window, rope, ..attention }),
             };
             Layer { mixer, ffn }
