@@ -46,10 +46,12 @@ pub(super) enum Mixer<M, V> {
 
 impl<M, V> Mixer<M, V> {
     /// All matrices.
-    pub(super) fn mats(&self) -> [&M; 2] {
+    pub(super) fn mats(&self) -> Vec<&M> {
         match self {
-            Mixer::Attention(a) => [&a.qkv, &a.o],
-            Mixer::Recurrent(r) => [&r.input, &r.out],
+            Mixer::Attention(a) => vec![&a.qkv, &a.o],
+            Mixer::Recurrent(r) => {
+                [&r.input, &r.out].into_iter().chain(r.heads.as_ref().map(|h| &h.rates)).collect()
+            }
         }
     }
 }
@@ -78,9 +80,17 @@ pub(super) struct Recurrent<M, V> {
     /// `[width, channels]`.
     pub(super) taps: V,
     pub(super) conv_bias: Option<V>,
-    pub(super) heads: Option<HeadRows<V>>,
+    pub(super) heads: Option<Heads<M, V>>,
     pub(super) out: M,
     pub(super) out_bias: Option<V>,
+}
+
+/// The weights of a recurrence over matrices.
+pub(super) struct Heads<M, V> {
+    /// The last part of the projection.
+    pub(super) rates: M,
+    pub(super) rates_bias: Option<V>,
+    pub(super) rows: HeadRows<V>,
 }
 
 /// The weights of a feed-forward network.
