@@ -54,6 +54,9 @@ const GOLDENS: &[&str] = &[
     "quant-gpt-oss-mxfp4-a",
     "glm4-moe-a",
     "granite3-moe-a",
+    "minicpm3-a",
+    "deepseek-v2-lite-a",
+    "deepseek-v3-a",
     "lfm2-a",
     "lfm3-a",
     "lfm2-moe-a",
@@ -195,6 +198,21 @@ fn configs() -> Vec<Value> {
             json!({"num_local_experts": 8, "intermediate_size": 96, "head_dim": 16,
             "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}}),
         ),
+        with(
+            "GPTNeoXForCausalLM",
+            json!({"rotary_pct": 0.25, "rotary_emb_base": 10000, "use_parallel_residual": false}),
+        ),
+        with(
+            "StableLmForCausalLM",
+            json!({"use_parallel_residual": true, "qk_layernorm": true, "partial_rotary_factor": 0.5}),
+        ),
+        with(
+            "GraniteForCausalLM",
+            json!({"attention_multiplier": 0.0625, "embedding_multiplier": 12, "logits_scaling": 8,
+            "residual_multiplier": 0.22}),
+        ),
+        json!({"architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 2, "n_head": 4,
+            "n_inner": null, "n_positions": 160, "vocab_size": 400}),
         json!({"architectures": ["Gemma3ForConditionalGeneration"],
             "text_config": {"head_dim": 16, "num_hidden_layers": 6, "rope_scaling": scaling}}),
         with(
@@ -210,6 +228,12 @@ fn configs() -> Vec<Value> {
             "GraniteMoeHybridForCausalLM",
             json!({"layer_types": ["mamba", "attention", "mamba", "mamba"], "mamba_n_heads": 4,
             "mamba_n_groups": 2, "mamba_d_state": 16, "mamba_d_head": 16, "mamba_d_conv": 4}),
+        ),
+        with(
+            "MiniCPM3ForCausalLM",
+            json!({"kv_lora_rank": 32, "q_lora_rank": 48, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
+            "v_head_dim": 16, "rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "original_max_position_embeddings": 64}}),
         ),
     ]
 }
@@ -278,11 +302,29 @@ proptest! {
             prop_assert!(!spec.layers.is_empty() && spec.eps > 0.0);
             let names = spec.names(|_| false);
             for (l, layer) in spec.layers.iter().enumerate() {
-                for weight in spec.layer_weights(l) {
-                    let name = names.layer(l, weight.what);
-                    let whole = !name.replace("{e}", "").contains(['!', '{']);
-                    prop_assert!(whole && !name.is_empty());
-                    prop_assert!(weight.shape.iter().all(|d| *d > 0));
+                let turning = match &layer.mixer {
+                    Mixer::Attention(a) => {
+                        prop_assert!(a.heads % a.kv_heads == 0 && a.head_dim % 2 == 0);
+                        prop_assert!(a.window != Some(0));
+                        Some((a.scale, a.rope, a.head_dim))
+                    }
+                    Mixer::Latent(a) => {
+                        prop_assert!([a.rank, a.nope, a.value].iter().all(|n| n % 16 == 0));
+                        Some((a.scale, a.rope, a.turned))
+                    }
+                    Mixer::Recurrent(r) => {
+                        prop_assert!((1..=16).contains(&r.shape.width));
+                        prop_assert!(r.shape.state() < usize::MAX / 1024);
+                        None
+                    }
+                };
+                if let Some((scale, rope, turned)) = turning {
+                    prop_assert!(scale > 0.0 && scale.is_finite());
+                    if let Some(rope) = rope.map(|rope| &spec.ropes[rope]) {
+                        prop_assert!(!rope.inv_freq.is_empty());
+                        prop_assert!(rope.inv_freq.len() * 2 <= turned && rope.scale.is_finite());
+                        prop_assert!(rope.inv_freq.iter().all(|f| f.is_finite()));
+                    }
                 }
                 if let Ffn::Moe(moe) = &layer.ffn {
                     let how = moe.routing;
@@ -292,20 +334,11 @@ proptest! {
                         prop_assert!(how.top_k <= moe.experts / groups.count * groups.top_k);
                     }
                 }
-                let a = match &layer.mixer {
-                    Mixer::Attention(a) => a,
-                    Mixer::Recurrent(r) => {
-                        prop_assert!((1..=16).contains(&r.shape.width));
-                        prop_assert!(r.shape.state() < usize::MAX / 1024);
-                        continue;
-                    }
-                };
-                prop_assert!(a.heads % a.kv_heads == 0 && a.head_dim % 2 == 0);
-                prop_assert!(a.scale > 0.0 && a.scale.is_finite() && a.window != Some(0));
-                if let Some(rope) = a.rope.map(|rope| &spec.ropes[rope]) {
-                    prop_assert!(!rope.inv_freq.is_empty() && rope.inv_freq.len() * 2 <= a.head_dim);
-                    prop_assert!(rope.scale.is_finite());
-                    prop_assert!(rope.inv_freq.iter().all(|f| f.is_finite()));
+                for weight in spec.layer_weights(l) {
+                    let name = names.layer(l, weight.what);
+                    let whole = !name.replace("{e}", "").contains(['!', '{']);
+                    prop_assert!(whole && !name.is_empty());
+                    prop_assert!(weight.shape.iter().all(|d| *d > 0));
                 }
             }
         }

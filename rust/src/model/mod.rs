@@ -171,6 +171,7 @@ pub fn load(folder: &Path, mut options: LoadOptions) -> Result<Model<Cpu>> {
     let group_of = spec.layers.iter().map(|layer| {
         let sees = match &layer.mixer {
             spec::Mixer::Attention(how) => how.window.into(),
+            spec::Mixer::Latent(_) => Sees::All,
             spec::Mixer::Recurrent(_) => Sees::State,
         };
         groups.iter().position(|known| *known == sees).unwrap_or_else(|| {

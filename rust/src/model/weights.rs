@@ -1,5 +1,6 @@
 //! From a checkpoint's tensors to packed weights. Formats and checkpoint names end here.
 
+mod latent;
 mod recurrent;
 
 use super::cache;
@@ -41,19 +42,8 @@ pub(super) struct Layer<M, V> {
 /// As [`spec::Mixer`].
 pub(super) enum Mixer<M, V> {
     Attention(Attention<M, V>),
+    Latent(Latent<M, V>),
     Recurrent(Recurrent<M, V>),
-}
-
-impl<M, V> Mixer<M, V> {
-    /// All matrices.
-    pub(super) fn mats(&self) -> Vec<&M> {
-        match self {
-            Mixer::Attention(a) => vec![&a.qkv, &a.o],
-            Mixer::Recurrent(r) => {
-                [&r.input, &r.out].into_iter().chain(r.heads.as_ref().map(|h| &h.rates)).collect()
-            }
-        }
-    }
 }
 
 /// As [`spec::Ffn`].
@@ -71,6 +61,20 @@ pub(super) struct Attention<M, V> {
     pub(super) sinks: Option<V>,
     pub(super) o: M,
     pub(super) o_bias: Option<V>,
+}
+
+/// The weights of latent attention, see [`spec::Latent`].
+pub(super) struct Latent<M, V> {
+    pub(super) q_a: Option<(M, V)>,
+    /// From the input, or from `q_a`'s output.
+    pub(super) q: M,
+    pub(super) kv_a: M,
+    pub(super) kv_norm: V,
+    pub(super) o: M,
+    /// For each head `[rank, nope]`: what the released `kv_b` makes keys with, transposed.
+    pub(super) keys: M,
+    /// For each head `[value, rank]`: what it makes values with.
+    pub(super) values: M,
 }
 
 /// The weights of a mixer with a state.
@@ -129,6 +133,23 @@ impl<M, V> Weights<M, V> {
             .iter()
             .flat_map(|layer| layer.mixer.mats().into_iter().chain(layer.ffn.mats()));
         layers.chain([&self.embed]).chain(&self.positions).chain(&self.head)
+    }
+}
+
+impl<M, V> Mixer<M, V> {
+    /// All matrices.
+    fn mats(&self) -> Vec<&M> {
+        match self {
+            Mixer::Attention(a) => vec![&a.qkv, &a.o],
+            Mixer::Recurrent(r) => {
+                [&r.input, &r.out].into_iter().chain(r.heads.as_ref().map(|h| &h.rates)).collect()
+            }
+            Mixer::Latent(a) => {
+                let mut mats = vec![&a.q, &a.kv_a, &a.o, &a.keys, &a.values];
+                mats.extend(a.q_a.as_ref().map(|(q_a, _)| q_a));
+                mats
+            }
+        }
     }
 }
 
@@ -444,6 +465,7 @@ impl<'a> Reader<'a> {
                     o_bias: bias(s.o_bias, "o_bias", s.hidden)?,
                 })
             }
+            spec::Mixer::Latent(a) => Mixer::Latent(self.latent(l, a, row, mat)?),
         };
         let ffn = match &s.layers[l].ffn {
             spec::Ffn::Moe(moe) => Ffn::Moe(self.moe(l, moe, row, mat)?),

@@ -1,7 +1,7 @@
 //! The pages of keys and values, and attention cut into pieces for the threads.
 
 use super::memory::Disjoint;
-use super::{Attention, Buf, Bytes, Cpu, KvDtype, QkNorm, Span};
+use super::{Attention, Buf, Bytes, Cpu, KvDtype, KvLayer, QkNorm, Span};
 use crate::Result;
 use crate::kernels::{Attend, MAX_ROWS, PAGE, scratch_len};
 
@@ -20,13 +20,11 @@ struct Layer {
 }
 
 impl Kv {
-    /// `layers`: pages, key/value heads, dimensions of a head.
-    pub(super) fn new(dtype: KvDtype, layers: &[(usize, usize, usize)]) -> Result<Kv> {
-        let layer = |&(pages, heads, d): &(usize, usize, usize)| {
-            let head = dtype.page_bytes(d);
-            let stride = heads * head;
-            let bytes = Bytes::zeroed(pages * stride, "pages of keys and values")?;
-            Ok(Layer { bytes, head, stride })
+    pub(super) fn new(dtype: KvDtype, layers: &[KvLayer]) -> Result<Kv> {
+        let layer = |l: &KvLayer| {
+            let stride = l.page_bytes(dtype);
+            let bytes = Bytes::zeroed(l.pages * stride, "pages of keys and values")?;
+            Ok(Layer { bytes, head: stride / l.heads, stride })
         };
         Ok(Kv { dtype, layers: layers.iter().map(layer).collect::<Result<_>>()? })
     }
@@ -106,7 +104,10 @@ impl Cpu {
                 for position in span.start.max(page * PAGE)..end {
                     let row = qkv.row(span.first_row + position - span.start);
                     let k = &row[(how.heads + h) * d..][..d];
-                    let v = &row[(how.heads + how.kv_heads + h) * d..][..d];
+                    let v = match how.latent {
+                        Some(_) => &[][..],
+                        None => &row[(how.heads + how.kv_heads + h) * d..][..d],
+                    };
                     self.kernels.write_kv(dtype, k, v, position % PAGE, bytes);
                 }
             });
@@ -125,9 +126,10 @@ impl Cpu {
         out: &mut Buf,
     ) {
         let Layer { bytes, head, stride } = &kv.layers[layer];
-        let (d, dp) = (how.head_dim, how.head_dim.next_multiple_of(16));
+        let (d, dv) = (how.head_dim, how.value_dim());
+        let dp = dv.next_multiple_of(16);
         let group = how.heads / how.kv_heads;
-        let width = how.heads * d;
+        let width = how.heads * dv;
         out.shape(qkv.rows, width);
         let values = Disjoint::new(out.values_mut());
         // Query heads of a piece, and positions of a piece.
@@ -171,6 +173,7 @@ impl Cpu {
             let attend = Attend {
                 q: &q,
                 d,
+                latent: how.latent,
                 scale: how.scale,
                 softcap: how.softcap,
                 sinks: sinks.map(|_| &sink[..]),
@@ -184,11 +187,11 @@ impl Cpu {
             let mut scratch = vec![0.0; scratch_len(rows, d)];
             self.kernels.attend(kv.dtype, &attend, &mut result, &mut scratch);
             for (row, i) in tile.enumerate() {
-                let at = (span.first_row + i) * width + first_head * d;
+                let at = (span.first_row + i) * width + first_head * dv;
                 // SAFETY: these heads of this row belong to the claimed piece.
-                let out = unsafe { values.part(at..at + heads * d) };
-                for (j, out) in out.chunks_exact_mut(d).enumerate() {
-                    out.copy_from_slice(&result[(row * heads + j) * dp..][..d]);
+                let out = unsafe { values.part(at..at + heads * dv) };
+                for (j, out) in out.chunks_exact_mut(dv).enumerate() {
+                    out.copy_from_slice(&result[(row * heads + j) * dp..][..dv]);
                 }
             }
         };

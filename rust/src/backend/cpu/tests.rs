@@ -127,12 +127,111 @@ fn a_number_that_is_not_finite_is_found() {
 }
 
 #[test]
+fn a_matrix_of_each_head_is_a_product_of_each_head() {
+    const HEADS: usize = 3;
+    let (n, k) = (16, 320);
+    let w = noise(HEADS * n * k, 1);
+    // The same matrix, its heads stored as [k, n].
+    let mut turned = Vec::new();
+    for w in w.chunks(n * k) {
+        turned.extend((0..k * n).map(|i| w[i % n * k + i / n]));
+    }
+    for form in [Form::Q4, Form::Q8, Form::F32] {
+        for m in [1, 3, TOKENS + 2] {
+            let x = noise(m * HEADS * k, 2);
+            let run = |threads| {
+                let cpu = Cpu::new(threads, None).unwrap();
+                let heads = |w: &[f32], transposed| {
+                    let bytes: Vec<Vec<u8>> = w.chunks(n * k).map(bytes).collect();
+                    let (row, column) = if transposed { (1, n) } else { (k, 1) };
+                    let part = |bytes| Part { row, column, ..Part::floats(Form::F32, n, k, bytes) };
+                    let parts = bytes.iter().map(|b| part(b)).collect();
+                    cpu.pack(form, &Parts { parts, k, interleaved: false }).unwrap().unwrap()
+                };
+                let (w, turned) = (heads(&w, false), heads(&turned, true));
+                assert!(w.bytes() == turned.bytes());
+                let mut out = cpu.buf();
+                cpu.linear_heads(&w, HEADS, &Buf::new(x.clone(), HEADS * k), &mut out);
+                out.values().to_vec()
+            };
+            let all = run(1);
+            assert!(run(2) == all && run(3) == all);
+            let cpu = Cpu::new(1, None).unwrap();
+            for h in 0..HEADS {
+                let w = mat(&cpu, form, &[(&w[h * n * k..][..n * k], n)], k, false);
+                let x = x.chunks(k).skip(h).step_by(HEADS).flatten().copied().collect();
+                let mut out = cpu.buf();
+                cpu.linear(&w, None, &Buf::new(x, k), &mut out);
+                for (t, out) in out.values().chunks(n).enumerate() {
+                    assert!(out == &all[(t * HEADS + h) * n..][..n], "{form:?} head {h} row {t}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn streams_and_gates_match_plain_loops() {
+    const ROWS: usize = 9;
+    const N: usize = 3;
+    let width = 40;
+    let run = |threads| {
+        let cpu = Cpu::new(threads, None).unwrap();
+        let old: Vec<_> = (0..N).map(|i| Buf::new(noise(ROWS * width, i as u32), width)).collect();
+        let (predict, correct) = (noise(ROWS * N * N, 7), noise(ROWS * N, 8));
+        let seen = Buf::new(noise(ROWS * width, 9), width);
+        let mut predicted = old.clone();
+        cpu.altup_predict(&Buf::new(predict.clone(), N * N), &mut predicted);
+        let mut corrected = predicted.clone();
+        cpu.altup_correct(&Buf::new(correct.clone(), N), &seen, &mut corrected);
+        let mut matched = seen.clone();
+        cpu.match_power(&mut matched, &old[0], 1e-5);
+        let mut gated = Buf::new(noise(ROWS * 8, 10), 8);
+        let before = gated.clone();
+        cpu.gate_with(&mut gated, Activation::Silu, &seen, 16);
+        let both = Buf::new(noise(ROWS * 96, 11), 96);
+        let mut cut = cpu.buf();
+        cpu.cut_and_gate(&both, 0.5, Activation::Silu, width, &mut cut);
+        let silu = |x: f32| x / (1.0 + (-x).exp());
+        let close = |a: f32, b: f32| assert!((a - b).abs() < 1e-5, "{a} {b}");
+        for r in 0..ROWS {
+            let power = |x: &Buf| x.row(r).iter().map(|x| x * x).sum::<f32>() / width as f32;
+            close(power(&matched), power(&old[0]));
+            let part = |from: usize| -> Vec<f32> {
+                (0..width).map(|c| both.row(r)[c / 16 * 32 + from + c % 16]).collect()
+            };
+            let (gate, up) = (part(0), part(16));
+            let mean = gate.iter().sum::<f32>() / width as f32;
+            let variance = gate.iter().map(|g| (g - mean).powi(2)).sum::<f32>() / width as f32;
+            for c in 0..width {
+                for i in 0..N {
+                    let sum = (0..N).map(|j| predict[r * N * N + i * N + j] * old[j].row(r)[c]);
+                    close(predicted[i].row(r)[c], old[i].row(r)[c] + sum.sum::<f32>());
+                    let new =
+                        (seen.row(r)[c] - predicted[0].row(r)[c]) * (1.0 + correct[r * N + i]);
+                    close(corrected[i].row(r)[c], predicted[i].row(r)[c] + new);
+                }
+                let large = (gate[c] - mean - 0.5 * variance.sqrt()).max(0.0);
+                close(cut.row(r)[c], silu(large) * up[c]);
+            }
+            for c in 0..8 {
+                close(gated.row(r)[c], silu(before.row(r)[c]) * seen.row(r)[16 + c]);
+            }
+        }
+        [predicted, corrected, vec![matched, gated, cut]].concat()
+    };
+    let one: Vec<Vec<f32>> = run(1).iter().map(|x| x.values().to_vec()).collect();
+    assert!(run(2).iter().zip(&one).all(|(a, b)| a.values() == b));
+}
+
+#[test]
 fn norms_of_queries_and_keys_are_over_a_head_or_over_all() {
     let cpu = Cpu::new(1, None).unwrap();
     let how = Attention {
         heads: 4,
         kv_heads: 2,
         head_dim: 16,
+        latent: None,
         scale: 1.0,
         clip: None,
         softcap: None,
@@ -189,6 +288,7 @@ fn rotation_comes_before_a_norm_that_is_after_it_and_turns_the_first_dimensions(
             heads: 1,
             kv_heads: 1,
             head_dim: d,
+            latent: None,
             scale: 1.0,
             clip: None,
             softcap: None,
@@ -242,6 +342,7 @@ fn queries_grow_with_their_position() {
         heads: 2,
         kv_heads: 1,
         head_dim: d,
+        latent: None,
         scale: 0.5,
         clip: None,
         softcap: None,
@@ -250,7 +351,9 @@ fn queries_grow_with_their_position() {
         rope_interleaved: false,
     };
     let qkv = Buf::new(noise(n * 4 * d, 5), 4 * d);
-    let mut kv = Kv::new(KvDtype::F32, &[(1, 1, d)]).unwrap();
+    let mut kv =
+        Kv::new(KvDtype::F32, &[KvLayer { pages: 1, heads: 1, head_dim: d, values: true }])
+            .unwrap();
     let spans = [Span { first_row: 0, len: n, start: 0, table: &[0] }];
     cpu.store(&qkv, &how, &mut kv, 0, &spans);
     let mut grown = Buf::default();

@@ -4,13 +4,13 @@
 use super::config::{Facts, Object, bad, shown};
 use super::family::Family;
 use super::ropes::Ropes;
-use super::{Act, Attention, Ffn, Gate, Layer, Mixer, Norms, Place, QkNorm, Spec};
+use super::{Act, Attention, Ffn, Gate, Latent, Layer, Mixer, Norms, Place, QkNorm, Spec};
 use crate::{Error, Result};
 use serde_json::Value;
 
 // No released model comes near these; they keep every product of two far below 2^64.
 pub(super) const MAX_LAYERS: usize = 10_000;
-const MAX_WIDTH: usize = 1 << 20;
+pub(super) const MAX_WIDTH: usize = 1 << 20;
 pub(super) const MAX_HEADS: usize = 1 << 14;
 pub(super) const MAX_HEAD_DIM: usize = 1 << 14;
 pub(super) const MAX_FFN: usize = 1 << 22;
@@ -94,13 +94,18 @@ impl Spec {
         let norms = norms.unwrap_or(&family.norms);
         let has = |place| norms.contains(&place);
         let norm_bias = facts.flag(&family.norm_bias)?;
-        if norm_bias && !family.norm.centred()
-            || parallel && (has(Place::AttnAfter) || has(Place::FfnAfter))
+        let unknown = if norm_bias && !family.norm.centred() {
+            Some("found biases on rms norms, expected none")
+        } else if parallel && norms.iter().any(|p| [Place::AttnAfter, Place::FfnAfter].contains(p))
         {
-            return Err(Error::format(
-                format!("family of {architecture}"),
-                "found a bias on an rms norm, or a norm of outputs in a parallel layer, expected neither",
-            ));
+            Some("found a norm of outputs in parallel layers, expected none")
+        } else if parallel && norms.is_empty() {
+            Some("found parallel layers without a norm, expected one or two")
+        } else {
+            None
+        };
+        if let Some(what) = unknown {
+            return Err(Error::format(format!("family of {architecture}"), what));
         }
         let qkv_bias = facts.flag(&family.qkv_bias)?;
         if qkv_bias && family.attn_gate != Gate::None || parallel && family.recurrent.is_some() {
@@ -134,6 +139,7 @@ impl Spec {
             sinks: facts.flag(&family.sinks)?,
             rope_interleaved: facts.flag(&family.rope_interleaved)?,
         };
+        let latent = Latent::read(&family, facts, (hidden, heads, head_dim))?;
         let ffns = ffns(&family, facts, hidden, windows.len())?;
         let states = match &family.recurrent {
             Some(recurrent) => recurrent.at(facts, &family, windows.len())?,
@@ -143,8 +149,9 @@ impl Spec {
         let recurrent = recurrent.map(|r| r.read(facts, &family, hidden)).transpose()?;
         let kinds = windows.into_iter().zip(ropes.of).zip(states).zip(ffns);
         let layers = kinds.map(|(((window, rope), state), ffn)| {
-            let mixer = match recurrent {
-                Some(recurrent) if state => Mixer::Recurrent(recurrent),
+            let mixer = match (recurrent, latent) {
+                (Some(recurrent), _) if state => Mixer::Recurrent(recurrent),
+                (_, Some(latent)) => Mixer::Latent(Latent { rope, ..latent }),
                 _ => Mixer::Attention(Attention { window, rope, ..attention }),
             };
             Layer { mixer, ffn }

@@ -57,6 +57,9 @@ families![
     "ministral3",
     "ministral3_mm",
     "granite_swa",
+    "minicpm3",
+    "deepseek_v2",
+    "deepseek_v3",
     "lfm2",
     "lfm2_moe",
     "lfm3",
@@ -191,6 +194,16 @@ pub(super) struct Family {
     pub(super) attn_clip: Fact,
     #[serde(default)]
     pub(super) attn_scale_rsqrt_of: Fact,
+    #[serde(default)]
+    pub(super) latent_rank: Fact,
+    #[serde(default)]
+    pub(super) latent_q_rank: Fact,
+    #[serde(default)]
+    pub(super) latent_nope: Fact,
+    #[serde(default)]
+    pub(super) latent_value: Fact,
+    #[serde(default)]
+    pub(super) latent_eps: Fact,
     #[serde(default)]
     pub(super) attn_softcap: Fact,
     pub(super) attn_gate: Gate,

@@ -4,6 +4,7 @@
 mod build;
 mod config;
 mod family;
+mod latent;
 mod moe;
 mod names;
 mod place;
@@ -13,6 +14,7 @@ mod ropes;
 #[cfg(test)]
 mod tests;
 
+pub use latent::Latent;
 pub use moe::{Moe, Shared, Stored};
 pub use names::{Names, Weight};
 pub use place::Slice;
@@ -117,6 +119,8 @@ pub struct Layer {
 pub enum Mixer {
     /// Softmax attention over cached keys and values.
     Attention(Attention),
+    /// The same over what keys and values are made from.
+    Latent(Latent),
     /// A convolution and what follows it, over a state.
     Recurrent(Recurrent),
 }

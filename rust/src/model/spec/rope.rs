@@ -249,6 +249,20 @@ impl Base<'_> {
     }
 }
 
+/// What YaRN multiplies the scores of latent attention by, beside its factor on cos and sin: `m(mscale_all_dim)^2`.
+pub(super) fn latent_scale(params: &Object<'_>) -> Result<f64> {
+    let yarn = [params.text("rope_type")?, params.text("type")?].contains(&Some("yarn"));
+    let given = |key: &str| params.number_in(key, 0.0, 1e9);
+    let (factor, all) = (given("factor")?, given("mscale_all_dim")?);
+    Ok(match (factor, all) {
+        (Some(factor), Some(all)) if yarn && factor > 1.0 => {
+            let m = 0.1 * all * libm::log(factor) + 1.0;
+            m * m
+        }
+        _ => 1.0,
+    })
+}
+
 /// YaRN's factor on cos and sin: `attention_factor`, else `m(mscale) / m(mscale_all_dim)` if both are given and
 /// not 0, else `m(1)`, with `m(x) = 0.1 x ln(factor) + 1`, or 1 if `factor <= 1`.
 fn yarn_scale(params: &Object<'_>, factor: f64) -> Result<f64> {

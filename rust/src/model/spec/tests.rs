@@ -482,9 +482,9 @@ fn errors_say_what_where_and_what_was_expected() {
     assert!(error("LlamaForCausalLM", sliding.clone()).contains("layer_types[0]: found \"sliding"));
     assert!(error("MistralForCausalLM", sliding).contains("layer_types"));
     assert!(error("Qwen2ForCausalLM", json!({"attention_bias": true})).contains("attention_bias"));
-    let two = json!({"hidden_activation": "silu", "hidden_act": "gelu_new"});
+    let two = json!({"sliding_window": 16, "sliding_window_size": 32});
     assert!(
-        error("Gemma2ForCausalLM", two).contains("hidden_act: found \"gelu_new\", expected what")
+        error("Gemma2ForCausalLM", two).contains("sliding_window_size: found 32, expected what")
     );
     assert!(Spec::new(&json!([]), None).is_err());
     let fine = json!({"partial_rotary_factor": 1.0, "num_experts": null, "sliding_window": null,
