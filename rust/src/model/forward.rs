@@ -171,11 +171,15 @@ impl<B: Backend> Model<B> {
         let Kv { states, x, a, wide, out, after, .. } = kv;
         let input = self.normed(layer.attn_norm.as_ref(), x, a);
         b.linear(&w.input, w.input_bias.as_ref(), input, wide);
+        if let Some(heads) = &w.heads {
+            b.linear(&heads.rates, heads.rates_bias.as_ref(), input, after);
+        }
         b.conv(wide, shape, &w.taps, w.conv_bias.as_ref(), states, l, spans, out);
         let (y, a) = match &w.heads {
             None => (out, a),
-            Some(rows) => {
-                b.recur(wide, out, shape, rows, self.spec.eps, states, l, spans, a);
+            Some(heads) => {
+                let eps = self.spec.eps;
+                b.recur(wide, after, out, shape, &heads.rows, eps, states, l, spans, a);
                 (a, out)
             }
         };
