@@ -69,6 +69,7 @@ fn goldens() -> Vec<PathBuf> {
                 "gpt-oss-a",
                 "glm4-moe-a",
                 "granite3-moe-a",
+                "granite3-a",
                 "minicpm3-a",
                 "deepseek-v2-lite-a",
                 "deepseek-v3-a",
@@ -351,6 +352,7 @@ fn quantized_weights_give_nearly_the_same_distribution() {
         let exact = run(Quantization::None);
         // Kullback-Leibler divergence from the exact distribution, mean over positions. The weights are random: int4
         // leaves more than on a trained model, a lost layer or a wrong scale still more.
+        // Qwen3-Next's are so sharp that bf16 alone moves its logits by a sixth.
         for (quantization, most) in [(Quantization::Int8, 0.6), (Quantization::Int4, 6.0)] {
             let rows = exact.iter().zip(run(quantization));
             let of_row = |(p, q): (&Vec<f64>, Vec<f64>)| -> f64 {

@@ -149,8 +149,8 @@ impl Recurrent {
                 (true, "mix_a", vec![h.heads, hidden]),
             ]),
             Core::Gated(_) | Core::Mamba2(_) => existing([
-                (true, "mix_in", vec![shape.projection(), hidden]),
-                (bias, "mix_in_bias", vec![shape.projection()]),
+                (true, "mix_in", vec![shape.projection() + shape.rates(), hidden]),
+                (bias, "mix_in_bias", vec![shape.projection() + shape.rates()]),
             ]),
         };
         all.extend(existing([
