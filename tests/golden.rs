@@ -69,6 +69,7 @@ fn goldens() -> Vec<PathBuf> {
                 "gpt-oss-a",
                 "glm4-moe-a",
                 "granite3-moe-a",
+                "granite3-a",
                 "minicpm3-a",
                 "deepseek-v2-lite-a",
                 "deepseek-v3-a",

@@ -603,6 +603,27 @@ fn interleave(a: &[f32], b: &[f32]) -> Vec<f32> {
     out
 }
 
+/// What the weights will take in memory: the bytes of each form.
+pub(super) fn sizes(
+    folder: &Path,
+    checkpoint: &Checkpoint,
+    spec: &Spec,
+    quantization: Quantization,
+) -> Result<Vec<(&'static str, u64)>> {
+    let reader = Reader::new(folder, checkpoint, spec);
+    let plans = reader.plans(quantization)?;
+    reader.refuse_unused()?;
+    let mut sizes: Vec<(&str, u64)> = Vec::new();
+    for plan in plans {
+        let (form, bytes) = (plan.form.name(), plan.bytes() as u64);
+        match sizes.iter_mut().find(|(name, _)| *name == form) {
+            Some((_, sum)) => *sum += bytes,
+            None => sizes.push((form, bytes)),
+        }
+    }
+    Ok(sizes)
+}
+
 /// Reads, quantizes and packs all weights; or maps them, if `options.cache_dir` holds them packed.
 pub(super) fn load(
     folder: &Path,
