@@ -7,7 +7,7 @@
 /// The mixer of one layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Recurrent {
-    /// Positions that the convolution sees, its own included.
+    /// Positions that the convolution sees, its own included: 2 to [`Recurrent::MAX_WIDTH`].
     pub width: usize,
     /// What follows the convolution.
     pub core: Core,

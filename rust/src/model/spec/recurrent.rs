@@ -102,10 +102,11 @@ impl RecurrentFacts {
             Kind::DeltaNet => Core::DeltaNet(self.heads(facts)?),
             Kind::Mamba2 => Core::Mamba2(self.heads(facts)?),
         };
-        let shape = backend::Recurrent {
-            width: facts.need_count(&self.width, backend::Recurrent::MAX_WIDTH)?,
-            core,
-        };
+        let width = facts.need_count(&self.width, backend::Recurrent::MAX_WIDTH)?;
+        if width == 1 {
+            return Err(bad("the width of the convolution", "1", "at least 2"));
+        }
+        let shape = backend::Recurrent { width, core };
         Ok(Recurrent {
             shape,
             conv_bias: facts.flag(&self.conv_bias)?,

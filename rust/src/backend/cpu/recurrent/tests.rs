@@ -26,7 +26,7 @@ fn cases() -> Vec<Case> {
     let h = |heads, groups, key_dim, value_dim| Heads { heads, groups, key_dim, value_dim };
     let cores = [
         (3, Core::Gated(1100)),
-        (1, Core::Gated(5)),
+        (2, Core::Gated(5)),
         (4, Core::DeltaNet(h(4, 2, 12, 32))),
         (4, Core::Mamba2(h(6, 2, 20, 16))),
     ];

@@ -134,6 +134,8 @@ fn what_no_layer_with_a_state_has_is_an_error() {
         wide.contains("conv_L_cache: found 17, expected a positive integer up to 16"),
         "{wide}"
     );
+    let narrow = lfm2(json!({"full_attn_idxs": [0], "conv_L_cache": 1}));
+    assert!(narrow.contains("the convolution: found 1, expected at least 2"), "{narrow}");
     let kind = lfm2(json!({"layer_types": vec!["mamba"; 4]}));
     assert!(kind.contains("layer_types[0]: \"mamba\" is not supported"), "{kind}");
     let qwen = |more| error("Qwen3_5ForCausalLM", more);
