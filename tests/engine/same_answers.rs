@@ -222,8 +222,8 @@ fn preemption_changes_nothing() {
             let kv_bytes = kv_bytes(&sees, 64, 10 * sees.len());
             let config =
                 EngineConfig { max_batch: 6, chunk_tokens: 64, kv_bytes, prefix_cache, ..config() };
-            let preemptions =
-                same_answers(&sees, None, (0..6).map(ask).collect(), config, &[]).unwrap();
+            let asks = (0..6).map(ask).collect();
+            let preemptions = same_answers(&sees, None, asks, config, &[]).unwrap();
             assert!(preemptions > 0 || sees == [Sees::Window(130)], "{sees:?} {prefix_cache}");
         }
     }

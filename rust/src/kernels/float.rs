@@ -6,9 +6,9 @@
 //! Orders that every set keeps: a dot product is one chain of fused multiply-adds, k ascending, one chain
 //! per output; a sum over a row is 16 partial sums by index modulo 16, ascending, then a tree 8-4-2-1.
 
-use super::layout::{self, Form, ROWS};
+use super::layout::{self, ROWS};
 use super::simd::F32x16;
-use crate::quant::{self, BLOCK, BlockMxfp4, BlockQ4, BlockQ8, GROUP, GROUPS};
+use crate::quant::{self, BLOCK, BlockQ4, BlockQ8, GROUP, GROUPS};
 
 /// The activation of a feed-forward layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -104,7 +104,7 @@ macro_rules! instantiate {
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn gemm_mxfp4(w: &[u8], k: usize, x: &[f32], y: &mut [f32]) {
-                float::gemm_mxfp4::<$v>(w, k, x, y)
+                crate::kernels::mxfp4::gemm::<$v>(w, k, x, y)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn quantize(x: &[f32], q: &mut [i8], sums: &mut [i16; GROUPS]) -> (f32, i32) {
@@ -342,80 +342,6 @@ fn tile<V: F32x16, S: Stored, const M: usize, const R: usize>(
             acc[t][r].store(super::array_mut(y, t * width + n + r * ROWS));
         }
     }
-}
-
-/// As [`gemm`], for MXFP4 weights: 16 rows by [`BLOCK`] inputs become f32, then meet all tokens.
-#[inline(always)]
-pub(super) fn gemm_mxfp4<V: F32x16>(w: &[u8], k: usize, x: &[f32], y: &mut [f32]) {
-    let form = Form::Mxfp4Float;
-    let size = form.row_block_bytes(k);
-    let (width, m) = (w.len() / size * ROWS, x.len() / k);
-    let mut panel = [[0.0f32; ROWS]; BLOCK];
-    for (rb, row_block) in w.chunks_exact(size).enumerate() {
-        for (b, block) in layout::blocks(form, row_block).enumerate() {
-            let len = BLOCK.min(k - b * BLOCK);
-            dequantize(block, &mut panel);
-            let mut t = 0;
-            while t < m {
-                let (x, y) = (&x[t * k + b * BLOCK..], &mut y[t * width + rb * ROWS..]);
-                let tile = (&panel[..len], x, k, y, width, b == 0);
-                t += match m - t {
-                    4.. => chain::<V, 4>(tile),
-                    _ => chain::<V, 1>(tile),
-                };
-            }
-        }
-    }
-}
-
-/// The weights of an MXFP4 block of 16 rows.
-#[inline(always)]
-fn dequantize(block: &[u8], panel: &mut [[f32; ROWS]; BLOCK]) {
-    let (header, lines) = block.split_at(layout::MXFP4_HEADER);
-    for (t, lines) in lines.chunks_exact(512).enumerate() {
-        for half in 0..2 {
-            let mut scale = [0.0; ROWS];
-            for (scale, &e) in scale.iter_mut().zip(&header[16 * (2 * t + half)..]) {
-                *scale = 0.5 * BlockMxfp4::scale(e);
-            }
-            for (j, line) in lines.chunks_exact(64).enumerate() {
-                for i in 0..4 {
-                    let out = &mut panel[64 * t + 32 * half + 4 * j + i];
-                    for r in 0..ROWS {
-                        // TWICE as arithmetic, for vectors.
-                        let code = i32::from(line[4 * r + i] >> (4 * half));
-                        let (magnitude, shift) = (code & 7, (code >> 1 & 3).max(1) - 1);
-                        let twice = (magnitude & 1 | if magnitude > 1 { 2 } else { 0 }) << shift;
-                        let sign = 1 - (code >> 2 & 2);
-                        out[r] = (sign * twice) as f32 * scale[r];
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// `M` tokens `k` apart against a panel, on top of the sums in `y`, whose rows are `width` apart. Gives `M`.
-#[inline(always)]
-fn chain<V: F32x16, const M: usize>(
-    (panel, x, k, y, width, first): (&[[f32; ROWS]], &[f32], usize, &mut [f32], usize, bool),
-) -> usize {
-    let mut acc = [V::splat(0.0); M];
-    if !first {
-        for t in 0..M {
-            acc[t] = V::load(super::array(y, t * width));
-        }
-    }
-    for (i, w) in panel.iter().enumerate() {
-        let w = V::load(w);
-        for t in 0..M {
-            acc[t] = w.fma(V::splat(x[t * k + i]), acc[t]);
-        }
-    }
-    for t in 0..M {
-        acc[t].store(super::array_mut(y, t * width));
-    }
-    M
 }
 
 /// Quantizes at most [`BLOCK`] activations: `s = amax / 127`, `q = rne(x * (127 / amax))`. `q` may be

@@ -10,6 +10,7 @@ mod arm;
 mod attention;
 mod float;
 pub mod layout;
+mod mxfp4;
 mod recurrent;
 mod scalar;
 mod simd;

@@ -287,17 +287,23 @@ struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    fn new(folder: &'a Path, checkpoint: &'a Checkpoint, spec: &'a Spec) -> Result<Reader<'a>> {
+    fn new(folder: &'a Path, checkpoint: &'a Checkpoint, spec: &'a Spec) -> Reader<'a> {
         let names = spec.names(|name| checkpoint.get(name).is_some());
-        let unused = spec.unused(&names, checkpoint.names());
-        if let Some(first) = unused.first() {
-            return Err(Error::Unsupported(format!(
+        Reader { folder, checkpoint, spec, names }
+    }
+
+    /// An error if there are tensors that are no weights of the model. After `plans`: these have found every weight, so
+    /// their number is bounded by the file.
+    fn refuse_unused(&self) -> Result<()> {
+        let unused = self.spec.unused(&self.names, self.checkpoint.names());
+        match unused.first() {
+            None => Ok(()),
+            Some(first) => Err(Error::Unsupported(format!(
                 "the checkpoint has {} tensors that {} does not have here, `{first}` first",
                 unused.len(),
-                spec.architecture
-            )));
+                self.spec.architecture
+            ))),
         }
-        Ok(Reader { folder, checkpoint, spec, names })
     }
 
     /// A tensor, its shape checked.
@@ -707,8 +713,9 @@ pub(super) fn load(
     options: &mut LoadOptions,
 ) -> Result<Weights<Mat, Vec<f32>>> {
     let checkpoint = Checkpoint::open(folder)?;
-    let reader = Reader::new(folder, &checkpoint, spec)?;
+    let reader = Reader::new(folder, &checkpoint, spec);
     let plans = reader.plans(options.quantization)?;
+    reader.refuse_unused()?;
     let joined = |mats: Vec<Mat>| {
         let mut mats = mats.into_iter();
         reader.weights(|values| cpu.row(values), |_| mats.next().ok_or(Error::Closed))

@@ -72,6 +72,47 @@ fn products_do_not_depend_on_threads_and_match_plain_loops() {
 }
 
 #[test]
+fn mxfp4_is_kept_as_it_is() {
+    let (n, k) = (40, 96);
+    let codes: Vec<u8> = (0..2 * n * k / 2).map(|i| (i * 37 % 256) as u8).collect();
+    let scales: Vec<u8> = (0..2 * n * k / 32).map(|i| (100 + i % 60) as u8).collect();
+    // Two matrices whose rows alternate, as gate and up do.
+    let part = |first: usize| Part {
+        stored: Form::Mxfp4,
+        n,
+        bytes: &codes[first * k / 2..],
+        row: 2 * k,
+        column: 1,
+        scales: &scales[first * k / 32..],
+    };
+    let cpu = Cpu::new(2, None).unwrap();
+    let parts = |interleaved| Parts { parts: vec![part(0), part(1)], k, interleaved };
+    for form in [Form::Mxfp4, Form::Mxfp4Float] {
+        let mat = cpu.pack(form, &parts(false)).unwrap().unwrap();
+        let beside = cpu.pack(form, &parts(true)).unwrap().unwrap();
+        let (mut row, mut same) = (vec![0.0; k], vec![0.0; k]);
+        for r in 0..2 * n {
+            let (p, i) = (r / n, r % n);
+            mat.unpack_row(r, &mut row);
+            beside.unpack_row(i / 16 * 32 + p * 16 + i % 16, &mut same);
+            assert!(row == same);
+            for (c, &w) in row.iter().enumerate() {
+                let at = (2 * i + p) * k + c;
+                let code = usize::from(codes[at / 2] >> (4 * (at % 2)) & 15);
+                let value = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0][code % 8];
+                let value = if code < 8 { value } else { -value };
+                assert_eq!(w, value * 2f32.powi(i32::from(scales[at / 32]) - 127));
+            }
+        }
+        let mut scales = scales.clone();
+        scales[(2 * 35 + 1) * 3 + 2] = 255;
+        let part = Part { scales: &scales[3..], ..part(1) };
+        let parts = Parts { parts: vec![part], k, interleaved: false };
+        assert_eq!(cpu.pack(form, &parts).unwrap().err(), Some((0, 35, 64)));
+    }
+}
+
+#[test]
 fn a_number_that_is_not_finite_is_found() {
     let cpu = Cpu::new(2, None).unwrap();
     for (form, bad) in [(Form::Q4, f32::NAN), (Form::Q8, f32::INFINITY), (Form::F32, f32::NAN)] {

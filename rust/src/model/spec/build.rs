@@ -97,13 +97,18 @@ impl Spec {
         let norms = norms.unwrap_or(&family.norms);
         let has = |place| norms.contains(&place);
         let norm_bias = facts.flag(&family.norm_bias)?;
-        if norm_bias && !family.norm.centred()
-            || parallel && (has(Place::AttnAfter) || has(Place::FfnAfter))
+        let unknown = if norm_bias && !family.norm.centred() {
+            Some("found biases on rms norms, expected none")
+        } else if parallel && norms.iter().any(|p| [Place::AttnAfter, Place::FfnAfter].contains(p))
         {
-            return Err(Error::format(
-                format!("family of {architecture}"),
-                "found a bias on an rms norm, or a norm of outputs in a parallel layer, expected neither",
-            ));
+            Some("found a norm of outputs in parallel layers, expected none")
+        } else if parallel && norms.is_empty() {
+            Some("found parallel layers without a norm, expected one or two")
+        } else {
+            None
+        };
+        if let Some(what) = unknown {
+            return Err(Error::format(format!("family of {architecture}"), what));
         }
         let qkv_bias = facts.flag(&family.qkv_bias)?;
         if qkv_bias && family.attn_gate != Gate::None || parallel && family.recurrent.is_some() {
@@ -146,7 +151,7 @@ impl Spec {
             None => vec![false; windows.len()],
         };
         let recurrent = family.recurrent.as_ref().filter(|_| states.contains(&true));
-        let recurrent = recurrent.map(|r| r.read(facts, hidden)).transpose()?;
+        let recurrent = recurrent.map(|r| r.read(facts, &family, hidden)).transpose()?;
         let kinds = windows.into_iter().zip(ropes.of).zip(states).zip(ffns);
         let layers = kinds.map(|(((window, rope), state), ffn)| {
             let mixer = match (recurrent, latent) {
@@ -296,7 +301,7 @@ fn ffn_width(family: &Family, facts: &Facts<'_>, hidden: usize) -> Result<Option
 fn only_experts(object: &Object<'_>, key: &str) -> Result<()> {
     let Some(said) = object.object(key)? else { return Ok(()) };
     let kept = said.get("modules_to_not_convert").and_then(Value::as_array);
-    let modules = kept.into_iter().flatten().filter_map(Value::as_str);
+    let modules: Vec<&str> = kept.into_iter().flatten().filter_map(Value::as_str).collect();
     let mut strange =
         said.keys().filter(|k| !["quant_method", "modules_to_not_convert"].contains(k));
     if let Some(strange) = strange.next() {
@@ -305,7 +310,7 @@ fn only_experts(object: &Object<'_>, key: &str) -> Result<()> {
             said.label(strange)
         )));
     }
-    for module in modules.filter(|module| module.contains("experts")).take(1) {
+    if let Some(module) = modules.into_iter().find(|module| module.contains("experts")) {
         return Err(Error::Unsupported(format!(
             "config.json: {}: {module:?} is expected to be MXFP4",
             said.label("modules_to_not_convert")
@@ -332,14 +337,14 @@ fn ffns(family: &Family, facts: &Facts<'_>, hidden: usize, layers: usize) -> Res
             (Some(moe), has)
         }
     };
-    let beside = family.moe.as_ref().is_some_and(|moe| moe.beside_dense);
+    let beside = family.moe.as_ref().map(|moe| facts.flag(&moe.beside_dense)).transpose()?;
     let ffn = |(l, has): (usize, bool)| {
         let width = || match &widths {
             Some(widths) => Ok(widths[l]),
             None => width.map_or_else(|| facts.need_count(&family.ffn, MAX_FFN), Ok),
         };
         Ok(match (moe, has) {
-            (Some(moe), true) if beside => Ffn::Beside(width()?, moe),
+            (Some(moe), true) if beside == Some(true) => Ffn::Beside(width()?, moe),
             (Some(moe), true) => Ffn::Moe(moe),
             _ if family.gated => Ffn::Dense(width()?),
             _ => Ffn::Plain(width()?),

@@ -67,6 +67,7 @@ families![
     "gemma3n_mm",
     "lfm2",
     "lfm2_moe",
+    "lfm3",
     "qwen3_5_text",
     "qwen3_5",
     "qwen3_next",

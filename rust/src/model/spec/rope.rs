@@ -52,8 +52,7 @@ impl Base<'_> {
         };
         let own: &[&str] = match kind {
             "default" => &[],
-            "linear" => &["factor"],
-            "proportional" => &["factor"],
+            "linear" | "proportional" => &["factor"],
             "dynamic" => &["factor", "alpha", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"],
             "longrope" | "su" => &[
                 "factor",
@@ -80,8 +79,8 @@ impl Base<'_> {
             ],
             _ => {
                 return Err(Error::Unsupported(format!(
-                    "config.json: {}: {kind:?} is not supported, only default, linear, proportional, dynamic, llama3, \
-                     yarn, longrope",
+                    "config.json: {}: {kind:?} is not supported, only default, linear, proportional, \
+                     dynamic, llama3, yarn, longrope",
                     params.label("rope_type")
                 )));
             }
@@ -118,15 +117,13 @@ impl Base<'_> {
                 let factor = need("factor")? as f32;
                 self.plain().iter().map(|f| f / factor).collect()
             }
-            // Gemma 4: the frequencies of whole heads, those beyond a part of them 0.
+            // Pairs of the whole head, of which those beyond a part have no frequency.
             "proportional" => {
+                let factor = positive("factor")?.unwrap_or(1.0) as f32;
                 let part = params.number_in("partial_rotary_factor", 0.0, 1.0)?.unwrap_or(1.0);
-                let (factor, turned) = (positive("factor")?.unwrap_or(1.0), self.dim / 2);
-                let turned = (part * self.dim as f64 / 2.0) as usize..turned;
-                let mut all = self.plain();
-                all.iter_mut().for_each(|f| *f /= factor as f32);
-                all[turned].fill(0.0);
-                all
+                let turning = (part * self.dim as f64 / 2.0) as usize;
+                let turns = |(i, f)| if i < turning { f / factor } else { 0.0 };
+                self.plain().into_iter().enumerate().map(turns).collect()
             }
             "dynamic" => {
                 // With alpha (Hunyuan): a larger base from the start. Without: the base grows beyond the context.

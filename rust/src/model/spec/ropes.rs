@@ -213,7 +213,7 @@ fn rotary_dim(
     if let Some(params) = params
         && params.text("rope_type")? == Some("proportional")
     {
-        return Ok(head_dim); // of which some have frequency 0
+        return Ok(head_dim); // the factor is one of frequencies
     }
     let outside = facts.number(&family.rotary_factor, f64::MIN_POSITIVE, 1.0)?;
     let inside = match params {

@@ -1,13 +1,17 @@
 //! Tests of `Spec` on small configurations.
 
 use super::family::{FAMILIES, Family};
+use super::gemma::GemmaFacts;
 use super::moe::MoeFacts;
 use super::names::{WEIGHTS, matches};
+use super::recurrent::RecurrentFacts;
 use super::*;
 use crate::backend::{Groups, Routing, Score};
 use serde_json::{Value, json};
 
 mod dense;
+mod gemma;
+mod recurrent;
 
 fn config(architecture: &str, more: Value) -> Value {
     let mut config = json!({"architectures": [architecture], "hidden_size": 64, "intermediate_size": 112,
@@ -70,6 +74,9 @@ fn the_readme_lists_every_field_and_every_weight() {
     let readme = std::fs::read_to_string(readme).unwrap();
     let mut unknown = serde_json::from_value::<Family>(json!({"": 0})).unwrap_err().to_string();
     unknown += &serde_json::from_value::<MoeFacts>(json!({"": 0})).unwrap_err().to_string();
+    let recurrent = serde_json::from_value::<RecurrentFacts>(json!({"": 0}));
+    unknown += &recurrent.unwrap_err().to_string();
+    unknown += &serde_json::from_value::<GemmaFacts>(json!({"": 0})).unwrap_err().to_string();
     let fields = unknown.split('`').skip(3).step_by(2).filter(|field| !field.is_empty());
     let mut count = 0;
     for name in fields.chain(WEIGHTS.iter().copied()).chain(["base"]) {
@@ -297,6 +304,57 @@ fn experts_of_each_family() {
 }
 
 #[test]
+fn gpt_oss_in_both_layouts() {
+    let sizes = |more: Value| {
+        let mut sizes = json!({"num_local_experts": 8, "intermediate_size": 96, "head_dim": 16});
+        sizes.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        sizes
+    };
+    let kept = json!(["model.layers.*.self_attn", "lm_head"]);
+    let said = json!({"quant_method": "mxfp4", "modules_to_not_convert": kept});
+    let released = json!({"quantization_config": said});
+    for (more, stored) in [(json!({}), Stored::Columns), (released, Stored::Mxfp4)] {
+        let spec = spec("GptOssForCausalLM", sizes(more));
+        let Ffn::Moe(moe) = &spec.layers[1].ffn else { panic!() };
+        assert_eq!((moe.stored, moe.width, moe.routing.top_k), (stored, 96, 4));
+        assert_eq!((spec.act, windows(&spec)[0]), (Act::ClampedSwiglu, Some(128)));
+        let names = spec.names(|n| n == "model.embed_tokens.weight");
+        let up = spec.place(&names, 3, "expert_up", 5);
+        // Number (7, 11) of up is in row 15 (or column 15) of gate and up together.
+        let index = if stored == Stored::Columns { [5, 11, 15] } else { [5, 15, 11] };
+        assert_eq!(up.index(7, 11), index);
+        let tensors: Vec<String> = up.tensors().into_iter().map(|(name, _)| name).collect();
+        let stem = "model.layers.3.mlp.experts.gate_up_proj";
+        match stored {
+            Stored::Mxfp4 => {
+                assert_eq!(tensors, [format!("{stem}_blocks"), format!("{stem}_scales")])
+            }
+            _ => assert_eq!(tensors, [stem]),
+        }
+        let bias = spec.place(&names, 3, "expert_gate_bias", 5);
+        assert_eq!((bias.tensor, bias.shape), (format!("{stem}_bias"), vec![8, 192]));
+        assert_eq!((bias.first, bias.row), (5 * 192, 2));
+    }
+    for (value, expected) in [
+        (json!({"quant_method": "gptq"}), "checkpoints quantized with \"gptq\""),
+        (json!({"quant_method": "mxfp4", "bits": 4}), "quantization_config.bits: not known"),
+        (
+            json!({"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.1.mlp.experts"]}),
+            "\"model.layers.1.mlp.experts\" is expected to be MXFP4",
+        ),
+    ] {
+        let e = error("GptOssForCausalLM", sizes(json!({"quantization_config": value})));
+        assert!(e.contains(expected), "{e}");
+    }
+    let narrow = sizes(json!({"intermediate_size": 80, "quantization_config": said}));
+    assert!(error("GptOssForCausalLM", narrow).contains("multiples of 32"));
+    let limit = sizes(json!({"swiglu_limit": 8.0}));
+    assert!(error("GptOssForCausalLM", limit).contains("swiglu_limit: 8.0"));
+    let other = json!({"quantization_config": {"quant_method": "mxfp4"}});
+    assert!(error("LlamaForCausalLM", other).contains("checkpoints quantized with \"mxfp4\""));
+}
+
+#[test]
 fn a_wrapper_reads_its_text_part() {
     let config = json!({"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3",
         "vision_config": {}, "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 34,
@@ -427,9 +485,9 @@ fn errors_say_what_where_and_what_was_expected() {
     assert!(error("LlamaForCausalLM", sliding.clone()).contains("layer_types[0]: found \"sliding"));
     assert!(error("MistralForCausalLM", sliding).contains("layer_types"));
     assert!(error("Qwen2ForCausalLM", json!({"attention_bias": true})).contains("attention_bias"));
-    let two = json!({"hidden_activation": "silu", "hidden_act": "gelu_new"});
+    let two = json!({"sliding_window": 16, "sliding_window_size": 32});
     assert!(
-        error("Gemma2ForCausalLM", two).contains("hidden_act: found \"gelu_new\", expected what")
+        error("Gemma2ForCausalLM", two).contains("sliding_window_size: found 32, expected what")
     );
     assert!(Spec::new(&json!([]), None).is_err());
     let fine = json!({"partial_rotary_factor": 1.0, "num_experts": null, "sliding_window": null,
