@@ -1,7 +1,7 @@
 //! What a model is and what it will take, from its headers: no matrix is read.
 
-use super::spec::{Ffn, Mixer};
-use super::{LoadOptions, forward, kv, spec, weights};
+use super::spec::{self, Ffn, Mixer};
+use super::{LoadOptions, forward, kv, weights};
 use crate::Result;
 use crate::file::Checkpoint;
 use std::path::Path;
@@ -38,7 +38,7 @@ const CHUNK: usize = 512;
 
 /// Describes the model in `folder` as it would be loaded with `options`.
 pub fn describe(folder: &Path, options: &LoadOptions) -> Result<Description> {
-    let spec = spec(folder, options)?;
+    let spec = super::spec_of(folder, options)?;
     let checkpoint = Checkpoint::open(folder)?;
     let packed = weights::sizes(folder, &checkpoint, &spec, options.quantization)?;
     let mut stored = Vec::new();
@@ -58,11 +58,15 @@ pub fn describe(folder: &Path, options: &LoadOptions) -> Result<Description> {
             }
             Mixer::Recurrent(r) => format!("recurrence (a state of {} numbers)", r.shape.state()),
         };
+        let experts = |moe: &spec::Moe| {
+            format!("{} of {} experts of {}", moe.routing.top_k, moe.experts, moe.width)
+        };
         let ffn = match &layer.ffn {
-            Ffn::Moe(moe) => {
-                format!("{} of {} experts of {}", moe.routing.top_k, moe.experts, moe.width)
+            Ffn::Moe(moe) => experts(moe),
+            Ffn::Beside(width, moe) => format!("{width} wide and {}", experts(moe)),
+            Ffn::Dense(width) | Ffn::Plain(width) | Ffn::Sparse(width, _) => {
+                format!("{width} wide")
             }
-            Ffn::Dense(width) | Ffn::Plain(width) => format!("{width} wide"),
         };
         add(&mut layers, format!("{mixer}, {ffn}"), 1);
     }

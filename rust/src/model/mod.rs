@@ -159,7 +159,7 @@ impl LoadOptions {
 /// config.json is read up to this many bytes.
 const MAX_CONFIG: u64 = 16 << 20;
 
-fn spec(folder: &Path, options: &LoadOptions) -> Result<Spec> {
+fn spec_of(folder: &Path, options: &LoadOptions) -> Result<Spec> {
     let path = folder.join("config.json");
     let config = file::read_json(&path, MAX_CONFIG)?.ok_or_else(|| {
         Error::ModelNotFound(format!("{}: no such file, expected a model folder", path.display()))
@@ -169,7 +169,7 @@ fn spec(folder: &Path, options: &LoadOptions) -> Result<Spec> {
 
 /// Loads the model in `folder` onto the CPU.
 pub fn load(folder: &Path, mut options: LoadOptions) -> Result<Model<Cpu>> {
-    let spec = spec(folder, &options)?;
+    let spec = spec_of(folder, &options)?;
     let threads = options.threads.unwrap_or_else(|| crate::backend::cpu::topology::auto().count);
     let backend = Cpu::new(threads, options.isa.as_deref())?;
     let weights = weights::load(folder, &spec, &backend, &mut options)?;

@@ -1,10 +1,11 @@
 //! From a checkpoint's tensors to packed weights. Formats and checkpoint names end here.
 
+mod gemma;
 mod latent;
 mod recurrent;
 
 use super::cache;
-use super::spec::{self, Act, Gate, Names, QkNorm, Slice, Spec};
+use super::spec::{self, Act, Gate, Names, QkNorm, Slice, Spec, Values};
 use super::{LoadOptions, Quantization};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
 use crate::backend::{Activation, Backend, Expert, Form, HeadRows, Part, Parts};
@@ -21,6 +22,7 @@ pub(super) struct Weights<M, V> {
     /// `None`: the embedding is the head.
     pub(super) head: Option<M>,
     pub(super) head_bias: Option<V>,
+    pub(super) gemma: Option<Gemma<M, V>>,
 }
 
 /// The weights of a norm.
@@ -37,6 +39,7 @@ pub(super) struct Layer<M, V> {
     pub(super) ffn_norm: Option<Norm<V>>,
     pub(super) ffn: Ffn<M, V>,
     pub(super) ffn_after_norm: Option<Norm<V>>,
+    pub(super) gemma: Option<GemmaLayer<M, V>>,
 }
 
 /// As [`spec::Mixer`].
@@ -50,6 +53,7 @@ pub(super) enum Mixer<M, V> {
 pub(super) enum Ffn<M, V> {
     Dense(Dense<M, V>),
     Moe(Moe<M, V>),
+    Beside(Beside<M, V>),
 }
 
 /// The weights of attention.
@@ -58,6 +62,8 @@ pub(super) struct Attention<M, V> {
     pub(super) qkv: M,
     pub(super) qkv_bias: Option<V>,
     pub(super) qk_norms: Option<(V, V)>,
+    /// Ones: values are divided by their root mean square alone.
+    pub(super) v_norm: Option<V>,
     pub(super) sinks: Option<V>,
     pub(super) o: M,
     pub(super) o_bias: Option<V>,
@@ -113,6 +119,8 @@ pub(super) struct Moe<M, V> {
     pub(super) router: M,
     pub(super) router_bias: Option<V>,
     pub(super) correction: Option<V>,
+    /// Multiplies the weights that the router gives.
+    pub(super) scales: Option<V>,
     pub(super) experts: Vec<Expert<M, V>>,
     pub(super) shared: Option<Shared<M>>,
 }
@@ -125,6 +133,60 @@ pub(super) struct Shared<M> {
     pub(super) router: Option<M>,
 }
 
+/// As [`spec::Ffn::Beside`].
+pub(super) struct Beside<M, V> {
+    pub(super) dense: Dense<M, V>,
+    pub(super) moe: Moe<M, V>,
+    /// Divided by `sqrt(hidden)`.
+    pub(super) router_norm: V,
+    pub(super) dense_after_norm: V,
+    pub(super) experts_norm: V,
+    pub(super) experts_after_norm: V,
+}
+
+/// As [`spec::Gemma`], outside the layers.
+pub(super) struct Gemma<M, V> {
+    pub(super) inputs: Option<Inputs<M, V>>,
+    /// The projections into and out of each stream but the first.
+    pub(super) streams: Vec<(M, M)>,
+}
+
+/// As [`spec::Inputs`], of all layers.
+pub(super) struct Inputs<M, V> {
+    pub(super) embed: M,
+    pub(super) proj: M,
+    /// Divided by `sqrt(2)`.
+    pub(super) norm: V,
+}
+
+/// As [`spec::Gemma`], of one layer.
+pub(super) struct GemmaLayer<M, V> {
+    pub(super) input: Option<LayerInput<M, V>>,
+    pub(super) scale: Option<f32>,
+    pub(super) altup: Option<AltUp<M, V>>,
+}
+
+/// As [`spec::Inputs`], of one layer.
+pub(super) struct LayerInput<M, V> {
+    pub(super) act: Activation,
+    pub(super) gate: M,
+    pub(super) out: M,
+    pub(super) norm: V,
+}
+
+/// As [`spec::Streams`].
+pub(super) struct AltUp<M, V> {
+    /// Divided by `hidden`.
+    pub(super) router_norm: V,
+    pub(super) router: M,
+    pub(super) predict: M,
+    pub(super) correct: M,
+    pub(super) scale: V,
+    pub(super) left: M,
+    pub(super) right: M,
+    pub(super) laurel_norm: V,
+}
+
 impl<M, V> Weights<M, V> {
     /// All matrices.
     pub(super) fn mats(&self) -> impl Iterator<Item = &M> {
@@ -132,7 +194,10 @@ impl<M, V> Weights<M, V> {
             .layers
             .iter()
             .flat_map(|layer| layer.mixer.mats().into_iter().chain(layer.ffn.mats()));
-        layers.chain([&self.embed]).chain(&self.positions).chain(&self.head)
+        let gemma = self.layers.iter().filter_map(|layer| layer.gemma.as_ref());
+        let layers = layers.chain(gemma.flat_map(GemmaLayer::mats));
+        let gemma = self.gemma.iter().flat_map(Gemma::mats);
+        layers.chain([&self.embed]).chain(&self.positions).chain(&self.head).chain(gemma)
     }
 }
 
@@ -157,18 +222,44 @@ impl<M, V> Ffn<M, V> {
     /// All matrices, gate and up first.
     pub(super) fn mats(&self) -> Vec<&M> {
         match self {
-            Ffn::Dense(dense) => vec![&dense.gate_up, &dense.down],
-            Ffn::Moe(moe) => {
-                let mut mats: Vec<&M> =
-                    moe.experts.iter().flat_map(|e| [&e.gate_up, &e.down]).collect();
-                if let Some(shared) = &moe.shared {
-                    mats.extend([&shared.gate_up, &shared.down]);
-                    mats.extend(&shared.router);
-                }
-                mats.push(&moe.router);
-                mats
-            }
+            Ffn::Dense(dense) => dense.mats().into(),
+            Ffn::Moe(moe) => moe.mats(),
+            Ffn::Beside(both) => [&both.dense.mats(), &both.moe.mats()[..]].concat(),
         }
+    }
+}
+
+impl<M, V> Dense<M, V> {
+    fn mats(&self) -> [&M; 2] {
+        [&self.gate_up, &self.down]
+    }
+}
+
+impl<M, V> Moe<M, V> {
+    fn mats(&self) -> Vec<&M> {
+        let mut mats: Vec<&M> = self.experts.iter().flat_map(|e| [&e.gate_up, &e.down]).collect();
+        if let Some(shared) = &self.shared {
+            mats.extend([&shared.gate_up, &shared.down]);
+            mats.extend(&shared.router);
+        }
+        mats.push(&self.router);
+        mats
+    }
+}
+
+impl<M, V> Gemma<M, V> {
+    fn mats(&self) -> Vec<&M> {
+        let inputs = self.inputs.iter().flat_map(|inputs| [&inputs.embed, &inputs.proj]);
+        inputs.chain(self.streams.iter().flat_map(|(a, b)| [a, b])).collect()
+    }
+}
+
+impl<M, V> GemmaLayer<M, V> {
+    fn mats(&self) -> Vec<&M> {
+        let input = self.input.iter().flat_map(|input| [&input.gate, &input.out]);
+        let altup = self.altup.iter();
+        let altup = altup.flat_map(|a| [&a.router, &a.predict, &a.correct, &a.left, &a.right]);
+        input.chain(altup).collect()
     }
 }
 
@@ -381,6 +472,7 @@ impl<'a> Reader<'a> {
         };
         let embed = mat(whole("embed", s.vocab, false))?;
         let positions = s.positions.map(|n| mat(whole("positions", n, true))).transpose()?;
+        let gemma = self.gemma(&row, &mut mat)?;
         let layers = (0..s.layers.len()).map(|l| self.layer(l, &row, &mut mat));
         let layers = layers.collect::<Result<_>>()?;
         let head = || mat(whole("head", s.vocab, false));
@@ -392,7 +484,7 @@ impl<'a> Reader<'a> {
             bias: s.norm_bias.then(|| vector("norm_bias", s.hidden)).transpose()?,
         };
         let head_bias = s.head_bias.then(|| vector("head_bias", s.vocab)).transpose()?;
-        Ok(Weights { embed, positions, layers, norm, head, head_bias })
+        Ok(Weights { embed, positions, layers, norm, head, head_bias, gemma })
     }
 
     fn layer<M, V>(
@@ -426,7 +518,13 @@ impl<'a> Reader<'a> {
                     false => what.map(&place).into_iter().zip([q, kv, kv]).collect(),
                     true => by_group(&place(what[0]), a.kv_heads, &[q / a.kv_heads, d, d]),
                 };
-                let mut qkv = parts(["q", "k", "v"]);
+                let mut qkv = parts(match a.values {
+                    Values::NormedKeys => ["q", "k", "k"],
+                    _ => ["q", "k", "v"],
+                });
+                if a.kv_of.is_some() {
+                    qkv.truncate(1);
+                }
                 match a.gate {
                     Gate::None => {}
                     // One tensor has, for each head, its query and its gate.
@@ -454,12 +552,15 @@ impl<'a> Reader<'a> {
                     QkNorm::Full | QkNorm::None => self.norm(&place(what), heads * d, 1),
                 };
                 let qk_norms = || -> Result<(V, V)> {
-                    Ok((row(&gain("q_norm", a.heads)?), row(&gain("k_norm", a.kv_heads)?)))
+                    let q = row(&gain("q_norm", a.heads)?);
+                    let k = if a.kv_of.is_some() { "q_norm" } else { "k_norm" }; // or any: there are no keys
+                    Ok((q, row(&gain(k, a.kv_heads)?)))
                 };
                 Mixer::Attention(Attention {
                     qkv: mat(qkv)?,
                     qkv_bias: s.qkv_bias.then(qkv_bias).transpose()?,
                     qk_norms: (s.qk_norm != QkNorm::None).then(qk_norms).transpose()?,
+                    v_norm: (a.values != Values::Projected).then(|| row(&vec![1.0; d])),
                     sinks: bias(a.sinks, "sinks", a.heads)?,
                     o: mat(source(&[("o", s.hidden)], q, false))?,
                     o_bias: bias(s.o_bias, "o_bias", s.hidden)?,
@@ -467,19 +568,25 @@ impl<'a> Reader<'a> {
             }
             spec::Mixer::Latent(a) => Mixer::Latent(self.latent(l, a, row, mat)?),
         };
+        let gated = |ffn: usize, mat: &mut dyn FnMut(Source) -> Result<M>| {
+            let gate_up_bias = || -> Result<V> {
+                Ok(row(&interleave(&vector("gate_bias", ffn)?, &vector("up_bias", ffn)?)))
+            };
+            Ok(Dense {
+                act: self.activation(l)?,
+                gate_up: mat(source(&[("gate", ffn), ("up", ffn)], s.hidden, true))?,
+                gate_up_bias: s.mlp_bias.then(gate_up_bias).transpose()?,
+                down: mat(source(&[("down", s.hidden)], ffn, false))?,
+                down_bias: bias(s.mlp_bias, "down_bias", s.hidden)?,
+            })
+        };
         let ffn = match &s.layers[l].ffn {
             spec::Ffn::Moe(moe) => Ffn::Moe(self.moe(l, moe, row, mat)?),
-            &spec::Ffn::Dense(ffn) => {
-                let gate_up_bias = || -> Result<V> {
-                    Ok(row(&interleave(&vector("gate_bias", ffn)?, &vector("up_bias", ffn)?)))
-                };
-                Ffn::Dense(Dense {
-                    act: self.activation(l)?,
-                    gate_up: mat(source(&[("gate", ffn), ("up", ffn)], s.hidden, true))?,
-                    gate_up_bias: s.mlp_bias.then(gate_up_bias).transpose()?,
-                    down: mat(source(&[("down", s.hidden)], ffn, false))?,
-                    down_bias: bias(s.mlp_bias, "down_bias", s.hidden)?,
-                })
+            &spec::Ffn::Dense(ffn) | &spec::Ffn::Sparse(ffn, _) => Ffn::Dense(gated(ffn, mat)?),
+            spec::Ffn::Beside(ffn, moe) => {
+                let dense = gated(*ffn, mat)?;
+                let moe = self.moe(l, moe, row, mat)?;
+                Ffn::Beside(self.beside(l, dense, moe, row)?)
             }
             &spec::Ffn::Plain(ffn) => Ffn::Dense(Dense {
                 act: self.activation(l)?,
@@ -496,6 +603,7 @@ impl<'a> Reader<'a> {
             ffn_norm: norm(s.norms.ffn, "ffn_norm", "ffn_norm_bias")?,
             ffn,
             ffn_after_norm: norm(s.norms.ffn_after, "ffn_after_norm", "ffn_after_norm_bias")?,
+            gemma: self.gemma_layer(l, row, mat)?,
         })
     }
 
@@ -585,6 +693,10 @@ impl Reader<'_> {
             router,
             router_bias: vector(moe.router_bias, "router_bias")?,
             correction: vector(moe.correction, "router_correction")?,
+            scales: vector(
+                matches!(self.spec.layers[l].ffn, spec::Ffn::Beside(..)),
+                "router_scale",
+            )?,
             experts,
             shared: moe.shared.map(shared).transpose()?,
         })

@@ -578,13 +578,14 @@ impl Backend for Cpu {
         how: &Routing,
         logits: &mut Buf,
         correction: Option<&Vec<f32>>,
+        scales: Option<&Vec<f32>>,
         experts: &[Expert<Mat, Vec<f32>>],
         act: Activation,
         width: usize,
         x: &Buf,
         out: &mut Buf,
     ) {
-        self.mixture(how, logits, correction, experts, Into::Gate(act, width), x, out);
+        self.mixture(how, logits, correction, scales, experts, Into::Gate(act, width), x, out);
     }
 
     fn add_gated(&self, gate: &mut Buf, y: &Buf, out: &mut Buf) {
@@ -613,6 +614,15 @@ impl Backend for Cpu {
 
     fn altup_correct(&self, coefficients: &Buf, seen: &Buf, streams: &mut [Buf]) {
         self.correct(coefficients, seen, streams);
+    }
+
+    fn multiply(&self, x: &Buf, gain: &Vec<f32>, out: &mut Buf) {
+        self.multiply_rows(x, gain, out);
+    }
+
+    fn copy(&self, x: &Buf, out: &mut Buf) {
+        out.shape(x.rows, x.width);
+        out.values_mut().copy_from_slice(x.values());
     }
 
     fn match_power(&self, x: &mut Buf, to: &Buf, least: f32) {
@@ -677,7 +687,9 @@ impl Backend for Cpu {
         spans: &[Span<'_>],
     ) {
         self.rotate(qkv, how, norms.as_ref(), table);
-        self.store(qkv, how, kv, layer, spans);
+        if !how.queries_only {
+            self.store(qkv, how, kv, layer, spans);
+        }
     }
 
     fn attend(

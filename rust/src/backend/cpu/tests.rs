@@ -237,6 +237,7 @@ fn norms_of_queries_and_keys_are_over_a_head_or_over_all() {
         softcap: None,
         window: None,
         query_growth: None,
+        queries_only: false,
         rope_interleaved: false,
     };
     let x = noise(8 * 16, 3);
@@ -245,7 +246,7 @@ fn norms_of_queries_and_keys_are_over_a_head_or_over_all() {
     let (one, each) = (gain[..16].to_vec(), gain.clone());
     let run = |how: &Attention, q: &Vec<f32>, k: &Vec<f32>, full, centred| {
         let mut qkv = Buf::new(x.clone(), 8 * 16);
-        let norms = QkNorm { q, k, centred, full, after_rope: false, eps: 1e-5 };
+        let norms = QkNorm { q, k, v: None, centred, full, after_rope: false, eps: 1e-5 };
         cpu.rotate(&mut qkv, how, Some(&norms), None);
         qkv.values().to_vec()
     };
@@ -294,6 +295,7 @@ fn rotation_comes_before_a_norm_that_is_after_it_and_turns_the_first_dimensions(
             softcap: None,
             window: None,
             query_growth: None,
+            queries_only: false,
             rope_interleaved,
         };
         let run = |norm: Option<bool>| {
@@ -302,6 +304,7 @@ fn rotation_comes_before_a_norm_that_is_after_it_and_turns_the_first_dimensions(
             let norms = norm.map(|after_rope| QkNorm {
                 q,
                 k,
+                v: None,
                 centred: false,
                 full: false,
                 after_rope,
@@ -348,6 +351,7 @@ fn queries_grow_with_their_position() {
         softcap: None,
         window: None,
         query_growth: Some((0.3, every)),
+        queries_only: false,
         rope_interleaved: false,
     };
     let qkv = Buf::new(noise(n * 4 * d, 5), 4 * d);
