@@ -12,9 +12,12 @@
 //! An int4 weight therefore *is* an int8 weight, exactly. A dot product is an exact integer over one
 //! block and one float step per block, whatever the instruction set, the batch or the phase.
 
+mod blocks;
+mod grids;
 mod q4;
 mod q8;
 
+pub use blocks::Blocks;
 pub use q4::BlockQ4;
 pub use q8::BlockQ8;
 
