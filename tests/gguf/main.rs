@@ -3,6 +3,7 @@
 #![allow(unsafe_code)] // the counting allocator
 
 mod hostile;
+mod tokenizers;
 mod write;
 
 use ferrule::file::{Checkpoint, Dtype, gguf};

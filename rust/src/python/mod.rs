@@ -461,7 +461,7 @@ fn open(folder: &Path, options: Options) -> Result<(engine::Engine<Model<Cpu>>, 
     };
     let model = Arc::new(model::load(folder, load)?);
     if eos.is_empty() {
-        eos.extend(tokenizer.eos().map(|(id, _)| id));
+        eos.extend(tokenizer.ends());
     }
     let spec = &model.spec;
     engine.context_length = context_length.unwrap_or(spec.context_length);
