@@ -433,8 +433,8 @@ impl Split {
     }
 }
 
-/// The GGUF file that `path` is, or the only one (the first, if it is split) of the folder that it is. `None`: there
-/// is none.
+/// The GGUF file that `path` is, or the only one (the first, if it is split) of a folder without safetensors. `None`:
+/// there is none.
 pub fn gguf_at(path: &Path) -> Result<Option<PathBuf>> {
     if !path.is_dir() {
         let magic = || {
@@ -444,6 +444,9 @@ pub fn gguf_at(path: &Path) -> Result<Option<PathBuf>> {
             read && start == *b"GGUF"
         };
         return Ok((named_gguf(path) || magic()).then(|| path.to_path_buf()));
+    }
+    if ["model.safetensors", "model.safetensors.index.json"].iter().any(|n| path.join(n).exists()) {
+        return Ok(None);
     }
     let mut found = Vec::new();
     for name in names(path)? {
