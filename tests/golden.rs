@@ -32,6 +32,11 @@ fn goldens() -> Vec<PathBuf> {
                 "gemma2-a",
                 "gemma2-b",
                 "gemma3-mm-a",
+                "granite3-a",
+                "olmo2-a",
+                "starcoder2-a",
+                "arcee-a",
+                "apertus-a",
             ]
             .iter()
             .map(|name| Path::new(&shared).join("goldens").join(name)),

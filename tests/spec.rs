@@ -26,6 +26,11 @@ const GOLDENS: &[&str] = &[
     "gemma2-b",
     "gemma3-a",
     "gemma3-mm-a",
+    "granite3-a",
+    "olmo2-a",
+    "starcoder2-a",
+    "arcee-a",
+    "apertus-a",
 ];
 
 fn shapes(folder: &Path) -> BTreeMap<String, Vec<usize>> {

@@ -47,6 +47,7 @@ def copy(tmp_path: Path, **changes: Callable[[dict[str, Any]], object] | None) -
         (ferrule.DownloadError, OSError),
         (ferrule.FileAccessError, OSError),
         (ferrule.ModelFormatError, ValueError),
+        (ferrule.NumericError, ArithmeticError),
         (ferrule.UnsupportedModelError, Exception),
         (ferrule.TokenizerError, Exception),
         (ferrule.ChatTemplateError, Exception),

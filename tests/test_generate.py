@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ferrule import LLM, Completion, SamplingParams, Stream
+from ferrule import LLM, Completion, InvalidParameterError, SamplingParams, Stream
 
 STORY = "Once upon a time"
 ASK = [{"role": "user", "content": "Tell me a story about a fox and a lantern."}]
@@ -427,3 +427,20 @@ def test_streams_side_by_side(llm: LLM) -> None:
         for i, chunk in enumerate(chunks):
             texts[i] += chunk.text if chunk else ""
     assert texts == want
+
+
+def test_a_template_is_told_tools_and_variables() -> None:
+    source = "{{ tools | length if tools else 'none' }} {{ enable_thinking | default('?') }}"
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    with LLM("tales-1m", chat_template=source, progress=False) as llm:
+        assert llm.apply_chat_template(ASK) == "none ?"
+        told = {"tools": [tool], "chat_template_kwargs": {"enable_thinking": False}}
+        assert llm.apply_chat_template(ASK, **told) == "1 False"
+        plain = llm.generate("1 False", max_tokens=4, temperature=0)
+        assert llm.chat(ASK, max_tokens=4, temperature=0, **told).text == plain.text
+        streamed = llm.stream_chat(ASK, max_tokens=4, temperature=0, **told)
+        assert "".join(chunk.text for chunk in streamed) == plain.text
+        with pytest.raises(TypeError, match="wrong"):
+            llm.chat(ASK, wrong=1)  # type: ignore[call-arg]
+        with pytest.raises(InvalidParameterError, match="tools"):
+            llm.chat(ASK, tools=[{"x": object()}])

@@ -47,6 +47,10 @@ class UnsupportedModelError(FerruleError):
     """A well-formed model that asks for something this version does not do."""
 
 
+class NumericError(FerruleError, ArithmeticError):
+    """A model whose logits are not numbers: its weights are damaged, or leave the f32 range."""
+
+
 class TokenizerError(FerruleError):
     """A missing, unknown or broken tokenizer; text or ids that it can't take."""
 

@@ -14,11 +14,11 @@ from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast, overload
 
 from . import _core, hub
-from .errors import EngineClosedError, FerruleError, InvalidParameterError
-from .params import Defaults, Fields, SamplingParams
+from .errors import EngineClosedError, InvalidParameterError
+from .params import ChatFields, Defaults, Fields, SamplingParams
 from .progress import Bar
 from .request import AsyncStream, Request, Stream
 from .results import Completion, ModelInfo, Progress, Score
@@ -226,19 +226,24 @@ class LLM:
 
     @overload
     def chat(
-        self, messages: Chat, params: Params = None, *, n: None = None, **fields: Unpack[Fields]
+        self, messages: Chat, params: Params = None, *, n: None = None, **fields: Unpack[ChatFields]
     ) -> Completion: ...
     @overload
     def chat(
-        self, messages: Chats, params: Params = None, *, n: None = None, **fields: Unpack[Fields]
+        self,
+        messages: Chats,
+        params: Params = None,
+        *,
+        n: None = None,
+        **fields: Unpack[ChatFields],
     ) -> list[Completion]: ...
     @overload
     def chat(
-        self, messages: Chat, params: Params = None, *, n: int, **fields: Unpack[Fields]
+        self, messages: Chat, params: Params = None, *, n: int, **fields: Unpack[ChatFields]
     ) -> list[Completion]: ...
     @overload
     def chat(
-        self, messages: Chats, params: Params = None, *, n: int, **fields: Unpack[Fields]
+        self, messages: Chats, params: Params = None, *, n: int, **fields: Unpack[ChatFields]
     ) -> list[list[Completion]]: ...
     def chat(
         self,
@@ -246,31 +251,39 @@ class LLM:
         params: Params = None,
         *,
         n: int | None = None,
-        **fields: Unpack[Fields],
+        **fields: Unpack[ChatFields],
     ) -> Answers:
         """Answer a conversation, or each of a list: dicts with "role" and "content".
 
-        Uses the model's own template; a model without one raises `ChatTemplateError`.
+        Uses the model's own template; a model without one raises `ChatTemplateError`. tools: JSON
+        schemas of functions that the model may call, for templates that take them; its calls come
+        back as text. chat_template_kwargs: further variables of the template, such as
+        {"enable_thinking": False}.
         """
         single, chats = _chats(messages)
-        ids = [self._chat_ids(chat) for chat in chats]
-        return _shaped(self._all(self._jobs(ids, params, n, fields)), n, single)
+        ids = [self._chat_ids(chat, fields) for chat in chats]
+        return _shaped(self._all(self._jobs(ids, params, n, _sampling(fields))), n, single)
 
     @overload
     async def achat(
-        self, messages: Chat, params: Params = None, *, n: None = None, **fields: Unpack[Fields]
+        self, messages: Chat, params: Params = None, *, n: None = None, **fields: Unpack[ChatFields]
     ) -> Completion: ...
     @overload
     async def achat(
-        self, messages: Chats, params: Params = None, *, n: None = None, **fields: Unpack[Fields]
+        self,
+        messages: Chats,
+        params: Params = None,
+        *,
+        n: None = None,
+        **fields: Unpack[ChatFields],
     ) -> list[Completion]: ...
     @overload
     async def achat(
-        self, messages: Chat, params: Params = None, *, n: int, **fields: Unpack[Fields]
+        self, messages: Chat, params: Params = None, *, n: int, **fields: Unpack[ChatFields]
     ) -> list[Completion]: ...
     @overload
     async def achat(
-        self, messages: Chats, params: Params = None, *, n: int, **fields: Unpack[Fields]
+        self, messages: Chats, params: Params = None, *, n: int, **fields: Unpack[ChatFields]
     ) -> list[list[Completion]]: ...
     async def achat(
         self,
@@ -278,47 +291,51 @@ class LLM:
         params: Params = None,
         *,
         n: int | None = None,
-        **fields: Unpack[Fields],
+        **fields: Unpack[ChatFields],
     ) -> Answers:
         """As `chat`; cancelling the task cancels the requests."""
         single, chats = _chats(messages)
-        ids = [self._chat_ids(chat) for chat in chats]
-        return _shaped(await self._aall(self._jobs(ids, params, n, fields)), n, single)
+        ids = [self._chat_ids(chat, fields) for chat in chats]
+        return _shaped(await self._aall(self._jobs(ids, params, n, _sampling(fields))), n, single)
 
     def stream_chat(
         self,
         messages: Chat,
         params: Params = None,
-        **fields: Unpack[Fields],
+        **fields: Unpack[ChatFields],
     ) -> Stream:
         """As `chat` for one conversation, but gives the answer in chunks as it comes."""
-        return Stream(self._submit(self._job(self._chat_ids(messages), params, fields), True))
+        job = self._job(self._chat_ids(messages, fields), params, _sampling(fields))
+        return Stream(self._submit(job, stream=True))
 
     def astream_chat(
         self,
         messages: Chat,
         params: Params = None,
-        **fields: Unpack[Fields],
+        **fields: Unpack[ChatFields],
     ) -> AsyncStream:
         """As `stream_chat`, for `async for`."""
-        job = self._job(self._chat_ids(messages), params, fields)
+        job = self._job(self._chat_ids(messages, fields), params, _sampling(fields))
         return AsyncStream(lambda: self._asubmit(job, stream=True))
 
-    def apply_chat_template(self, messages: Chat, *, add_generation_prompt: bool = True) -> str:
-        """The text that the model's template makes of a conversation."""
-        try:
-            text = json.dumps(list(messages), ensure_ascii=False, allow_nan=False)
-            # Templates that write the date mean the local one, as in transformers.
-            now = int(time.time()) + time.localtime().tm_gmtoff
-            return self._core.render_chat(text, add_generation_prompt, now)
-        except UnicodeEncodeError as error:
-            raise _surrogate("messages", error) from None
-        except (TypeError, ValueError) as error:
-            if isinstance(error, FerruleError):
-                raise
-            raise InvalidParameterError(
-                f"messages: expected what JSON can hold: {error}", field="messages"
-            ) from error
+    def apply_chat_template(
+        self,
+        messages: Chat,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The text that the model's template makes of a conversation; see `chat`."""
+        # Templates that write the date mean the local one, as in transformers.
+        now = int(time.time()) + time.localtime().tm_gmtoff
+        return self._core.render_chat(
+            _json("messages", list(messages)),
+            _json("tools", list(tools)),
+            _json("chat_template_kwargs", dict(chat_template_kwargs or {})),
+            add_generation_prompt,
+            now,
+        )
 
     # Tokens and probabilities.
 
@@ -418,8 +435,13 @@ class LLM:
         except UnicodeEncodeError as error:
             raise _surrogate(name, error) from None
 
-    def _chat_ids(self, messages: Chat) -> list[int]:
-        return self._core.encode(self.apply_chat_template(messages), True, True)
+    def _chat_ids(self, messages: Chat, fields: ChatFields) -> list[int]:
+        text = self.apply_chat_template(
+            messages,
+            tools=fields.get("tools", ()),
+            chat_template_kwargs=fields.get("chat_template_kwargs"),
+        )
+        return self._core.encode(text, True, True)
 
     def _job(self, ids: list[int], params: Params, fields: Fields, sample: int = 0) -> _Job:
         params = replace(params or SamplingParams(), **fields)
@@ -570,6 +592,26 @@ def _checked(submit: Callable[..., _core.Request]) -> Callable[..., _core.Reques
             raise _surrogate("stop", error) from None
 
     return call
+
+
+def _sampling(fields: ChatFields) -> Fields:
+    """Those that are not for the template."""
+    told = ("tools", "chat_template_kwargs")
+    return cast("Fields", {name: x for name, x in fields.items() if name not in told})
+
+
+def _json(name: str, value: object) -> str:
+    """As JSON text."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+        return text
+    except UnicodeEncodeError as error:
+        raise _surrogate(name, error) from None
+    except (TypeError, ValueError) as error:
+        raise InvalidParameterError(
+            f"{name}: expected what JSON can hold: {error}", field=name
+        ) from error
 
 
 def _surrogate(name: str, error: UnicodeEncodeError) -> InvalidParameterError:

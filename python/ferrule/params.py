@@ -77,6 +77,13 @@ class Fields(TypedDict, total=False):
     logits_processors: Sequence[LogitsProcessor]
 
 
+class ChatFields(Fields, total=False):
+    """The fields of `SamplingParams`, and what a chat template may be told beside the messages."""
+
+    tools: Sequence[Mapping[str, Any]]
+    chat_template_kwargs: Mapping[str, Any]
+
+
 BUILT_IN: dict[str, float | int | None] = {
     "max_tokens": None,
     "temperature": 1.0,

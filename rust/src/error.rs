@@ -20,6 +20,8 @@ pub enum Error {
     },
     /// A well-formed model that asks for something this version does not do.
     Unsupported(String),
+    /// A model whose logits are not numbers.
+    Numeric(String),
     /// A missing, unknown or broken tokenizer; text or ids it can't take.
     Tokenizer(String),
     /// A missing or failing chat template.
@@ -102,6 +104,7 @@ impl fmt::Display for Error {
             Error::ModelNotFound(what) => write!(f, "{what}"),
             Error::Format { file, what } => write!(f, "{}: {what}", file.display()),
             Error::Unsupported(what)
+            | Error::Numeric(what)
             | Error::Tokenizer(what)
             | Error::ChatTemplate(what)
             | Error::Processor(what) => write!(f, "{what}"),

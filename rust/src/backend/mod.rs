@@ -33,6 +33,8 @@ pub struct Attention {
     pub head_dim: usize,
     /// Multiplies scores.
     pub scale: f32,
+    /// Queries, keys and values are clamped to plus or minus this, before rotation.
+    pub clip: Option<f32>,
     /// `cap * tanh(score / cap)`.
     pub softcap: Option<f32>,
     /// Keys seen, the position itself included; `None` = all before.
@@ -44,6 +46,20 @@ impl Attention {
     pub fn qkv_width(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
     }
+}
+
+/// Norms of queries and keys.
+pub struct QkNorm<'a, R> {
+    /// Of queries: as wide as a head (for every head), or as all queries.
+    pub q: &'a R,
+    /// Of keys, likewise.
+    pub k: &'a R,
+    /// Layer norms, else RMS norms.
+    pub centred: bool,
+    /// Over all heads together, not over each.
+    pub full: bool,
+    /// Added to the mean square or the variance.
+    pub eps: f32,
 }
 
 /// Stored rows of one checkpoint tensor `[n, k]`.
@@ -100,6 +116,15 @@ pub trait Backend: Send + Sync {
     fn embed(&self, table: &Self::Mat, ids: &[u32], scale: f32, out: &mut Self::Buf);
     /// `out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * gain`.
     fn rms_norm(&self, x: &Self::Buf, gain: &Self::Row, eps: f32, out: &mut Self::Buf);
+    /// `out[r] = (x[r] - mean(x[r])) / sqrt(variance(x[r]) + eps) * gain + bias`.
+    fn layer_norm(
+        &self,
+        x: &Self::Buf,
+        gain: &Self::Row,
+        bias: Option<&Self::Row>,
+        eps: f32,
+        out: &mut Self::Buf,
+    );
     /// `out = x w^T + bias`.
     fn linear(&self, w: &Self::Mat, bias: Option<&Self::Row>, x: &Self::Buf, out: &mut Self::Buf);
     /// `out += x w^T + bias`.
@@ -121,17 +146,28 @@ pub trait Backend: Send + Sync {
         x: &Self::Buf,
         out: &mut Self::Buf,
     );
+    /// `out = act(x w^T + bias)`.
+    fn activated(
+        &self,
+        w: &Self::Mat,
+        bias: Option<&Self::Row>,
+        act: Activation,
+        x: &Self::Buf,
+        out: &mut Self::Buf,
+    );
     /// `x += y`.
     fn add(&self, x: &mut Self::Buf, y: &Self::Buf);
+    /// `x = fma(scale, y, x)`.
+    fn add_scaled(&self, x: &mut Self::Buf, scale: f32, y: &Self::Buf);
     /// Cosines, then sines, of `position * inv_freq`, times `scale`, for each position.
     fn rope_table(&self, positions: &[u32], inv_freq: &[f32], scale: f32) -> Self::Buf;
-    /// Of each row of `qkv`: RMS norm of each query and key head if there are gains, then rotation by the
+    /// Of each row of `qkv`: norms of queries and keys, if given; clamped, if asked for; then rotation by the
     /// row's part of `table`, if there is one; then keys and values go into the pages of `layer`.
     fn rotate_and_store(
         &self,
         qkv: &mut Self::Buf,
         how: &Attention,
-        norms: Option<(&Self::Row, &Self::Row, f32)>,
+        norms: Option<QkNorm<'_, Self::Row>>,
         table: Option<&Self::Buf>,
         kv: &mut Self::Kv,
         layer: usize,
@@ -149,6 +185,8 @@ pub trait Backend: Send + Sync {
     );
     /// `out` = some rows of `x`, in the given order.
     fn select(&self, x: &Self::Buf, rows: &[usize], out: &mut Self::Buf);
+    /// `x *= scale`.
+    fn scale(&self, x: &mut Self::Buf, scale: f32);
     /// `x = cap * tanh(x / cap)`.
     fn softcap(&self, x: &mut Self::Buf, cap: f32);
     /// Activations as they lie, `[rows, width]`.

@@ -218,7 +218,7 @@ fn check_finite(logits: &[f32], position: usize) -> Result<()> {
         return Ok(());
     }
     match logits.iter().position(|x| x.is_nan() || *x == f32::INFINITY) {
-        Some(id) => Err(Error::Unsupported(format!(
+        Some(id) => Err(Error::Numeric(format!(
             "the logits after the token at position {position}: found {} for id {id}, expected a \
              number; the weights are damaged or their numbers leave the range of the arithmetic",
             logits[id]

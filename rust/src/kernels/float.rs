@@ -10,13 +10,29 @@ use super::layout::{self, ROWS};
 use super::simd::F32x16;
 use crate::quant::{self, BLOCK, BlockQ4, BlockQ8, GROUP, GROUPS};
 
-/// The activation of a gated feed-forward layer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The activation of a feed-forward layer.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Activation {
     /// `x * sigmoid(x)` (Elfwing et al. 2017).
     Silu,
-    /// `x * Phi(x)` with the tanh approximation (Hendrycks & Gimpel 2016).
+    /// `x * Phi(x)`, Phi the distribution function of the normal distribution (Hendrycks & Gimpel 2016).
+    Gelu,
+    /// The same with the tanh approximation of Phi.
     GeluTanh,
+    /// `max(x, 0)^2` (So et al. 2021).
+    Relu2,
+    /// `beta x + alpha_p x^2` where `x > 0`, else `beta x + alpha_n (e^min(x, eps) - 1 - x)`
+    /// (Huang & Schlag 2024).
+    XIelu {
+        /// Of the square.
+        alpha_p: f32,
+        /// Of the exponential.
+        alpha_n: f32,
+        /// Slope at 0.
+        beta: f32,
+        /// Just below 0.
+        eps: f32,
+    },
 }
 
 /// The float kernels of one instruction set; the fields of `Kernels` of the same names say what they do.
@@ -29,9 +45,11 @@ pub(super) struct Floats {
     pub(super) pack_q4: unsafe fn(&[[f32; BLOCK]; ROWS], usize, &mut [u8]),
     pub(super) pack_q8: unsafe fn(&[[f32; BLOCK]; ROWS], usize, &mut [u8]),
     pub(super) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
+    pub(super) layer_norm: unsafe fn(&[f32], &[f32], Option<&[f32]>, f32, &mut [f32]),
     pub(super) rope: unsafe fn(&mut [f32], &[f32]),
     pub(super) gate: unsafe fn(Activation, &mut [f32], &[f32]),
     pub(super) add: unsafe fn(&mut [f32], &[f32]),
+    pub(super) add_scaled: unsafe fn(&mut [f32], f32, &[f32]),
     pub(super) softcap: unsafe fn(&mut [f32], f32),
     pub(super) attend_f32: unsafe fn(&super::Attend<'_>, &mut [f32], &mut [f32]),
     pub(super) attend_f16: unsafe fn(&super::Attend<'_>, &mut [f32], &mut [f32]),
@@ -80,6 +98,16 @@ macro_rules! instantiate {
                 float::rms_norm(x, gain, eps, out)
             }
             $(#[target_feature(enable = $features)])?
+            unsafe fn layer_norm(
+                x: &[f32],
+                gain: &[f32],
+                bias: Option<&[f32]>,
+                eps: f32,
+                out: &mut [f32],
+            ) {
+                float::layer_norm(x, gain, bias, eps, out)
+            }
+            $(#[target_feature(enable = $features)])?
             unsafe fn rope(x: &mut [f32], cos_sin: &[f32]) {
                 float::rope(x, cos_sin)
             }
@@ -90,6 +118,10 @@ macro_rules! instantiate {
             $(#[target_feature(enable = $features)])?
             unsafe fn add(x: &mut [f32], y: &[f32]) {
                 float::add(x, y)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn add_scaled(x: &mut [f32], scale: f32, y: &[f32]) {
+                float::add_scaled(x, scale, y)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn softcap(x: &mut [f32], cap: f32) {
@@ -140,9 +172,11 @@ macro_rules! instantiate {
                 pack_q4,
                 pack_q8,
                 rms_norm,
+                layer_norm,
                 rope,
                 gate,
                 add,
+                add_scaled,
                 softcap,
                 attend_f32,
                 attend_f16,
@@ -329,6 +363,38 @@ pub(super) fn rms_norm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) {
     }
 }
 
+/// `out = (x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * gain + bias` (Ba et al. 2016).
+#[inline(always)]
+pub(super) fn layer_norm(x: &[f32], gain: &[f32], bias: Option<&[f32]>, eps: f32, out: &mut [f32]) {
+    let (chunks, rest) = x.as_chunks::<16>();
+    let mut sums = [0.0f32; 16];
+    for x in chunks {
+        for i in 0..16 {
+            sums[i] += x[i];
+        }
+    }
+    for (sum, &x) in sums.iter_mut().zip(rest) {
+        *sum += x;
+    }
+    let mean = tree(sums) / x.len() as f32;
+    let mut sums = [0.0f32; 16];
+    for x in chunks {
+        for i in 0..16 {
+            sums[i] = (x[i] - mean).mul_add(x[i] - mean, sums[i]);
+        }
+    }
+    for (sum, &x) in sums.iter_mut().zip(rest) {
+        *sum = (x - mean).mul_add(x - mean, *sum);
+    }
+    let inv = 1.0 / (tree(sums) / x.len() as f32 + eps).sqrt();
+    for ((out, &x), &gain) in out.iter_mut().zip(x).zip(gain) {
+        *out = (x - mean) * inv * gain;
+    }
+    if let Some(bias) = bias {
+        add(out, bias);
+    }
+}
+
 /// Rotates one head: `x[i]` and `x[i + half]` are a pair (Su et al. 2021, half-split order).
 /// `cos_sin`: `half` cosines, then `half` sines.
 #[inline(always)]
@@ -343,27 +409,39 @@ pub(super) fn rope(x: &mut [f32], cos_sin: &[f32]) {
     }
 }
 
-/// e^x to about 1 ulp. Exactly 0 below -87.3, infinite above 88.4.
+/// `q` and `s` with `e^x = (1 + q) s`, `s` a power of two, for x between -88 and 88.8.
 ///
 /// `x = n ln 2 + r`; the polynomial in `r` is Cephes' expf; `n` goes into the exponent by an addition.
 #[inline(always)]
-pub(super) fn exp(x: f32) -> f32 {
+fn exp_parts(x: f32) -> (f32, f32) {
     const MAGIC: f32 = 12_582_912.0;
     let z = x.clamp(-88.0, 88.8);
     let shifted = z.mul_add(std::f32::consts::LOG2_E, MAGIC);
     let n = shifted - MAGIC;
     // ln 2 in two parts, so that n * the first is exact.
     let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, z));
-    let p = 1.987_569_1e-4f32
+    let q = 1.987_569_1e-4f32
         .mul_add(r, 1.398_199_9e-3)
         .mul_add(r, 8.333_452e-3)
         .mul_add(r, 4.166_579_6e-2)
         .mul_add(r, 1.666_666_5e-1)
         .mul_add(r, 0.5)
-        .mul_add(r * r, r)
-        + 1.0;
-    let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(1.0f32.to_bits()));
-    if x < -87.3 { 0.0 } else { p * scale }
+        .mul_add(r * r, r);
+    (q, f32::from_bits((shifted.to_bits() << 23).wrapping_add(1.0f32.to_bits())))
+}
+
+/// e^x to about 1 ulp. Exactly 0 below -87.3, infinite above 88.4.
+#[inline(always)]
+pub(super) fn exp(x: f32) -> f32 {
+    let (q, scale) = exp_parts(x);
+    if x < -87.3 { 0.0 } else { (q + 1.0) * scale }
+}
+
+/// e^x - 1 to a few ulp, for x up to 0.
+#[inline(always)]
+pub(super) fn exp_m1(x: f32) -> f32 {
+    let (q, scale) = exp_parts(x);
+    q.mul_add(scale, scale - 1.0)
 }
 
 /// `1 / (1 + e^-x)`.
@@ -372,21 +450,64 @@ fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
+#[inline(always)]
+fn gelu_tanh(x: f32) -> f32 {
+    // 0.5 * (1 + tanh(z)) = sigmoid(2 z)
+    const TWICE: f32 = 1.595_769; // 2 * sqrt(2 / pi)
+    x * sigmoid(TWICE * (x * x * x).mul_add(0.044_715, x))
+}
+
+/// `x * Phi(x)`, off by at most 1.2e-7 |x|: for `t >= 0`, `Phi(-t) = e^-p(t) / 2`, the polynomial fitted to
+/// `-ln(2 Phi(-t))` on 0..6 with the weight `Phi(-t)^0.75`; beyond, it grows.
+#[inline(always)]
+pub(super) fn gelu(x: f32) -> f32 {
+    let t = x.abs();
+    let p = 1.310_385_6e-6f32
+        .mul_add(t, -1.979_597_3e-5)
+        .mul_add(t, 9.539_55e-5)
+        .mul_add(t, 1.704_748e-4)
+        .mul_add(t, -4.985_739e-3)
+        .mul_add(t, 3.644_230_6e-2)
+        .mul_add(t, 0.318_283_74)
+        .mul_add(t, 0.797_886_67);
+    let below = 0.5 * exp(-(p * t));
+    x * if x < 0.0 { below } else { 1.0 - below }
+}
+
+#[inline(always)]
+fn xielu(x: f32, alpha_p: f32, alpha_n: f32, beta: f32, eps: f32) -> f32 {
+    let bend = if x > 0.0 { alpha_p * x * x } else { alpha_n * (exp_m1(x.min(eps)) - x) };
+    beta.mul_add(x, bend)
+}
+
 /// `gate = act(gate) * up`.
 #[inline(always)]
 pub(super) fn gate(act: Activation, gate: &mut [f32], up: &[f32]) {
+    let both = gate.iter_mut().zip(up);
     match act {
         Activation::Silu => {
-            for (g, &u) in gate.iter_mut().zip(up) {
+            for (g, &u) in both {
                 *g = *g * sigmoid(*g) * u;
             }
         }
+        Activation::Gelu => {
+            for (g, &u) in both {
+                *g = gelu(*g) * u;
+            }
+        }
         Activation::GeluTanh => {
-            // 0.5 * (1 + tanh(z)) = sigmoid(2 z)
-            const TWICE: f32 = 1.595_769; // 2 * sqrt(2 / pi)
-            for (g, &u) in gate.iter_mut().zip(up) {
-                let cube = *g * *g * *g;
-                *g = *g * sigmoid(TWICE * cube.mul_add(0.044_715, *g)) * u;
+            for (g, &u) in both {
+                *g = gelu_tanh(*g) * u;
+            }
+        }
+        Activation::Relu2 => {
+            for (g, &u) in both {
+                *g = g.max(0.0) * g.max(0.0) * u;
+            }
+        }
+        Activation::XIelu { alpha_p, alpha_n, beta, eps } => {
+            for (g, &u) in both {
+                *g = xielu(*g, alpha_p, alpha_n, beta, eps) * u;
             }
         }
     }
@@ -397,6 +518,14 @@ pub(super) fn gate(act: Activation, gate: &mut [f32], up: &[f32]) {
 pub(super) fn add(x: &mut [f32], y: &[f32]) {
     for (x, &y) in x.iter_mut().zip(y) {
         *x += y;
+    }
+}
+
+/// `x = fma(scale, y, x)`.
+#[inline(always)]
+pub(super) fn add_scaled(x: &mut [f32], scale: f32, y: &[f32]) {
+    for (x, &y) in x.iter_mut().zip(y) {
+        *x = scale.mul_add(y, *x);
     }
 }
 

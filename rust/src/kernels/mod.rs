@@ -207,6 +207,21 @@ impl Kernels {
         unsafe { (self.float.rms_norm)(x, gain, eps, out) }
     }
 
+    /// `out = (x - mean(x)) / sqrt(variance(x) + eps) * gain + bias`.
+    pub fn layer_norm(
+        &self,
+        x: &[f32],
+        gain: &[f32],
+        bias: Option<&[f32]>,
+        eps: f32,
+        out: &mut [f32],
+    ) {
+        assert!(x.len() == gain.len() && x.len() == out.len());
+        assert!(bias.is_none_or(|bias| bias.len() == x.len()));
+        // SAFETY: see above.
+        unsafe { (self.float.layer_norm)(x, gain, bias, eps, out) }
+    }
+
     /// Rotates one head; `cos_sin` is as long as the part of the head that turns, cosines first.
     pub fn rope(&self, x: &mut [f32], cos_sin: &[f32]) {
         assert!(cos_sin.len() <= x.len() && cos_sin.len().is_multiple_of(2));
@@ -226,6 +241,13 @@ impl Kernels {
         assert_eq!(x.len(), y.len());
         // SAFETY: see above.
         unsafe { (self.float.add)(x, y) }
+    }
+
+    /// `x = fma(scale, y, x)`.
+    pub fn add_scaled(&self, x: &mut [f32], scale: f32, y: &[f32]) {
+        assert_eq!(x.len(), y.len());
+        // SAFETY: see above.
+        unsafe { (self.float.add_scaled)(x, scale, y) }
     }
 
     /// `x = cap * tanh(x / cap)`.

@@ -255,7 +255,13 @@ proptest! {
             let mut z = vec![0.0; n];
             set.rms_norm(&x, &y, 1e-5, &mut z);
             all.extend_from_slice(&z);
-            for act in [Activation::Silu, Activation::GeluTanh] {
+            for bias in [None, Some(&y[..])] {
+                set.layer_norm(&x, &y, bias, 1e-5, &mut z);
+                all.extend_from_slice(&z);
+            }
+            let xielu = Activation::XIelu { alpha_p: 0.8, alpha_n: 0.3, beta: 0.5, eps: -1e-6 };
+            use Activation::{Gelu, GeluTanh, Relu2, Silu};
+            for act in [Silu, Gelu, GeluTanh, Relu2, xielu] {
                 z.copy_from_slice(&x);
                 set.gate(act, &mut z, &y);
                 all.extend_from_slice(&z);
@@ -264,6 +270,7 @@ proptest! {
             set.rope(&mut z, &y[..n / 2 * 2]);
             set.softcap(&mut z, 30.0);
             set.add(&mut z, &y);
+            set.add_scaled(&mut z, 0.3, &x);
             all.extend_from_slice(&z);
             all
         };
@@ -398,6 +405,51 @@ fn exp_is_within_two_ulp() {
     assert_eq!(float::exp(0.0), 1.0);
     assert_eq!(float::exp(f32::INFINITY), f32::INFINITY);
     assert!(float::exp(f32::NAN).is_nan());
+}
+
+/// `(x, act(x))` for x from -20 to 20, and some small x.
+fn curve(act: Activation) -> impl Iterator<Item = (f64, f64)> {
+    let x = (-20_000..=20_000).map(|i| i as f32 * 1e-3).chain([1e-8, -1e-8, 1e-5, -1e-5]);
+    x.map(move |x| {
+        let mut y = [x];
+        scalar::KERNELS.gate(act, &mut y, &[1.0]);
+        (f64::from(x), f64::from(y[0]))
+    })
+}
+
+#[test]
+fn activations_are_their_formulas() {
+    for (x, y) in curve(Activation::Gelu) {
+        let want = x * 0.5 * libm::erfc(-x / 2f64.sqrt());
+        assert!((y - want).abs() <= 1.2e-7 * x.abs(), "gelu({x}) = {y}, expected {want}");
+    }
+    let eps = -1e-6f32;
+    for (x, y) in curve(Activation::XIelu { alpha_p: 0.75, alpha_n: 1.5, beta: 0.5, eps }) {
+        let bend = if x > 0.0 { 0.75 * x * x } else { 1.5 * (x.min(eps.into()).exp_m1() - x) };
+        let want = 0.5 * x + bend;
+        assert!(
+            (y - want).abs() <= 4e-7 * (x.abs() + want.abs()),
+            "xielu({x}) = {y}, expected {want}"
+        );
+    }
+    for (x, y) in curve(Activation::Relu2) {
+        assert!((y - x.max(0.0).powi(2)).abs() <= 1e-7 * y);
+    }
+}
+
+#[test]
+fn layer_norm_is_its_formula() {
+    let mut random = Random(7);
+    let (x, gain, bias) = (random.values(77), random.values(77), random.values(77));
+    let mut y = vec![0.0; 77];
+    scalar::KERNELS.layer_norm(&x, &gain, Some(&bias), 1e-5, &mut y);
+    let mean = x.iter().map(|&x| f64::from(x)).sum::<f64>() / 77.0;
+    let variance = x.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / 77.0;
+    for i in 0..77 {
+        let unit = (f64::from(x[i]) - mean) / (variance + 1e-5).sqrt();
+        let want = unit * f64::from(gain[i]) + f64::from(bias[i]);
+        assert!((f64::from(y[i]) - want).abs() <= 1e-5 * want.abs().max(1.0), "{i}");
+    }
 }
 
 #[test]

@@ -1,10 +1,10 @@
 //! The forward pass. There is one, for every family and every back end; what differs between families is data
 //! in [`Spec`](super::spec::Spec).
 
-use super::spec::{self, Act};
-use super::weights::{self, Dense, Ffn, Layer, Mixer};
+use super::spec::{self, QkNorm};
+use super::weights::{self, Dense, Ffn, Layer, Mixer, Norm};
 use super::{Chunk, Forward, KvGroup, PAGE, Wanted};
-use crate::backend::{self, Activation, Backend, KvDtype, Span};
+use crate::backend::{self, Backend, KvDtype, Span};
 use crate::model::spec::Spec;
 use crate::{Error, Result};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -42,7 +42,7 @@ struct Step<'a, B: Backend> {
 }
 
 impl<B: Backend> Model<B> {
-    /// `x += mix(norm(x)); x += ffn(norm(x))`.
+    /// `x += mix(norm(x)); x += ffn(norm(x))`, the latter of the same x in parallel layers.
     fn layer(&self, l: usize, w: &Layer<B::Mat, B::Row>, kv: &mut Kv<B>, step: &Step<'_, B>) {
         match (&self.spec.layers[l].mixer, &w.mixer) {
             (spec::Mixer::Attention(how), Mixer::Attention(attn)) => {
@@ -70,20 +70,27 @@ impl<B: Backend> Model<B> {
             kv_heads: how.kv_heads,
             head_dim: how.head_dim,
             scale: how.scale,
+            clip: how.clip,
             softcap: how.softcap,
             window: how.window,
         };
-        let norms = w.qk_norms.as_ref().map(|(q, k)| (q, k, s.eps));
+        let (centred, full) = (s.norm.centred(), s.qk_norm == QkNorm::Full);
+        let norms = w.qk_norms.as_ref();
+        let norms = norms.map(|(q, k)| backend::QkNorm { q, k, centred, full, eps: s.eps });
         let table = how.rope.map(|rope| &step.tables[rope]);
         let Kv { pages, x, a, wide, out, after } = kv;
-        let input = normed(b, layer.attn_norm.as_ref(), s.eps, x, a);
+        let input = self.normed(layer.attn_norm.as_ref(), x, a);
         b.linear(&w.qkv, w.qkv_bias.as_ref(), input, wide);
         b.rotate_and_store(wide, &shape, norms, table, pages, l, step.spans);
         b.attend(wide, &shape, pages, l, step.spans, out);
+        if s.parallel {
+            // The feed-forward network reads x as it is now: its norm, or the norm that is in `a`.
+            self.normed(layer.ffn_norm.as_ref(), x, a);
+        }
         self.residual(&w.o, w.o_bias.as_ref(), layer.attn_after_norm.as_ref(), [out, x, a, after]);
     }
 
-    /// `x += down(act(gate(norm(x))) * up(norm(x)))`.
+    /// `x += down(act(gate(norm(x))) * up(norm(x)))`, or without a gate. In parallel layers norm(x) is in `a`.
     fn feed_forward(
         &self,
         l: usize,
@@ -92,49 +99,57 @@ impl<B: Backend> Model<B> {
         kv: &mut Kv<B>,
     ) {
         let (b, s) = (&self.backend, &self.spec);
-        let spec::Ffn::Dense(width) = s.layers[l].ffn;
-        let act = match s.act {
-            Act::Silu => Activation::Silu,
-            Act::GeluTanh => Activation::GeluTanh,
-        };
         let Kv { x, a, wide, after, .. } = kv;
-        let input = normed(b, layer.ffn_norm.as_ref(), s.eps, x, a);
-        b.gated(&w.gate_up, w.gate_up_bias.as_ref(), act, width, input, wide);
+        let input = if s.parallel { &*a } else { self.normed(layer.ffn_norm.as_ref(), x, a) };
+        let bias = w.gate_up_bias.as_ref();
+        match s.layers[l].ffn {
+            spec::Ffn::Dense(width) => b.gated(&w.gate_up, bias, w.act, width, input, wide),
+            spec::Ffn::Plain(_) => b.activated(&w.gate_up, bias, w.act, input, wide),
+        }
         let norm = layer.ffn_after_norm.as_ref();
         self.residual(&w.down, w.down_bias.as_ref(), norm, [wide, x, a, after]);
     }
 
-    /// `x += norm?(w y + bias)`, with two buffers to work in.
+    /// `x += residual_scale * norm?(w y + bias)`, with two buffers to work in; `a` only if there is a norm.
     fn residual(
         &self,
         w: &B::Mat,
         bias: Option<&B::Row>,
-        norm: Option<&B::Row>,
+        norm: Option<&Norm<B::Row>>,
         [y, x, a, after]: [&mut B::Buf; 4],
     ) {
-        let b = &self.backend;
+        let (b, scale) = (&self.backend, self.spec.residual_scale);
         match norm {
-            None => b.linear_add(w, bias, y, x),
-            Some(gain) => {
+            None if scale == 1.0 => return b.linear_add(w, bias, y, x),
+            None => b.linear(w, bias, y, after),
+            Some(norm) => {
                 b.linear(w, bias, y, a);
-                b.rms_norm(a, gain, self.spec.eps, after);
-                b.add(x, after);
+                self.norm(norm, a, after);
             }
         }
+        b.add_scaled(x, scale, after);
     }
-}
 
-/// `norm?(x)`, in `a` if there is a norm.
-fn normed<'a, B: Backend>(
-    b: &B,
-    gain: Option<&B::Row>,
-    eps: f32,
-    x: &'a B::Buf,
-    a: &'a mut B::Buf,
-) -> &'a B::Buf {
-    let Some(gain) = gain else { return x };
-    b.rms_norm(x, gain, eps, a);
-    a
+    /// `norm?(x)`, in `a` if there is a norm.
+    fn normed<'a>(
+        &self,
+        norm: Option<&Norm<B::Row>>,
+        x: &'a B::Buf,
+        a: &'a mut B::Buf,
+    ) -> &'a B::Buf {
+        let Some(norm) = norm else { return x };
+        self.norm(norm, x, a);
+        a
+    }
+
+    /// `out = norm(x)`.
+    fn norm(&self, w: &Norm<B::Row>, x: &B::Buf, out: &mut B::Buf) {
+        let (b, s) = (&self.backend, &self.spec);
+        match s.norm.centred() {
+            false => b.rms_norm(x, &w.gain, s.eps, out),
+            true => b.layer_norm(x, &w.gain, w.bias.as_ref(), s.eps, out),
+        }
+    }
 }
 
 impl Model<crate::backend::cpu::Cpu> {
@@ -156,7 +171,7 @@ impl Model<crate::backend::cpu::Cpu> {
             let Ffn::Dense(f) = &l.ffn;
             [&a.qkv, &a.o, &f.gate_up, &f.down]
         });
-        let ends = std::iter::once(&w.embed).chain(&w.head);
+        let ends = std::iter::once(&w.embed).chain(&w.positions).chain(&w.head);
         layers.chain(ends).map(|m| m.bytes().len() as u64).sum()
     }
 
@@ -258,6 +273,14 @@ impl<B: Backend> Model<B> {
         let tables: Vec<_> = s.ropes.iter().map(rope).collect();
 
         b.embed(&self.weights.embed, &ids, s.embed_scale, &mut kv.x);
+        if let (Some(table), Some(count)) = (&self.weights.positions, s.positions) {
+            if let Some(beyond) = positions.iter().find(|&&p| p as usize >= count) {
+                let expected = format!("one of the {count} positions that the model has learned");
+                return Err(Error::parameter("position", beyond, expected));
+            }
+            b.embed(table, &positions, 1.0, &mut kv.a);
+            b.add(&mut kv.x, &kv.a);
+        }
         see(&kv.x);
         for (l, w) in self.weights.layers.iter().enumerate() {
             if interrupt.load(Ordering::Relaxed) {
@@ -272,8 +295,12 @@ impl<B: Backend> Model<B> {
         }
         let Kv { x, a, wide, out, .. } = kv;
         b.select(x, &wanted, a);
-        b.rms_norm(a, &self.weights.norm, s.eps, out);
-        b.linear(self.weights.head.as_ref().unwrap_or(&self.weights.embed), None, out, wide);
+        let w = &self.weights;
+        self.norm(&w.norm, a, out);
+        b.linear(w.head.as_ref().unwrap_or(&w.embed), w.head_bias.as_ref(), out, wide);
+        if s.logit_scale != 1.0 {
+            b.scale(wide, s.logit_scale);
+        }
         if let Some(cap) = s.logit_softcap {
             b.softcap(wide, cap);
         }

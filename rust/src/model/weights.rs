@@ -1,10 +1,10 @@
 //! From a checkpoint's tensors to packed weights. Formats and checkpoint names end here.
 
 use super::cache;
-use super::spec::{self, Names, Norm, QkNorm, Spec};
+use super::spec::{self, Act, Names, QkNorm, Spec};
 use super::{LoadOptions, Quantization};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
-use crate::backend::{Backend, Form, Part, Parts};
+use crate::backend::{Activation, Backend, Form, Part, Parts};
 use crate::file::{Checkpoint, Dtype, TensorView};
 use crate::{Error, Result};
 use std::path::Path;
@@ -12,20 +12,28 @@ use std::path::Path;
 /// All weights of a model: matrices `M`, vectors `V`. Bias and norm exist where the family has them.
 pub(super) struct Weights<M, V> {
     pub(super) embed: M,
+    pub(super) positions: Option<M>,
     pub(super) layers: Vec<Layer<M, V>>,
-    pub(super) norm: V,
+    pub(super) norm: Norm<V>,
     /// `None`: the embedding is the head.
     pub(super) head: Option<M>,
+    pub(super) head_bias: Option<V>,
+}
+
+/// The weights of a norm.
+pub(super) struct Norm<V> {
+    pub(super) gain: V,
+    pub(super) bias: Option<V>,
 }
 
 /// The weights of one layer.
 pub(super) struct Layer<M, V> {
-    pub(super) attn_norm: Option<V>,
+    pub(super) attn_norm: Option<Norm<V>>,
     pub(super) mixer: Mixer<M, V>,
-    pub(super) attn_after_norm: Option<V>,
-    pub(super) ffn_norm: Option<V>,
+    pub(super) attn_after_norm: Option<Norm<V>>,
+    pub(super) ffn_norm: Option<Norm<V>>,
     pub(super) ffn: Ffn<M, V>,
-    pub(super) ffn_after_norm: Option<V>,
+    pub(super) ffn_after_norm: Option<Norm<V>>,
 }
 
 /// As [`spec::Mixer`].
@@ -49,6 +57,8 @@ pub(super) struct Attention<M, V> {
 
 /// The weights of a feed-forward network.
 pub(super) struct Dense<M, V> {
+    pub(super) act: Activation,
+    /// Up alone, where there is no gate.
     pub(super) gate_up: M,
     pub(super) gate_up_bias: Option<V>,
     pub(super) down: M,
@@ -60,6 +70,8 @@ struct Source {
     parts: Vec<(String, usize)>,
     k: usize,
     interleaved: bool,
+    /// Never quantized.
+    exact: bool,
 }
 
 /// One packed matrix to be: the checkpoint's tensors it comes from.
@@ -124,7 +136,12 @@ impl<'a> Reader<'a> {
 
     /// A vector as f32.
     fn vector(&self, name: &str, n: usize) -> Result<Vec<f32>> {
-        let (tensor, stored) = self.tensor(name, &[n])?;
+        self.values(name, &[n])
+    }
+
+    /// A small tensor as f32.
+    fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let (tensor, stored) = self.tensor(name, shape)?;
         let values: Vec<f32> = match stored {
             Form::F32 => {
                 tensor.bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
@@ -149,9 +166,9 @@ impl<'a> Reader<'a> {
         Error::format(self.folder, what)
     }
 
-    fn norm(&self, name: &str, n: usize) -> Result<Vec<f32>> {
-        let mut gain = self.vector(name, n)?;
-        if self.spec.norm == Norm::RmsPlusOne {
+    fn norm(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let mut gain = self.values(name, shape)?;
+        if self.spec.norm.plus_one() {
             gain.iter_mut().for_each(|g| *g += 1.0);
         }
         Ok(gain)
@@ -159,11 +176,12 @@ impl<'a> Reader<'a> {
 
     /// How a matrix will be packed.
     fn plan(&self, quantization: Quantization, source: Source) -> Result<Plan> {
-        let Source { parts, k, interleaved } = source;
+        let Source { parts, k, interleaved, exact } = source;
         let mut form = None;
         for (name, n) in &parts {
             let (tensor, stored) = self.tensor(name, &[*n, k])?;
             let wanted = match quantization {
+                _ if exact => stored,
                 Quantization::Int4 => Form::Q4,
                 Quantization::Int8 => Form::Q8,
                 Quantization::Auto | Quantization::None => stored,
@@ -224,21 +242,26 @@ impl<'a> Reader<'a> {
         mut mat: impl FnMut(Source) -> Result<M>,
     ) -> Result<Weights<M, V>> {
         let s = self.spec;
-        let mut one =
-            |name: String, n, k| mat(Source { parts: vec![(name, n)], k, interleaved: false });
-        let embed = one(self.names.model("embed"), s.vocab, s.hidden)?;
+        let mut one = |what: &str, n, exact| {
+            let parts = vec![(self.names.model(what), n)];
+            mat(Source { parts, k: s.hidden, interleaved: false, exact })
+        };
+        let embed = one("embed", s.vocab, false)?;
+        let positions = s.positions.map(|n| one("positions", n, true)).transpose()?;
         let layers = (0..s.layers.len()).map(|l| self.layer(l, &row, &mut mat));
         let layers = layers.collect::<Result<_>>()?;
-        let mut one =
-            |name: String, n, k| mat(Source { parts: vec![(name, n)], k, interleaved: false });
-        let head =
-            (!s.tied).then(|| one(self.names.model("head"), s.vocab, s.hidden)).transpose()?;
-        Ok(Weights {
-            embed,
-            layers,
-            norm: row(&self.norm(&self.names.model("norm"), s.hidden)?),
-            head,
-        })
+        let head = || {
+            let parts = vec![(self.names.model("head"), s.vocab)];
+            mat(Source { parts, k: s.hidden, interleaved: false, exact: false })
+        };
+        let head = (!s.tied).then(head).transpose()?;
+        let vector = |what: &str, n| Ok(row(&self.vector(&self.names.model(what), n)?));
+        let norm = Norm {
+            gain: row(&self.norm(&self.names.model("norm"), &[s.hidden])?),
+            bias: s.norm_bias.then(|| vector("norm_bias", s.hidden)).transpose()?,
+        };
+        let head_bias = s.head_bias.then(|| vector("head_bias", s.vocab)).transpose()?;
+        Ok(Weights { embed, positions, layers, norm, head, head_bias })
     }
 
     fn layer<M, V>(
@@ -249,17 +272,20 @@ impl<'a> Reader<'a> {
     ) -> Result<Layer<M, V>> {
         let s = self.spec;
         let name = |what: &str| self.names.layer(l, what);
-        let norm = |exists: bool, what: &str, n: usize| -> Result<Option<V>> {
-            exists.then(|| Ok(row(&self.norm(&name(what), n)?))).transpose()
-        };
         let vector = |what: &str, n: usize| self.vector(&name(what), n);
         let bias = |exists: bool, what: &str, n: usize| -> Result<Option<V>> {
             exists.then(|| Ok(row(&vector(what, n)?))).transpose()
+        };
+        let norm = |exists: bool, what: &str, bias_what: &str| -> Result<Option<Norm<V>>> {
+            let gain = || Ok(row(&self.norm(&name(what), &[s.hidden])?));
+            let bias = || bias(s.norm_bias, bias_what, s.hidden);
+            exists.then(|| Ok(Norm { gain: gain()?, bias: bias()? })).transpose()
         };
         let source = |parts: &[(&str, usize)], k, interleaved| Source {
             parts: parts.iter().map(|&(what, n)| (name(what), n)).collect(),
             k,
             interleaved,
+            exact: false,
         };
         let mixer = match &s.layers[l].mixer {
             spec::Mixer::Attention(a) => {
@@ -268,11 +294,18 @@ impl<'a> Reader<'a> {
                     let all = [vector("q_bias", q)?, vector("k_bias", kv)?, vector("v_bias", kv)?];
                     Ok(row(&all.concat()))
                 };
-                let heads = s.qk_norm == QkNorm::Head;
+                let gain = |what: &str, heads: usize| match s.qk_norm {
+                    QkNorm::Head => self.norm(&name(what), &[d]),
+                    QkNorm::EachHead => self.norm(&name(what), &[heads, d]),
+                    QkNorm::Full | QkNorm::None => self.norm(&name(what), &[heads * d]),
+                };
+                let qk_norms = || -> Result<(V, V)> {
+                    Ok((row(&gain("q_norm", a.heads)?), row(&gain("k_norm", a.kv_heads)?)))
+                };
                 Mixer::Attention(Attention {
                     qkv: mat(source(&[("q", q), ("k", kv), ("v", kv)], s.hidden, false))?,
                     qkv_bias: s.qkv_bias.then(qkv_bias).transpose()?,
-                    qk_norms: norm(heads, "q_norm", d)?.zip(norm(heads, "k_norm", d)?),
+                    qk_norms: (s.qk_norm != QkNorm::None).then(qk_norms).transpose()?,
                     o: mat(source(&[("o", s.hidden)], q, false))?,
                     o_bias: bias(s.o_bias, "o_bias", s.hidden)?,
                 })
@@ -284,20 +317,52 @@ impl<'a> Reader<'a> {
                     Ok(row(&interleave(&vector("gate_bias", ffn)?, &vector("up_bias", ffn)?)))
                 };
                 Ffn::Dense(Dense {
+                    act: self.activation(l)?,
                     gate_up: mat(source(&[("gate", ffn), ("up", ffn)], s.hidden, true))?,
                     gate_up_bias: s.mlp_bias.then(gate_up_bias).transpose()?,
                     down: mat(source(&[("down", s.hidden)], ffn, false))?,
                     down_bias: bias(s.mlp_bias, "down_bias", s.hidden)?,
                 })
             }
+            spec::Ffn::Plain(ffn) => Ffn::Dense(Dense {
+                act: self.activation(l)?,
+                gate_up: mat(source(&[("up", ffn)], s.hidden, false))?,
+                gate_up_bias: bias(s.mlp_bias, "up_bias", ffn)?,
+                down: mat(source(&[("down", s.hidden)], ffn, false))?,
+                down_bias: bias(s.mlp_bias, "down_bias", s.hidden)?,
+            }),
         };
         Ok(Layer {
-            attn_norm: norm(s.norms.attn, "attn_norm", s.hidden)?,
+            attn_norm: norm(s.norms.attn, "attn_norm", "attn_norm_bias")?,
             mixer,
-            attn_after_norm: norm(s.norms.attn_after, "attn_after_norm", s.hidden)?,
-            ffn_norm: norm(s.norms.ffn, "ffn_norm", s.hidden)?,
+            attn_after_norm: norm(s.norms.attn_after, "attn_after_norm", "attn_after_norm_bias")?,
+            ffn_norm: norm(s.norms.ffn, "ffn_norm", "ffn_norm_bias")?,
             ffn,
-            ffn_after_norm: norm(s.norms.ffn_after, "ffn_after_norm", s.hidden)?,
+            ffn_after_norm: norm(s.norms.ffn_after, "ffn_after_norm", "ffn_after_norm_bias")?,
+        })
+    }
+
+    /// The activation of layer `l`.
+    fn activation(&self, l: usize) -> Result<Activation> {
+        Ok(match self.spec.act {
+            Act::Silu => Activation::Silu,
+            Act::Gelu => Activation::Gelu,
+            Act::GeluTanh => Activation::GeluTanh,
+            Act::Relu2 => Activation::Relu2,
+            Act::XIelu => {
+                let number = |what: &str, shape: &[usize]| -> Result<f32> {
+                    Ok(self.values(&self.names.layer(l, what), shape)?[0])
+                };
+                let softplus =
+                    |x: f32| x.max(0.0) + libm::log1p(libm::exp(-f64::from(x.abs()))) as f32;
+                let beta = number("xielu_beta", &[])?;
+                Activation::XIelu {
+                    alpha_p: softplus(number("xielu_alpha_p", &[1])?),
+                    alpha_n: beta + softplus(number("xielu_alpha_n", &[1])?),
+                    beta,
+                    eps: number("xielu_eps", &[])?,
+                }
+            }
         })
     }
 }

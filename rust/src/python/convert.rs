@@ -58,6 +58,7 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
         }
         Error::Closed => "EngineClosedError",
         Error::Interrupted => "FerruleError",
+        Error::Numeric(_) => "NumericError",
         Error::Processor(_) => "LogitsProcessorError",
         Error::Internal(_) => "InternalError",
     };

@@ -16,6 +16,7 @@ use crate::{Error, Result};
 use convert::{Processor, count, exception};
 use driver::{Inbox, Ticket};
 use pyo3::prelude::*;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
 use std::process;
@@ -285,11 +286,14 @@ impl Engine {
         &self,
         py: Python<'_>,
         messages: &str,
+        tools: &str,
+        extra: &str,
         add_generation_prompt: bool,
         now: i64,
     ) -> PyResult<String> {
         self.check(py)?;
-        py.detach(|| self.render(messages, add_generation_prompt, now)).map_err(raise(py))
+        let render = || self.render(messages, tools, extra, add_generation_prompt, now);
+        py.detach(render).map_err(raise(py))
     }
 
     /// Ends all requests and frees the model. Does nothing the second time, or in a forked child.
@@ -316,7 +320,14 @@ impl Engine {
         }
     }
 
-    fn render(&self, messages: &str, add_generation_prompt: bool, now: i64) -> Result<String> {
+    fn render(
+        &self,
+        messages: &str,
+        tools: &str,
+        extra: &str,
+        add_generation_prompt: bool,
+        now: i64,
+    ) -> Result<String> {
         let Some(template) = &self.template else {
             return Err(Error::ChatTemplate(
                 "this model has no chat template; give one (chat_template=), or use generate \
@@ -324,9 +335,10 @@ impl Engine {
                     .into(),
             ));
         };
-        let messages = serde_json::from_str(messages)
-            .map_err(|error| Error::parameter("messages", error, "a list of messages"))?;
-        template.render(&messages, &Value::Null, add_generation_prompt, &Map::new(), Some(now))
+        let messages = parsed("messages", messages, "a list of messages")?;
+        let tools = parsed("tools", tools, "a list of schemas")?;
+        let extra: Map<String, Value> = parsed("chat_template_kwargs", extra, "variables")?;
+        template.render(&messages, &tools, add_generation_prompt, &extra, Some(now))
     }
 }
 
@@ -484,6 +496,11 @@ fn open(folder: &Path, options: Options) -> Result<(engine::Engine<Model<Cpu>>, 
         threads: model.backend.threads(),
     };
     Ok((driven, Loaded { tokenizer, template, info }))
+}
+
+/// JSON text that Python wrote.
+fn parsed<T: DeserializeOwned>(field: &'static str, text: &str, expected: &str) -> Result<T> {
+    serde_json::from_str(text).map_err(|error| Error::parameter(field, error, expected))
 }
 
 /// The value that a name stands for.

@@ -1,7 +1,7 @@
 //! The pages of keys and values, and attention cut into pieces for the threads.
 
 use super::memory::Disjoint;
-use super::{Attention, Buf, Bytes, Cpu, KvDtype, Span};
+use super::{Attention, Buf, Bytes, Cpu, KvDtype, QkNorm, Span};
 use crate::Result;
 use crate::kernels::{Attend, MAX_ROWS, PAGE, scratch_len};
 
@@ -33,12 +33,12 @@ impl Kv {
 }
 
 impl Cpu {
-    /// Norms and rotates every query and key head.
+    /// Norms, clamps and rotates every query and key head.
     pub(super) fn rotate(
         &self,
         qkv: &mut Buf,
         how: &Attention,
-        norms: Option<(&Vec<f32>, &Vec<f32>, f32)>,
+        norms: Option<&QkNorm<'_, Vec<f32>>>,
         table: Option<&Buf>,
     ) {
         let (rows, width, d) = (qkv.rows, qkv.width, how.head_dim);
@@ -46,18 +46,33 @@ impl Cpu {
         self.each(rows, 4, |r| {
             // SAFETY: each row is claimed by one thread.
             let row = unsafe { values.part(r * width..(r + 1) * width) };
-            let mut normed = vec![0.0; if norms.is_some() { d } else { 0 }];
-            for (h, head) in row.chunks_exact_mut(d).take(how.heads + how.kv_heads).enumerate() {
-                if let Some((q, k, eps)) = norms {
-                    let gain = if h < how.heads { q } else { k };
-                    self.kernels.rms_norm(head, gain, eps, &mut normed);
-                    head.copy_from_slice(&normed);
-                }
-                if let Some(table) = table {
+            if let Some(norms) = norms {
+                let (q, rest) = row.split_at_mut(how.heads * d);
+                self.norm_heads(norms, norms.q, d, q);
+                self.norm_heads(norms, norms.k, d, &mut rest[..how.kv_heads * d]);
+            }
+            if let Some(clip) = how.clip {
+                row.iter_mut().for_each(|x| *x = x.clamp(-clip, clip));
+            }
+            if let Some(table) = table {
+                for head in row.chunks_exact_mut(d).take(how.heads + how.kv_heads) {
                     self.kernels.rope(head, table.row(r));
                 }
             }
         });
+    }
+
+    /// Norms the heads of one position in place.
+    fn norm_heads(&self, how: &QkNorm<'_, Vec<f32>>, gain: &[f32], d: usize, heads: &mut [f32]) {
+        let width = if how.full { heads.len() } else { d };
+        let mut normed = vec![0.0; width];
+        for (x, gain) in heads.chunks_exact_mut(width).zip(gain.chunks_exact(width).cycle()) {
+            match how.centred {
+                false => self.kernels.rms_norm(x, gain, how.eps, &mut normed),
+                true => self.kernels.layer_norm(x, gain, None, how.eps, &mut normed),
+            }
+            x.copy_from_slice(&normed);
+        }
     }
 
     /// Writes keys and values into their pages.

@@ -9,7 +9,7 @@ pub mod topology;
 pub use attention::Kv;
 pub use memory::Bytes;
 
-use super::{Activation, Attention, Backend, KvDtype, NotFinite, Part, Parts, Span};
+use super::{Activation, Attention, Backend, KvDtype, NotFinite, Part, Parts, QkNorm, Span};
 use crate::kernels::{Acts, Form, Kernels, layout};
 use crate::quant::{BLOCK, GROUPS};
 use crate::{Error, Result};
@@ -114,6 +114,7 @@ impl Mat {
 enum Into {
     Store,
     Add,
+    Act(Activation),
     /// Gate and up are interleaved; their columns, padding left out, are as many as this.
     Gate(Activation, usize),
 }
@@ -192,7 +193,7 @@ impl Cpu {
     fn product(&self, w: &Mat, bias: Option<&Vec<f32>>, x: &Buf, into: Into, out: &mut Buf) {
         assert_eq!(x.width, w.k, "inputs of the matrix");
         match into {
-            Into::Store => out.shape(x.rows, w.n),
+            Into::Store | Into::Act(_) => out.shape(x.rows, w.n),
             Into::Add => assert!(out.rows == x.rows && out.width == w.n),
             Into::Gate(_, width) => out.shape(x.rows, width),
         }
@@ -253,7 +254,13 @@ impl Cpu {
             self.kernels.add(tile, &bias[first..last]);
         }
         match into {
-            Into::Store | Into::Add => {
+            Into::Store | Into::Add | Into::Act(_) => {
+                if let Into::Act(act) = into {
+                    // A gate of what is multiplied by one.
+                    for part in tile.chunks_mut(ROWS) {
+                        self.kernels.gate(act, part, &[1.0; ROWS][..part.len()]);
+                    }
+                }
                 // SAFETY: columns `first..last` of this row belong to the claimed run of row blocks.
                 let out = unsafe { out.part(row + first..row + last) };
                 match into {
@@ -411,6 +418,24 @@ impl Backend for Cpu {
         });
     }
 
+    fn layer_norm(
+        &self,
+        x: &Buf,
+        gain: &Vec<f32>,
+        bias: Option<&Vec<f32>>,
+        eps: f32,
+        out: &mut Buf,
+    ) {
+        out.shape(x.rows, x.width);
+        let width = x.width;
+        let values = Disjoint::new(out.values_mut());
+        self.each(x.rows, 4, |r| {
+            // SAFETY: each row is claimed by one thread.
+            let out = unsafe { values.part(r * width..(r + 1) * width) };
+            self.kernels.layer_norm(x.row(r), gain, bias.map(Vec::as_slice), eps, out);
+        });
+    }
+
     fn linear(&self, w: &Mat, bias: Option<&Vec<f32>>, x: &Buf, out: &mut Buf) {
         self.product(w, bias, x, Into::Store, out);
     }
@@ -432,12 +457,26 @@ impl Backend for Cpu {
         self.product(w, bias, x, Into::Gate(act, width), out);
     }
 
+    fn activated(&self, w: &Mat, bias: Option<&Vec<f32>>, act: Activation, x: &Buf, out: &mut Buf) {
+        self.product(w, bias, x, Into::Act(act), out);
+    }
+
     fn add(&self, x: &mut Buf, y: &Buf) {
         let width = x.width;
         let values = Disjoint::new(x.values_mut());
         self.each(y.rows, 4, |r| {
             // SAFETY: each row is claimed by one thread.
             self.kernels.add(unsafe { values.part(r * width..(r + 1) * width) }, y.row(r));
+        });
+    }
+
+    fn add_scaled(&self, x: &mut Buf, scale: f32, y: &Buf) {
+        let width = x.width;
+        let values = Disjoint::new(x.values_mut());
+        self.each(y.rows, 4, |r| {
+            // SAFETY: each row is claimed by one thread.
+            let x = unsafe { values.part(r * width..(r + 1) * width) };
+            self.kernels.add_scaled(x, scale, y.row(r));
         });
     }
 
@@ -463,13 +502,13 @@ impl Backend for Cpu {
         &self,
         qkv: &mut Buf,
         how: &Attention,
-        norms: Option<(&Vec<f32>, &Vec<f32>, f32)>,
+        norms: Option<QkNorm<'_, Vec<f32>>>,
         table: Option<&Buf>,
         kv: &mut Kv,
         layer: usize,
         spans: &[Span<'_>],
     ) {
-        self.rotate(qkv, how, norms, table);
+        self.rotate(qkv, how, norms.as_ref(), table);
         self.store(qkv, how, kv, layer, spans);
     }
 
@@ -490,6 +529,17 @@ impl Backend for Cpu {
         for (i, &r) in rows.iter().enumerate() {
             out.data[i * x.width..][..x.width].copy_from_slice(x.row(r));
         }
+    }
+
+    fn scale(&self, x: &mut Buf, scale: f32) {
+        let width = x.width;
+        let rows = x.rows;
+        let values = Disjoint::new(x.values_mut());
+        self.each(rows, 1, |r| {
+            // SAFETY: each row is claimed by one thread.
+            let row = unsafe { values.part(r * width..(r + 1) * width) };
+            row.iter_mut().for_each(|x| *x *= scale);
+        });
     }
 
     fn softcap(&self, x: &mut Buf, cap: f32) {

@@ -3,7 +3,7 @@
 
 use super::config::{Facts, Object, bad, shown};
 use super::family::{self, Family};
-use super::{Act, Attention, Ffn, Layer, Mixer, Norms, Place, Rope, Spec, rope};
+use super::{Act, Attention, Ffn, Layer, Mixer, Norms, Place, QkNorm, Rope, Spec, rope};
 use crate::{Error, Result};
 use serde_json::Value;
 
@@ -71,27 +71,59 @@ impl Spec {
             return Err(bad("head_dim", &head_dim.to_string(), "an even number"));
         }
         let file_context = facts.need_count(&family.context_length, MAX_POSITIONS)?;
-        let (ropes, local, reach) = ropes(&family, facts, head_dim, file_context)?;
+        let positions = facts.count(&family.positions, MAX_POSITIONS)?;
+        let (ropes, local, reach) = match positions {
+            Some(_) => (Vec::new(), 0, None),
+            None => ropes(&family, facts, head_dim, file_context)?,
+        };
         let scale_of = facts.number(&family.attn_scale_rsqrt_of, 1e-9, 1e9)?;
         let softcap =
             |fact| -> Result<Option<f32>> { Ok(facts.number(fact, 1e-6, 1e9)?.map(|x| x as f32)) };
-        let has = |place| family.norms.contains(&place);
+        let parallel = facts.flag(&family.parallel)?;
+        let norms = if parallel { family.norms_parallel.as_ref() } else { None };
+        let norms = norms.unwrap_or(&family.norms);
+        let has = |place| norms.contains(&place);
+        let norm_bias = facts.flag(&family.norm_bias)?;
+        if norm_bias && !family.norm.centred()
+            || parallel && (has(Place::AttnAfter) || has(Place::FfnAfter))
+        {
+            return Err(Error::format(
+                format!("family of {architecture}"),
+                "found a bias on an rms norm, or a norm of outputs in a parallel layer, expected neither",
+            ));
+        }
+        let scale =
+            |fact| -> Result<f32> { Ok(facts.number(fact, 1e-6, 1e6)?.unwrap_or(1.0) as f32) };
         let attention = Attention {
             heads,
             kv_heads,
             head_dim,
-            scale: (1.0 / scale_of.unwrap_or(head_dim as f64).sqrt()) as f32,
+            scale: match facts.number(&family.attn_scale, 1e-6, 1e6)? {
+                Some(scale) => scale as f32,
+                None => (1.0 / scale_of.unwrap_or(head_dim as f64).sqrt()) as f32,
+            },
+            clip: softcap(&family.attn_clip)?,
             softcap: softcap(&family.attn_softcap)?,
             window: None,
-            rope: Some(0),
+            rope: None,
         };
-        let ffn = Ffn::Dense(facts.need_count(&family.ffn, MAX_FFN)?);
+        let width =
+            match (facts.count(&family.ffn, MAX_FFN)?, facts.count(&family.ffn_per_hidden, 64)?) {
+                (None, Some(times)) => times * hidden,
+                _ => facts.need_count(&family.ffn, MAX_FFN)?,
+            };
+        let ffn = if family.gated { Ffn::Dense(width) } else { Ffn::Plain(width) };
         let layers = windows(&family, facts)?.into_iter().map(|window| {
-            let rope = Some(if window.is_some() { local } else { 0 });
+            let rope = positions.is_none().then_some(if window.is_some() { local } else { 0 });
             let mixer = Mixer::Attention(Attention { window, rope, ..attention });
             Layer { mixer, ffn: ffn.clone() }
         });
-        let layers = layers.collect();
+        let layers: Vec<Layer> = layers.collect();
+        let embed_scale = scale(&family.embed_scale)?;
+        let depth = facts.number(&family.residual_depth, 1e-6, 1e6)?;
+        let depth = depth.map_or(1.0, |depth| depth / (layers.len() as f64).sqrt());
+        let logit_width = facts.count(&family.logit_width, MAX_WIDTH)?.unwrap_or(hidden);
+        let logit_width = logit_width as f64 / hidden as f64;
         let spec = Spec {
             architecture: architecture.to_owned(),
             hidden,
@@ -104,25 +136,42 @@ impl Spec {
                 ffn: has(Place::Ffn),
                 ffn_after: has(Place::FfnAfter),
             },
-            qk_norm: family.qk_norm,
+            norm_bias,
+            parallel,
+            residual_scale: scale(&family.residual_scale)? * depth as f32,
+            qk_norm: if facts.flag(&family.use_qk_norm)? { family.qk_norm } else { QkNorm::None },
             act: match facts.need_text(&family.act)? {
                 "silu" | "swish" => Act::Silu,
-                "gelu_pytorch_tanh" | "gelu_new" => Act::GeluTanh,
+                "gelu" | "gelu_python" => Act::Gelu,
+                "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" | "gelu_accurate" => Act::GeluTanh,
+                "relu2" => Act::Relu2,
+                "xielu" if !family.gated => Act::XIelu,
                 other => {
                     return Err(Error::Unsupported(format!(
-                        "config.json: activation {other:?} is not supported, only silu and gelu_pytorch_tanh"
+                        "config.json: activation {other:?} is not supported, only silu, gelu, gelu_pytorch_tanh, \
+                         relu2, and xielu where there is no gate"
                     )));
                 }
             },
             qkv_bias: facts.flag(&family.qkv_bias)?,
             o_bias: facts.flag(&family.o_bias)?,
             mlp_bias: facts.flag(&family.mlp_bias)?,
+            logit_scale: scale(&family.logit_scale)? / scale(&family.logit_divisor)?
+                * logit_width as f32,
             logit_softcap: softcap(&family.logit_softcap)?,
-            embed_scale: if family.embed_times_sqrt_hidden { (hidden as f32).sqrt() } else { 1.0 },
+            embed_scale: match family.embed_times_sqrt_hidden {
+                true => (hidden as f32).sqrt() * embed_scale,
+                false => embed_scale,
+            },
+            positions,
             tied: facts.flag(&family.tied)?,
+            head_bias: facts.flag(&family.head_bias)?,
             layers,
             ropes,
-            context_length: file_context.max(reach.unwrap_or(0).min(MAX_POSITIONS)),
+            context_length: match positions {
+                Some(positions) => file_context.min(positions),
+                None => file_context.max(reach.unwrap_or(0).min(MAX_POSITIONS)),
+            },
             model: family.model,
             names: family.names,
             ignore: family.ignore,
@@ -159,6 +208,7 @@ fn refuse(family: &Family, architecture: &str, top: &Object<'_>, text: &Object<'
     for (key, neutral) in &family.neutral {
         let same = |v: &Value| v == neutral || (v.is_number() && v.as_f64() == neutral.as_f64());
         if let Some(value) = text.get(key)
+            && neutral != "*"
             && !family.honoured.contains(key)
             && !same(value)
         {

@@ -15,7 +15,21 @@ macro_rules! families {
         ];
     };
 }
-families!["llama", "mistral", "mistral3", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_mm"];
+families![
+    "llama",
+    "mistral",
+    "mistral3",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "gemma3_mm",
+    "granite",
+    "olmo2",
+    "starcoder2",
+    "arcee",
+    "apertus",
+];
 
 /// One string or a list of them.
 #[derive(Clone, Debug, Deserialize)]
@@ -83,8 +97,15 @@ pub(super) struct Family {
     pub(super) model_types: Vec<String>,
     pub(super) section: Option<String>,
     pub(super) norm: Norm,
+    #[serde(default)]
+    pub(super) norm_bias: Fact,
     pub(super) norms: Vec<Place>,
+    pub(super) norms_parallel: Option<Vec<Place>>,
+    #[serde(default)]
+    pub(super) parallel: Fact,
     pub(super) qk_norm: QkNorm,
+    pub(super) use_qk_norm: Fact,
+    pub(super) gated: bool,
     pub(super) embed_times_sqrt_hidden: bool,
     pub(super) hidden: Fact,
     pub(super) layers: Fact,
@@ -92,6 +113,8 @@ pub(super) struct Family {
     pub(super) kv_heads: Fact,
     pub(super) head_dim: Fact,
     pub(super) ffn: Fact,
+    #[serde(default)]
+    pub(super) ffn_per_hidden: Fact,
     pub(super) vocab: Fact,
     pub(super) eps: Fact,
     pub(super) act: Fact,
@@ -100,6 +123,26 @@ pub(super) struct Family {
     pub(super) qkv_bias: Fact,
     pub(super) o_bias: Fact,
     pub(super) mlp_bias: Fact,
+    #[serde(default)]
+    pub(super) head_bias: Fact,
+    #[serde(default)]
+    pub(super) positions: Fact,
+    #[serde(default)]
+    pub(super) embed_scale: Fact,
+    #[serde(default)]
+    pub(super) residual_scale: Fact,
+    #[serde(default)]
+    pub(super) residual_depth: Fact,
+    #[serde(default)]
+    pub(super) logit_scale: Fact,
+    #[serde(default)]
+    pub(super) logit_divisor: Fact,
+    #[serde(default)]
+    pub(super) logit_width: Fact,
+    #[serde(default)]
+    pub(super) attn_scale: Fact,
+    #[serde(default)]
+    pub(super) attn_clip: Fact,
     #[serde(default)]
     pub(super) attn_scale_rsqrt_of: Fact,
     #[serde(default)]
@@ -128,22 +171,24 @@ pub(super) struct Family {
 }
 
 impl Family {
-    /// The family of `architecture`, or an error that names it and the nearest known one.
+    /// The family of `architecture`, or an error that names it and the nearest known ones.
     pub(super) fn of(architecture: &str) -> Result<Family> {
-        let mut nearest = (usize::MAX, String::new());
+        let mut near = Vec::new();
         for (name, text) in FAMILIES {
             let family = Family::parse(text, name)?;
             for known in &family.architectures {
                 if known == architecture {
                     return Ok(family);
                 }
-                nearest = nearest.min((distance(known, architecture), known.clone()));
+                near.push((distance(known, architecture), known.clone()));
             }
         }
+        near.sort();
+        let near: Vec<_> = near.into_iter().take(3).map(|(_, name)| name).collect();
         Err(Error::Unsupported(format!(
-            "config.json: architecture {architecture:?} is not known; the nearest known is {}; a \
-             family of your own can be given as TOML text (models/README.md)",
-            nearest.1
+            "config.json: architecture {architecture:?} is not known; the nearest known are {}; a family of \
+             your own can be given as TOML (family=, models/README.md)",
+            near.join(", ")
         )))
     }
 

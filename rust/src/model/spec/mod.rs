@@ -13,7 +13,8 @@ pub use names::{Names, Weight};
 use serde::Deserialize;
 use std::collections::BTreeMap;
 
-/// Root mean square norm: `x / sqrt(mean(x^2) + eps) * w` (Zhang and Sennrich 2019).
+/// Kind of norm. `Rms`: `x / sqrt(mean(x^2) + eps) * w` (Zhang and Sennrich 2019). `Layer`:
+/// `(x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * w + bias?` (Ba et al. 2016).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Norm {
@@ -22,6 +23,21 @@ pub enum Norm {
     /// With `1 + w` (Gemma): the loader adds the 1 in f32, so that the forward pass sees `w`. All norms of the
     /// model, q and k norm included.
     RmsPlusOne,
+    /// With `w` as stored.
+    Layer,
+    /// With `1 + w` (Nemotron's LayerNorm1P).
+    LayerPlusOne,
+}
+
+impl Norm {
+    /// The stored weight is added to 1.
+    pub fn plus_one(self) -> bool {
+        matches!(self, Norm::RmsPlusOne | Norm::LayerPlusOne)
+    }
+    /// The mean is subtracted.
+    pub fn centred(self) -> bool {
+        matches!(self, Norm::Layer | Norm::LayerPlusOne)
+    }
 }
 
 /// Where a layer has a norm.
@@ -56,15 +72,26 @@ pub enum QkNorm {
     None,
     /// Over `head_dim`, one weight `[head_dim]` for all heads: `q_norm`, `k_norm`.
     Head,
+    /// Over `head_dim`, each head with its own weight: `[heads, head_dim]` (Cohere, StableLM 2 12B).
+    EachHead,
+    /// Over all heads together, one weight `[heads * head_dim]` (OLMo 2).
+    Full,
 }
 
-/// Activation of the feed-forward network: `down(act(gate(x)) * up(x))`.
+/// Activation of the feed-forward network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Act {
     /// `x / (1 + exp(-x))`.
     Silu,
+    /// `x / 2 * (1 + erf(x / sqrt(2)))`.
+    Gelu,
     /// `x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))`.
     GeluTanh,
+    /// `max(x, 0)^2` (So et al. 2021).
+    Relu2,
+    /// xIELU (Huang and Schlag 2024), with numbers of each layer: `beta x + softplus(alpha_p) x^2` where `x > 0`,
+    /// else `beta x + (beta + softplus(alpha_n)) (exp(min(x, eps)) - 1 - x)`.
+    XIelu,
 }
 
 /// One layer: positions are mixed, then each is transformed.
@@ -88,6 +115,8 @@ pub enum Mixer {
 pub enum Ffn {
     /// `down(act(gate(x)) * up(x))` of this width.
     Dense(usize),
+    /// `down(act(up(x)))` of this width.
+    Plain(usize),
 }
 
 /// Shape of attention in one layer.
@@ -99,8 +128,10 @@ pub struct Attention {
     pub kv_heads: usize,
     /// Width of a head; `heads * head_dim` need not be the hidden size.
     pub head_dim: usize,
-    /// Multiplies q k: `1 / sqrt(head_dim)`, or `1 / sqrt(query_pre_attn_scalar)` (Gemma).
+    /// Multiplies q k: `1 / sqrt(head_dim)`, `1 / sqrt(query_pre_attn_scalar)` (Gemma), or as given (Granite).
     pub scale: f32,
+    /// Queries, keys and values are clamped to plus or minus this, after q and k norm, before rotation (OLMo).
+    pub clip: Option<f32>,
     /// Soft cap of the scaled scores, before the mask.
     pub softcap: Option<f32>,
     /// Position i sees j with `i - window < j <= i`: `window` keys, itself included. `None`: all `j <= i`.
@@ -134,11 +165,12 @@ pub struct Rope {
 /// and `head_dim` is even, `layers` is not empty, the bytes of each weight in f32 fit in `isize`.
 ///
 /// ```text
-/// x = embed[id] * embed_scale
-/// each layer: a = norm?(x); q, k, v = a Wq + bq?, a Wk + bk?, a Wv + bv?; qk_norm?; rope
+/// x = embed[id] * embed_scale + positions?[position]
+/// each layer: a = norm?(x); q, k, v = a Wq + bq?, a Wk + bk?, a Wv + bv?; qk_norm?; clip?; rope?
 ///             s = softcap?(attn_scale * q k); o = softmax(s over the window) v
-///             x = x + norm?(o Wo + bo?);  x = x + norm?(down(act(gate(a)) * up(a))), a = norm?(x)
-/// logits = softcap?(norm(x) head)          softcap(y) = cap * tanh(y / cap)
+///             x = x + m norm?(o Wo + bo?);  x = x + m norm?(down(act(gate(b)) * up(b))), b = norm?(x)
+///             in parallel: b = norm(x) of the layer's input, or a if there is no such norm; m = residual_scale
+/// logits = softcap?((norm(x) head + bias?) * logit_scale)          softcap(y) = cap * tanh(y / cap)
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Spec {
@@ -152,8 +184,14 @@ pub struct Spec {
     pub eps: f32,
     /// Kind of all norms.
     pub norm: Norm,
+    /// Biases in the norms of layers and the last norm.
+    pub norm_bias: bool,
     /// Which norms a layer has.
     pub norms: Norms,
+    /// Attention and feed-forward network both read the layer's input (GPT-NeoX, Phi-2, Cohere).
+    pub parallel: bool,
+    /// Multiplies what a layer adds to the residual stream, twice (Granite, MiniCPM).
+    pub residual_scale: f32,
     /// Norm of queries and keys.
     pub qk_norm: QkNorm,
     /// Activation of the feed-forward network.
@@ -162,14 +200,20 @@ pub struct Spec {
     pub qkv_bias: bool,
     /// Bias on the attention's output projection.
     pub o_bias: bool,
-    /// Biases on gate, up, down.
+    /// Biases on gate (where there is one), up, down.
     pub mlp_bias: bool,
+    /// Multiplies the logits (Cohere; Granite and MiniCPM divide).
+    pub logit_scale: f32,
     /// Soft cap of the logits.
     pub logit_softcap: Option<f32>,
-    /// Multiplies the embedding: `sqrt(hidden)` in f32 (Gemma), else 1.
+    /// Multiplies the embedding: `sqrt(hidden)` in f32 (Gemma), or as given (Granite, MiniCPM), else 1.
     pub embed_scale: f32,
+    /// Learned vectors of this many positions are added to the embedding (GPT-2); no position is rotated then.
+    pub positions: Option<usize>,
     /// The head is the embedding.
     pub tied: bool,
+    /// A bias on the logits (Phi-2).
+    pub head_bias: bool,
     /// The layers, first to last.
     pub layers: Vec<Layer>,
     /// The rotary embeddings that layers refer to.

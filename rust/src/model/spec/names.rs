@@ -1,7 +1,7 @@
 //! The weights that a model has, and what they are called in a checkpoint. Never reads a tensor.
 
 use super::config::bad;
-use super::{Ffn, Mixer, QkNorm, Spec};
+use super::{Act, Ffn, Mixer, QkNorm, Spec};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, HashSet};
 
@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, HashSet};
 pub(super) const WEIGHTS: &[&str] = &[
     "embed",
     "norm",
+    "positions",
     "head",
     "attn_norm",
     "q",
@@ -21,6 +22,10 @@ pub(super) const WEIGHTS: &[&str] = &[
     "ffn_norm",
     "gate",
     "up",
+    "xielu_alpha_p",
+    "xielu_alpha_n",
+    "xielu_beta",
+    "xielu_eps",
     "down",
     "ffn_after_norm",
 ];
@@ -30,7 +35,7 @@ pub(super) const WEIGHTS: &[&str] = &[
 pub struct Weight {
     /// Its short name here: `embed`, `q`, `q_bias`, ...
     pub what: &'static str,
-    /// Its shape: `[out, in]` for a matrix, `[n]` for a norm or a bias.
+    /// Its shape: `[out, in]` for a matrix, `[n]` for a norm or a bias, none for a single number.
     pub shape: Vec<usize>,
 }
 
@@ -63,25 +68,37 @@ impl Spec {
     pub fn model_weights(&self) -> Vec<Weight> {
         let all = [
             (true, "embed", vec![self.vocab, self.hidden]),
+            (self.positions.is_some(), "positions", vec![self.positions.unwrap_or(0), self.hidden]),
             (true, "norm", vec![self.hidden]),
+            (self.norm_bias, "norm_bias", vec![self.hidden]),
             (!self.tied, "head", vec![self.vocab, self.hidden]),
+            (self.head_bias, "head_bias", vec![self.vocab]),
         ];
         existing(all)
     }
 
     /// The weights of layer `l`.
     pub fn layer_weights(&self, l: usize) -> Vec<Weight> {
-        let (hidden, layer) = (self.hidden, &self.layers[l]);
+        let (hidden, layer, bias) = (self.hidden, &self.layers[l], self.norm_bias);
         let mut all = existing([
             (self.norms.attn, "attn_norm", vec![hidden]),
+            (self.norms.attn && bias, "attn_norm_bias", vec![hidden]),
             (self.norms.attn_after, "attn_after_norm", vec![hidden]),
+            (self.norms.attn_after && bias, "attn_after_norm_bias", vec![hidden]),
             (self.norms.ffn, "ffn_norm", vec![hidden]),
+            (self.norms.ffn && bias, "ffn_norm_bias", vec![hidden]),
             (self.norms.ffn_after, "ffn_after_norm", vec![hidden]),
+            (self.norms.ffn_after && bias, "ffn_after_norm_bias", vec![hidden]),
         ]);
         all.extend(match &layer.mixer {
             Mixer::Attention(a) => {
                 let (q, kv, d) = (a.q_width(), a.kv_width(), a.head_dim);
-                let head_norm = self.qk_norm == QkNorm::Head;
+                let normed = self.qk_norm != QkNorm::None;
+                let norm = |heads| match self.qk_norm {
+                    QkNorm::None | QkNorm::Head => vec![d],
+                    QkNorm::EachHead => vec![heads, d],
+                    QkNorm::Full => vec![heads * d],
+                };
                 existing([
                     (true, "q", vec![q, hidden]),
                     (true, "k", vec![kv, hidden]),
@@ -91,8 +108,8 @@ impl Spec {
                     (self.qkv_bias, "k_bias", vec![kv]),
                     (self.qkv_bias, "v_bias", vec![kv]),
                     (self.o_bias, "o_bias", vec![hidden]),
-                    (head_norm, "q_norm", vec![d]),
-                    (head_norm, "k_norm", vec![d]),
+                    (normed, "q_norm", norm(a.heads)),
+                    (normed, "k_norm", norm(a.kv_heads)),
                 ])
             }
         });
@@ -105,6 +122,19 @@ impl Spec {
                 (self.mlp_bias, "up_bias", vec![ffn]),
                 (self.mlp_bias, "down_bias", vec![hidden]),
             ]),
+            Ffn::Plain(ffn) => {
+                let xielu = self.act == Act::XIelu;
+                existing([
+                    (true, "up", vec![ffn, hidden]),
+                    (true, "down", vec![hidden, ffn]),
+                    (self.mlp_bias, "up_bias", vec![ffn]),
+                    (self.mlp_bias, "down_bias", vec![hidden]),
+                    (xielu, "xielu_alpha_p", vec![1]),
+                    (xielu, "xielu_alpha_n", vec![1]),
+                    (xielu, "xielu_beta", vec![]),
+                    (xielu, "xielu_eps", vec![]),
+                ])
+            }
         });
         all
     }
@@ -113,7 +143,7 @@ impl Spec {
     pub fn names(&self, has: impl Fn(&str) -> bool) -> Names {
         let first = |what: &str, model: &str| {
             let mut names = self.names[what].0.iter().map(|n| n.replace("{model}", model));
-            names.find(|n| has(&format!("{}.weight", n.replace("{l}", "0")))) // layer 0 decides
+            names.find(|n| has(&whole(&n.replace("{l}", "0"), ".weight"))) // layer 0 decides
         };
         let model = self.model.iter().find(|m| first("embed", m).is_some());
         let model = model.or(self.model.first()).cloned().unwrap_or_default();
@@ -158,8 +188,8 @@ impl Names {
     /// The name of a weight outside the layers. Panics if `what` is none of `Spec::model_weights`.
     pub fn model(&self, what: &str) -> String {
         match what.strip_suffix("_bias") {
-            Some(what) => format!("{}.bias", self.stems[what]),
-            None => format!("{}.weight", self.stems[what]),
+            Some(what) => whole(&self.stems[what], ".bias"),
+            None => whole(&self.stems[what], ".weight"),
         }
     }
 
@@ -167,6 +197,11 @@ impl Names {
     pub fn layer(&self, l: usize, what: &str) -> String {
         self.model(what).replace("{l}", &l.to_string())
     }
+}
+
+/// A tensor's name: the stem and what is appended to it, or the stem alone if it ends in `!`.
+fn whole(stem: &str, suffix: &str) -> String {
+    stem.strip_suffix('!').map_or_else(|| format!("{stem}{suffix}"), str::to_owned)
 }
 
 /// Whether `name` fits `pattern`, in which each `*` stands for any text.

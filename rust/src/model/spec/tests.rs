@@ -278,7 +278,7 @@ fn errors_say_what_where_and_what_was_expected() {
             json!({"hidden_size": 66}),
             "config.json: num_attention_heads: found 4 with hidden size 66",
         ),
-        (json!({"hidden_act": "relu2"}), "config.json: activation \"relu2\" is not supported"),
+        (json!({"hidden_act": "xielu"}), "config.json: activation \"xielu\" is not supported"),
         (
             json!({"rms_norm_eps": 0}),
             "config.json: rms_norm_eps: found 0, expected a number from 1e-12 to 1e0",
@@ -327,7 +327,7 @@ fn errors_say_what_where_and_what_was_expected() {
         (json!({"architectures": []}), "config.json: architectures: found [], expected a list"),
         (
             json!({"architectures": ["LlamaForCausallm"]}),
-            "config.json: architecture \"LlamaForCausallm\" is not known; the nearest known is LlamaForCausalLM",
+            "config.json: architecture \"LlamaForCausallm\" is not known; the nearest known are LlamaForCausalLM",
         ),
     ];
     for (more, expected) in cases {
