@@ -594,6 +594,7 @@ fn attention(set: &Kernels, threads: usize) {
                     d: D,
                     scale: 0.1,
                     softcap: None,
+                    sinks: None,
                     seen: &[(0, CONTEXT as u32); GROUP],
                     kv: &memory.get()[layer * one.len()..][..one.len()],
                     table: &table,

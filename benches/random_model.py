@@ -2,11 +2,12 @@
 
     python benches/random_model.py llama-3.2-1b DIR                  # a Hugging Face folder, bf16
     python benches/random_model.py llama-3.2-1b --gguf FILE          # the same shape, F16
+    python benches/random_model.py gpt-oss-20b DIR                   # 13.8 GB, experts in MXFP4
 
-Weights are normal with standard deviation 0.02, norms are 1. One block of random numbers is
-repeated (its length is prime, so that rows differ). The tokenizer is that of models/tales-4m: too
-small for the vocabulary, but valid. The GGUF file has no vocabulary, only its size. Needs numpy,
-and gguf for --gguf.
+Weights are normal with standard deviation 0.02 (experts in MXFP4 have random codes of about that
+deviation), norms are 1, biases 0. One block of random numbers is repeated (its length is prime, so
+that rows differ). The tokenizer is that of models/tales-4m: too small for the vocabulary, but
+valid. The GGUF file has no vocabulary, only its size. Needs numpy, and gguf for --gguf.
 """
 
 from __future__ import annotations
@@ -100,6 +101,55 @@ SHAPES: dict[str, dict[str, Any]] = {
         "use_sliding_window": False,
         "vocab_size": 151936,
     },
+    "gpt-oss-20b": {
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "eos_token_id": 200002,
+        "experts_per_token": 4,
+        "head_dim": 64,
+        "hidden_act": "silu",
+        "hidden_size": 2880,
+        "initial_context_length": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 2880,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "max_position_embeddings": 131072,
+        "model_type": "gpt_oss",
+        "num_attention_heads": 64,
+        "num_experts_per_tok": 4,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 8,
+        "num_local_experts": 32,
+        "output_router_logits": False,
+        "pad_token_id": 199999,
+        "quantization_config": {
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+            "quant_method": "mxfp4",
+        },
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "router_aux_loss_coef": 0.9,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+        "transformers_version": "4.55.0.dev0",
+        "use_cache": True,
+        "vocab_size": 201088,
+    },
 }
 
 
@@ -113,6 +163,8 @@ def main() -> None:
     if not (args.folder or args.gguf):
         parser.error("expected a folder, or --gguf FILE")
     config = SHAPES[args.shape]
+    if args.gguf and config["model_type"] == "gpt_oss":
+        parser.error("--gguf is not there for this shape")
     block = np.random.default_rng(0).normal(0, 0.02, BLOCK).astype(np.float32)
     if args.folder:
         write_folder(config, block, args.folder)
@@ -148,6 +200,40 @@ def tensors(config: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]
         yield "lm_head.weight", "output.weight", (vocab, hidden)
 
 
+def stored(config: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Each tensor of a Hugging Face folder: its name, its type, its shape."""
+    if config["model_type"] == "gpt_oss":
+        yield from gpt_oss(config)
+    else:
+        for name, _, shape in tensors(config):
+            yield name, "BF16", shape
+
+
+def gpt_oss(config: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Each tensor of a gpt-oss with MXFP4 experts: its name, its type, its shape."""
+    hidden, ffn, vocab = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size"))
+    dim, experts = head_dim(config), config["num_local_experts"]
+    q, kv = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
+    yield "model.embed_tokens.weight", "BF16", (vocab, hidden)
+    for i in range(config["num_hidden_layers"]):
+        layer = f"model.layers.{i}."
+        yield f"{layer}input_layernorm.weight", "BF16", (hidden,)
+        linear = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden)}
+        for name, shape in (linear | {"o_proj": (hidden, q)}).items():
+            yield f"{layer}self_attn.{name}.weight", "BF16", shape
+            yield f"{layer}self_attn.{name}.bias", "BF16", shape[:1]
+        yield f"{layer}self_attn.sinks", "BF16", (config["num_attention_heads"],)
+        yield f"{layer}post_attention_layernorm.weight", "BF16", (hidden,)
+        yield f"{layer}mlp.router.weight", "BF16", (experts, hidden)
+        yield f"{layer}mlp.router.bias", "BF16", (experts,)
+        for name, rows, k in (("gate_up_proj", 2 * ffn, hidden), ("down_proj", hidden, ffn)):
+            yield f"{layer}mlp.experts.{name}_blocks", "U8", (experts, rows, k // 32, 16)
+            yield f"{layer}mlp.experts.{name}_scales", "U8", (experts, rows, k // 32)
+            yield f"{layer}mlp.experts.{name}_bias", "BF16", (experts, rows)
+    yield "model.norm.weight", "BF16", (hidden,)
+    yield "lm_head.weight", "BF16", (vocab, hidden)
+
+
 def head_dim(config: dict[str, Any]) -> int:
     """Width of an attention head."""
     size: int = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
@@ -162,9 +248,9 @@ def write_folder(config: dict[str, Any], block: np.ndarray, folder: Path) -> Non
         shutil.copyfile(TOKENIZER / name, folder / name)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, _, shape in tensors(config):
-        begin, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    for name, dtype, shape in stored(config):
+        begin, end = end, end + {"BF16": 2, "U8": 1}[dtype] * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     # Upper half of the float, rounded to the nearest.
@@ -172,11 +258,17 @@ def write_folder(config: dict[str, Any], block: np.ndarray, folder: Path) -> Non
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         at = 0
-        for _, _, shape in tensors(config):
-            if len(shape) == 1:
+        codes = np.random.default_rng(1).integers(0, 256, BLOCK, np.uint8)
+        for name, _, shape in stored(config):
+            if name.endswith("norm.weight"):
                 np.full(shape, 0x3F80, "<u2").tofile(file)  # 1.0
+            elif name.endswith(("bias", "sinks")):
+                np.zeros(shape, "<u2").tofile(file)
+            elif name.endswith("_scales"):
+                np.full(shape, 120, np.uint8).tofile(file)  # 2^-7
             else:
-                at = _write_repeated(file, bf16, at, math.prod(shape))
+                block = codes if name.endswith("_blocks") else bf16
+                at = _write_repeated(file, block, at, math.prod(shape))
     print(f"{folder}: {(8 + len(text) + end) / 1e9:.2f} GB", file=sys.stderr)
 
 

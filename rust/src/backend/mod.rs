@@ -5,7 +5,7 @@
 
 pub mod cpu;
 
-pub use crate::kernels::{Activation, Form, KvDtype, PAGE};
+pub use crate::kernels::{Activation, Form, KvDtype, PAGE, Score};
 
 use crate::Result;
 
@@ -39,6 +39,8 @@ pub struct Attention {
     pub softcap: Option<f32>,
     /// Keys seen, the position itself included; `None` = all before.
     pub window: Option<usize>,
+    /// Rotary pairs are dimensions `2 i` and `2 i + 1`, not `i` and `i` + half of those that turn.
+    pub rope_interleaved: bool,
 }
 
 impl Attention {
@@ -46,6 +48,46 @@ impl Attention {
     pub fn qkv_width(&self) -> usize {
         (self.heads + 2 * self.kv_heads) * self.head_dim
     }
+}
+
+/// How a position chooses its experts. With `s = score(logits)` and `c = s + correction`: of all experts, or of those
+/// in the chosen groups, the `top_k` with the largest `c`, the lowest of equals first. Their weights are `p = s`,
+/// divided by `sum of the chosen s + renormalise` if that is given, times `scale`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Routing {
+    /// Experts of a position.
+    pub top_k: usize,
+    /// What becomes of the logits.
+    pub score: Score,
+    /// Groups of neighbouring experts of which some are chosen first.
+    pub groups: Option<Groups>,
+    /// Weights are divided by their sum plus this.
+    pub renormalise: Option<f32>,
+    /// Multiplies the weights.
+    pub scale: f32,
+}
+
+/// Groups of experts (DeepSeek V2, V3): those with the largest group score are chosen, the lowest of equals first.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Groups {
+    /// Groups, all of one size.
+    pub count: usize,
+    /// Groups that are chosen.
+    pub top_k: usize,
+    /// A group's score is the sum of the two largest `c` in it, not the largest one.
+    pub by_two: bool,
+}
+
+/// The weights of one expert: `down(act(gate(x)) * up(x))`.
+pub struct Expert<M, V> {
+    /// Interleaved, see [`Parts::interleaved`].
+    pub gate_up: M,
+    /// Of `gate_up`.
+    pub gate_up_bias: Option<V>,
+    /// From the width of the expert.
+    pub down: M,
+    /// Of `down`.
+    pub down_bias: Option<V>,
 }
 
 /// Norms of queries and keys.
@@ -62,15 +104,28 @@ pub struct QkNorm<'a, R> {
     pub eps: f32,
 }
 
-/// Stored rows of one checkpoint tensor `[n, k]`.
+/// Stored rows of one checkpoint tensor.
 #[derive(Clone, Copy, Debug)]
 pub struct Part<'a> {
-    /// F32, F16 or Bf16.
+    /// F32, F16, Bf16 or Mxfp4.
     pub stored: Form,
     /// Rows.
     pub n: usize,
-    /// Little-endian, row-major.
+    /// From the first number on, little-endian. MXFP4: two codes in a byte, the first in the low nibble.
     pub bytes: &'a [u8],
+    /// Numbers from one to the one below it. MXFP4: a multiple of 32.
+    pub row: usize,
+    /// Numbers from one to the one beside it. MXFP4: 1.
+    pub column: usize,
+    /// MXFP4: the exponent of each 32 numbers.
+    pub scales: &'a [u8],
+}
+
+impl<'a> Part<'a> {
+    /// A matrix `[n, k]` of plain floats.
+    pub fn floats(stored: Form, n: usize, k: usize, bytes: &'a [u8]) -> Part<'a> {
+        Part { stored, n, bytes, row: k, column: 1, scales: &[] }
+    }
 }
 
 /// Rows that become one matrix.
@@ -146,6 +201,21 @@ pub trait Backend: Send + Sync {
         x: &Self::Buf,
         out: &mut Self::Buf,
     );
+    /// `out[t] = sum of p_e expert_e(x[t])` over the experts that row `t` of `logits` chooses with the weights `p_e`:
+    /// fused multiply-adds from zero on, experts ascending. `logits` are left as scores.
+    fn moe(
+        &self,
+        how: &Routing,
+        logits: &mut Self::Buf,
+        correction: Option<&Self::Row>,
+        experts: &[Expert<Self::Mat, Self::Row>],
+        act: Activation,
+        width: usize,
+        x: &Self::Buf,
+        out: &mut Self::Buf,
+    );
+    /// `out[r] = fma(sigmoid(gate[r]), y[r], out[r])`; `gate` has one column.
+    fn add_gated(&self, gate: &mut Self::Buf, y: &Self::Buf, out: &mut Self::Buf);
     /// `out = act(x w^T + bias)`.
     fn activated(
         &self,
@@ -161,8 +231,9 @@ pub trait Backend: Send + Sync {
     fn add_scaled(&self, x: &mut Self::Buf, scale: f32, y: &Self::Buf);
     /// Cosines, then sines, of `position * inv_freq`, times `scale`, for each position.
     fn rope_table(&self, positions: &[u32], inv_freq: &[f32], scale: f32) -> Self::Buf;
-    /// Of each row of `qkv`: norms of queries and keys, if given; clamped, if asked for; then rotation by the
-    /// row's part of `table`, if there is one; then keys and values go into the pages of `layer`.
+    /// Of each row of `qkv`: norms of queries and keys, if given; clamped, if asked for; then rotation of the first
+    /// dimensions of a head, as many as `table` is wide, by its row, if there is a table; then keys and values go into
+    /// the pages of `layer`.
     fn rotate_and_store(
         &self,
         qkv: &mut Self::Buf,
@@ -173,11 +244,13 @@ pub trait Backend: Send + Sync {
         layer: usize,
         spans: &[Span<'_>],
     );
-    /// `out[r] = softmax(softcap(scale * q k)) v` over the positions that row `r` sees, for each head.
+    /// `out[r] = softmax(softcap(scale * q k)) v` over the positions that row `r` sees, for each head. `sinks`
+    /// holds for each head one more score of that softmax, whose value is zero.
     fn attend(
         &self,
         qkv: &Self::Buf,
         how: &Attention,
+        sinks: Option<&Self::Row>,
         kv: &Self::Kv,
         layer: usize,
         spans: &[Span<'_>],

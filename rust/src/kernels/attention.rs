@@ -11,7 +11,7 @@
 //! across lanes. The order, whatever the tile, the batch or the chunk of a prompt: keys in chunks of
 //! [`CHUNK`] by absolute position; a score is one chain of fused multiply-adds over the dimensions; the
 //! sum of a chunk's weights is by key modulo 16 and a tree; its values are one chain over keys; chunks
-//! are merged in ascending order (Milakov & Gimelshein 2018; Dao et al. 2022).
+//! are merged in ascending order (Milakov & Gimelshein 2018; Dao et al. 2022), a sink last.
 
 use super::float::{exp, softcap, tree};
 use super::simd::F32x16;
@@ -58,6 +58,9 @@ pub struct Attend<'a> {
     pub scale: f32,
     /// `cap * tanh(score / cap)`.
     pub softcap: Option<f32>,
+    /// For each row the score of a key that every position sees and whose value is zero (Xiao et al. 2023, as
+    /// gpt-oss learns it): it takes part in the softmax as it is, without scale and cap.
+    pub sinks: Option<&'a [f32]>,
     /// For each row the positions it sees, `from..to`, not empty.
     pub seen: &'a [(u32, u32)],
     /// The pages of one layer.
@@ -229,7 +232,14 @@ pub(super) unsafe fn attend<V: F32x16, S: Stored>(
         start = end;
     }
     for r in 0..rows {
-        let inv = 1.0 / total[r];
+        let inv = match a.sinks {
+            None => 1.0 / total[r],
+            Some(sinks) => {
+                let m = max[r].max(sinks[r]);
+                let keep = exp(max[r] - m);
+                keep / total[r].mul_add(keep, exp(sinks[r] - m))
+            }
+        };
         for o in &mut out[r * dp..][..dp] {
             *o *= inv;
         }

@@ -6,9 +6,9 @@
 //! Orders that every set keeps: a dot product is one chain of fused multiply-adds, k ascending, one chain
 //! per output; a sum over a row is 16 partial sums by index modulo 16, ascending, then a tree 8-4-2-1.
 
-use super::layout::{self, ROWS};
+use super::layout::{self, Form, ROWS};
 use super::simd::F32x16;
-use crate::quant::{self, BLOCK, BlockQ4, BlockQ8, GROUP, GROUPS};
+use crate::quant::{self, BLOCK, BlockMxfp4, BlockQ4, BlockQ8, GROUP, GROUPS};
 
 /// The activation of a feed-forward layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -33,6 +33,17 @@ pub enum Activation {
         /// Just below 0.
         eps: f32,
     },
+    /// `g * sigmoid(1.702 g)` with `g = min(x, 7)`, times `clamp(up, -7, 7) + 1` instead of `up` (GPT-OSS).
+    ClampedSwiglu,
+}
+
+/// What a router makes of its logits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Score {
+    /// `e^x / sum of e^x` over all experts.
+    Softmax,
+    /// `1 / (1 + e^-x)`.
+    Sigmoid,
 }
 
 /// The float kernels of one instruction set; the fields of `Kernels` of the same names say what they do.
@@ -41,15 +52,17 @@ pub(super) struct Floats {
     pub(super) gemm_f32: unsafe fn(&[u8], usize, &[f32], &mut [f32]),
     pub(super) gemm_f16: unsafe fn(&[u8], usize, &[f32], &mut [f32]),
     pub(super) gemm_bf16: unsafe fn(&[u8], usize, &[f32], &mut [f32]),
+    pub(super) gemm_mxfp4: unsafe fn(&[u8], usize, &[f32], &mut [f32]),
     pub(super) quantize: unsafe fn(&[f32], &mut [i8], &mut [i16; GROUPS]) -> (f32, i32),
     pub(super) pack_q4: unsafe fn(&[[f32; BLOCK]; ROWS], usize, &mut [u8]),
     pub(super) pack_q8: unsafe fn(&[[f32; BLOCK]; ROWS], usize, &mut [u8]),
     pub(super) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     pub(super) layer_norm: unsafe fn(&[f32], &[f32], Option<&[f32]>, f32, &mut [f32]),
-    pub(super) rope: unsafe fn(&mut [f32], &[f32]),
+    pub(super) rope: unsafe fn(&mut [f32], &[f32], bool),
     pub(super) gate: unsafe fn(Activation, &mut [f32], &[f32]),
     pub(super) add: unsafe fn(&mut [f32], &[f32]),
     pub(super) add_scaled: unsafe fn(&mut [f32], f32, &[f32]),
+    pub(super) score: unsafe fn(Score, &mut [f32]),
     pub(super) softcap: unsafe fn(&mut [f32], f32),
     pub(super) attend_f32: unsafe fn(&super::Attend<'_>, &mut [f32], &mut [f32]),
     pub(super) attend_f16: unsafe fn(&super::Attend<'_>, &mut [f32], &mut [f32]),
@@ -63,7 +76,7 @@ pub(super) struct Floats {
 macro_rules! instantiate {
     ($v:ty $(, $features:literal)?) => {
         pub(super) const FLOATS: crate::kernels::float::Floats = {
-            use crate::kernels::float::{self, Activation, Floats};
+            use crate::kernels::float::{self, Activation, Floats, Score};
             use crate::kernels::layout::ROWS;
             use crate::kernels::{Attend, attention};
             use crate::quant::{BLOCK, GROUPS};
@@ -80,6 +93,10 @@ macro_rules! instantiate {
             $(#[target_feature(enable = $features)])?
             unsafe fn gemm_bf16(w: &[u8], k: usize, x: &[f32], y: &mut [f32]) {
                 float::gemm::<$v, float::Bf16>(w, k, x, y)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn gemm_mxfp4(w: &[u8], k: usize, x: &[f32], y: &mut [f32]) {
+                float::gemm_mxfp4::<$v>(w, k, x, y)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn quantize(x: &[f32], q: &mut [i8], sums: &mut [i16; GROUPS]) -> (f32, i32) {
@@ -108,8 +125,8 @@ macro_rules! instantiate {
                 float::layer_norm(x, gain, bias, eps, out)
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn rope(x: &mut [f32], cos_sin: &[f32]) {
-                float::rope(x, cos_sin)
+            unsafe fn rope(x: &mut [f32], cos_sin: &[f32], interleaved: bool) {
+                float::rope(x, cos_sin, interleaved)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn gate(act: Activation, gate: &mut [f32], up: &[f32]) {
@@ -122,6 +139,10 @@ macro_rules! instantiate {
             $(#[target_feature(enable = $features)])?
             unsafe fn add_scaled(x: &mut [f32], scale: f32, y: &[f32]) {
                 float::add_scaled(x, scale, y)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn score(score: Score, x: &mut [f32]) {
+                float::score(score, x)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn softcap(x: &mut [f32], cap: f32) {
@@ -168,6 +189,7 @@ macro_rules! instantiate {
                 gemm_f32,
                 gemm_f16,
                 gemm_bf16,
+                gemm_mxfp4,
                 quantize,
                 pack_q4,
                 pack_q8,
@@ -177,6 +199,7 @@ macro_rules! instantiate {
                 gate,
                 add,
                 add_scaled,
+                score,
                 softcap,
                 attend_f32,
                 attend_f16,
@@ -287,6 +310,85 @@ fn tile<V: F32x16, S: Stored, const M: usize, const R: usize>(
     }
 }
 
+/// As [`gemm`], for MXFP4 weights: 16 rows by [`BLOCK`] inputs become f32, then meet all tokens.
+#[inline(always)]
+pub(super) fn gemm_mxfp4<V: F32x16>(w: &[u8], k: usize, x: &[f32], y: &mut [f32]) {
+    let form = Form::Mxfp4Float;
+    let size = form.row_block_bytes(k);
+    let (width, m) = (w.len() / size * ROWS, x.len() / k);
+    let mut panel = [[0.0f32; ROWS]; BLOCK];
+    for (rb, row_block) in w.chunks_exact(size).enumerate() {
+        for (b, block) in layout::blocks(form, row_block).enumerate() {
+            let len = BLOCK.min(k - b * BLOCK);
+            dequantize(block, &mut panel);
+            let mut t = 0;
+            while t < m {
+                let (x, y) = (&x[t * k + b * BLOCK..], &mut y[t * width + rb * ROWS..]);
+                let tile = (&panel[..len], x, k, y, width, b == 0);
+                t += match m - t {
+                    4.. => chain::<V, 4>(tile),
+                    _ => chain::<V, 1>(tile),
+                };
+            }
+        }
+    }
+}
+
+/// The weights of an MXFP4 block of 16 rows.
+#[inline(always)]
+fn dequantize(block: &[u8], panel: &mut [[f32; ROWS]; BLOCK]) {
+    let (header, lines) = block.split_at(layout::MXFP4_HEADER);
+    for (t, lines) in lines.chunks_exact(512).enumerate() {
+        for half in 0..2 {
+            let mut scale = [0.0; ROWS];
+            for (scale, &e) in scale.iter_mut().zip(&header[16 * (2 * t + half)..]) {
+                *scale = 0.5 * BlockMxfp4::scale(e);
+            }
+            for (j, line) in lines.as_chunks::<64>().0.iter().enumerate() {
+                let mut lanes = [0; ROWS];
+                for (lane, bytes) in lanes.iter_mut().zip(line.as_chunks().0) {
+                    *lane = u32::from_le_bytes(*bytes) >> (4 * half);
+                }
+                for i in 0..4 {
+                    let out = &mut panel[64 * t + 32 * half + 4 * j + i];
+                    for r in 0..ROWS {
+                        // TWICE as arithmetic, for vectors.
+                        let code = (lanes[r] >> (8 * i)) as i32;
+                        let (mantissa, exponent) = (code & 1, code >> 1 & 3);
+                        let twice = (mantissa | 2) << (exponent.max(1) - 1);
+                        let twice = if exponent == 0 { mantissa } else { twice };
+                        let sign = 1 - (code >> 2 & 2);
+                        out[r] = (sign * twice) as f32 * scale[r];
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `M` tokens `k` apart against a panel, on top of the sums in `y`, whose rows are `width` apart. Gives `M`.
+#[inline(always)]
+fn chain<V: F32x16, const M: usize>(
+    (panel, x, k, y, width, first): (&[[f32; ROWS]], &[f32], usize, &mut [f32], usize, bool),
+) -> usize {
+    let mut acc = [V::splat(0.0); M];
+    if !first {
+        for t in 0..M {
+            acc[t] = V::load(super::array(y, t * width));
+        }
+    }
+    for (i, w) in panel.iter().enumerate() {
+        let w = V::load(w);
+        for t in 0..M {
+            acc[t] = w.fma(V::splat(x[t * k + i]), acc[t]);
+        }
+    }
+    for t in 0..M {
+        acc[t].store(super::array_mut(y, t * width));
+    }
+    M
+}
+
 /// Quantizes at most [`BLOCK`] activations: `s = amax / 127`, `q = rne(x * (127 / amax))`. `q` may be
 /// longer than `x`; the rest becomes zero. Gives the scale and the sum of all `q`; `sums` are by group.
 #[inline(always)]
@@ -395,12 +497,20 @@ pub(super) fn layer_norm(x: &[f32], gain: &[f32], bias: Option<&[f32]>, eps: f32
     }
 }
 
-/// Rotates one head: `x[i]` and `x[i + half]` are a pair (Su et al. 2021, half-split order).
-/// `cos_sin`: `half` cosines, then `half` sines.
+/// Rotates one head (Su et al. 2021): `x[i]` and `x[i + half]` are a pair, or `x[2 i]` and `x[2 i + 1]` if
+/// `interleaved`. `cos_sin`: `half` cosines, then `half` sines.
 #[inline(always)]
-pub(super) fn rope(x: &mut [f32], cos_sin: &[f32]) {
+pub(super) fn rope(x: &mut [f32], cos_sin: &[f32], interleaved: bool) {
     let half = cos_sin.len() / 2;
     let (cos, sin) = cos_sin.split_at(half);
+    if interleaved {
+        for (i, pair) in x[..2 * half].chunks_exact_mut(2).enumerate() {
+            let (p, q) = (pair[0], pair[1]);
+            pair[0] = p.mul_add(cos[i], -(q * sin[i]));
+            pair[1] = q.mul_add(cos[i], p * sin[i]);
+        }
+        return;
+    }
     let (a, b) = x[..2 * half].split_at_mut(half);
     for i in 0..half {
         let (p, q) = (a[i], b[i]);
@@ -510,6 +620,12 @@ pub(super) fn gate(act: Activation, gate: &mut [f32], up: &[f32]) {
                 *g = xielu(*g, alpha_p, alpha_n, beta, eps) * u;
             }
         }
+        Activation::ClampedSwiglu => {
+            for (g, &u) in both {
+                let x = g.min(7.0);
+                *g = x * sigmoid(1.702 * x) * (u.clamp(-7.0, 7.0) + 1.0);
+            }
+        }
     }
 }
 
@@ -526,6 +642,35 @@ pub(super) fn add(x: &mut [f32], y: &[f32]) {
 pub(super) fn add_scaled(x: &mut [f32], scale: f32, y: &[f32]) {
     for (x, &y) in x.iter_mut().zip(y) {
         *x = scale.mul_add(y, *x);
+    }
+}
+
+/// Scores of logits; see [`Score`].
+#[inline(always)]
+pub(super) fn score(score: Score, x: &mut [f32]) {
+    match score {
+        Score::Sigmoid => {
+            for x in x {
+                *x = sigmoid(*x);
+            }
+        }
+        Score::Softmax => {
+            let mut max = f32::NEG_INFINITY;
+            for &x in &*x {
+                max = max.max(x);
+            }
+            let mut sums = [0.0f32; 16];
+            for x in x.chunks_mut(16) {
+                for (x, sum) in x.iter_mut().zip(&mut sums) {
+                    *x = exp(*x - max);
+                    *sum += *x;
+                }
+            }
+            let total = tree(sums);
+            for x in x {
+                *x /= total;
+            }
+        }
     }
 }
 

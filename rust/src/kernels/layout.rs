@@ -11,12 +11,13 @@
 //!    sub-block t (64 k), line j, byte 4r+i: low nibble  = q[r][64t + 4j+i]       (group 2t)
 //!                                           high nibble = q[r][64t + 32 + 4j+i]  (group 2t+1)
 //!    sc[t][r]: low nibble = scale of group 2t minus one, high nibble = of group 2t+1 minus one
+//! mxfp4 block, 16 rows x 256 k  u8 e[8][16] | 4 x 8 lines as in int4, of E2M1 codes
 //! float, 16 rows x K            [K][16] of f32, f16 or bf16
 //! ```
 //!
 //! The last block of a row has only the lines that K needs; its header is whole.
 
-use crate::quant::{BLOCK, BlockQ4, BlockQ8};
+use crate::quant::{BLOCK, BlockMxfp4, BlockQ4, BlockQ8, GROUPS};
 use half::{bf16, f16};
 
 /// Rows of a row block.
@@ -29,6 +30,8 @@ pub const K_PADDED: usize = 64;
 pub(super) const Q4_HEADER: usize = 256;
 /// Bytes before the lines of an int8 block: d.
 pub(super) const Q8_HEADER: usize = 64;
+/// Bytes before the lines of an MXFP4 block: e.
+pub(super) const MXFP4_HEADER: usize = 128;
 
 /// How the weights of a packed matrix are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -44,11 +47,16 @@ pub enum Form {
     F16 = 3,
     /// As stored in the checkpoint.
     F32 = 4,
+    /// [`BlockMxfp4`], against int8 activations.
+    Mxfp4 = 5,
+    /// The same bytes, against f32 activations.
+    Mxfp4Float = 6,
 }
 
 impl Form {
     /// Every form.
-    pub const ALL: [Form; 5] = [Form::Q4, Form::Q8, Form::Bf16, Form::F16, Form::F32];
+    pub const ALL: [Form; 7] =
+        [Form::Q4, Form::Q8, Form::Bf16, Form::F16, Form::F32, Form::Mxfp4, Form::Mxfp4Float];
 
     /// The name shown to users.
     pub fn name(self) -> &'static str {
@@ -58,12 +66,13 @@ impl Form {
             Form::Bf16 => "bf16",
             Form::F16 => "f16",
             Form::F32 => "f32",
+            Form::Mxfp4 | Form::Mxfp4Float => "mxfp4",
         }
     }
 
     /// Whether activations are quantized to int8 to meet these weights.
     pub fn is_quantized(self) -> bool {
-        matches!(self, Form::Q4 | Form::Q8)
+        matches!(self, Form::Q4 | Form::Q8 | Form::Mxfp4)
     }
 
     /// Bytes of a row block of `k` inputs.
@@ -73,6 +82,7 @@ impl Form {
         match self {
             Form::Q4 => blocks * Q4_HEADER + padded * ROWS / 2,
             Form::Q8 => blocks * Q8_HEADER + padded * ROWS,
+            Form::Mxfp4 | Form::Mxfp4Float => blocks * MXFP4_HEADER + padded * ROWS / 2,
             Form::Bf16 | Form::F16 => k * ROWS * 2,
             Form::F32 => k * ROWS * 4,
         }
@@ -94,6 +104,7 @@ pub(super) fn block_offset(form: Form, b: usize) -> usize {
     match form {
         Form::Q4 => b * (Q4_HEADER + BLOCK * ROWS / 2),
         Form::Q8 => b * (Q8_HEADER + BLOCK * ROWS),
+        Form::Mxfp4 | Form::Mxfp4Float => b * (MXFP4_HEADER + BLOCK * ROWS / 2),
         Form::Bf16 | Form::F16 | Form::F32 => unreachable!("float forms have no blocks"),
     }
 }
@@ -108,12 +119,40 @@ pub(super) fn pack_q4(rows: &[BlockQ4; ROWS], out: &mut [u8]) {
             header[128 + 32 * t + 2 * r] = row.mn[2 * t] as u8;
             header[128 + 32 * t + 2 * r + 1] = row.mn[2 * t + 1] as u8;
         }
-        for (t, lines) in lines.chunks_exact_mut(8 * 64).enumerate() {
-            for j in 0..8 {
-                for i in 0..4 {
-                    let k = 64 * t + 4 * j + i;
-                    lines[64 * j + 4 * r + i] = row.q[k] | row.q[k + 32] << 4;
-                }
+        put_codes(&row.q, r, lines);
+    }
+}
+
+/// Writes one block of 16 rows. `out` is as long as the block.
+pub fn pack_mxfp4(rows: &[BlockMxfp4; ROWS], out: &mut [u8]) {
+    let (header, lines) = out.split_at_mut(MXFP4_HEADER);
+    for (r, row) in rows.iter().enumerate() {
+        for g in 0..GROUPS {
+            header[16 * g + r] = row.e[g];
+        }
+        put_codes(&row.q, r, lines);
+    }
+}
+
+/// The 4-bit codes of row `r` into its lines.
+fn put_codes(q: &[u8; BLOCK], r: usize, lines: &mut [u8]) {
+    for (t, lines) in lines.chunks_exact_mut(8 * 64).enumerate() {
+        for j in 0..8 {
+            for i in 0..4 {
+                let k = 64 * t + 4 * j + i;
+                lines[64 * j + 4 * r + i] = q[k] | q[k + 32] << 4;
+            }
+        }
+    }
+}
+
+/// The 4-bit codes of row `r` from its lines.
+fn get_codes(lines: &[u8], r: usize, q: &mut [u8; BLOCK]) {
+    for (t, lines) in lines.chunks_exact(8 * 64).enumerate() {
+        for j in 0..8 {
+            for i in 0..4 {
+                let (k, code) = (64 * t + 4 * j + i, lines[64 * j + 4 * r + i]);
+                (q[k], q[k + 32]) = (code & 15, code >> 4);
             }
         }
     }
@@ -142,14 +181,18 @@ pub(super) fn unpack_q4(block: &[u8], r: usize) -> BlockQ4 {
         row.mn[2 * t] = header[128 + 32 * t + 2 * r] as i8;
         row.mn[2 * t + 1] = header[128 + 32 * t + 2 * r + 1] as i8;
     }
-    for (t, lines) in lines.chunks_exact(8 * 64).enumerate() {
-        for j in 0..8 {
-            for i in 0..4 {
-                let (k, q) = (64 * t + 4 * j + i, lines[64 * j + 4 * r + i]);
-                (row.q[k], row.q[k + 32]) = (q & 15, q >> 4);
-            }
-        }
+    get_codes(lines, r, &mut row.q);
+    row
+}
+
+/// One block of one packed MXFP4 row.
+pub(super) fn unpack_mxfp4(block: &[u8], r: usize) -> BlockMxfp4 {
+    let (header, lines) = block.split_at(MXFP4_HEADER);
+    let mut row = BlockMxfp4::ZERO;
+    for g in 0..GROUPS {
+        row.e[g] = header[16 * g + r];
     }
+    get_codes(lines, r, &mut row.q);
     row
 }
 
@@ -188,6 +231,11 @@ pub fn unpack_row(form: Form, packed: &[u8], n: usize, out: &mut [f32]) {
         Form::Q8 => {
             for (block, out) in blocks(form, row_block).zip(out.chunks_mut(BLOCK)) {
                 out.copy_from_slice(&unpack_q8(block, r).dequantize()[..out.len()]);
+            }
+        }
+        Form::Mxfp4 | Form::Mxfp4Float => {
+            for (block, out) in blocks(form, row_block).zip(out.chunks_mut(BLOCK)) {
+                out.copy_from_slice(&unpack_mxfp4(block, r).dequantize()[..out.len()]);
             }
         }
         Form::Bf16 => {

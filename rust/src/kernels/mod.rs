@@ -16,7 +16,7 @@ mod simd;
 mod x86;
 
 pub use attention::{Attend, KvDtype, MAX_ROWS, PAGE, scratch_len};
-pub use float::Activation;
+pub use float::{Activation, Score};
 pub use layout::Form;
 
 use crate::quant::{BLOCK, GROUPS};
@@ -70,6 +70,7 @@ pub struct Kernels {
     supported: fn() -> bool,
     gemm_q4: Gemm,
     gemm_q8: Gemm,
+    gemm_mxfp4: Gemm,
     float: float::Floats,
 }
 
@@ -159,7 +160,11 @@ impl Kernels {
         let scales = a.blocks() * a.m;
         assert!(a.q.len() == a.m * a.k && a.s.len() == scales && a.sums.len() == scales);
         assert!(a.totals.len() == scales);
-        let gemm = if form == Form::Q4 { self.gemm_q4 } else { self.gemm_q8 };
+        let gemm = match form {
+            Form::Q4 => self.gemm_q4,
+            Form::Q8 => self.gemm_q8,
+            _ => self.gemm_mxfp4,
+        };
         // SAFETY: see above.
         unsafe { gemm(w, a, y) }
     }
@@ -174,7 +179,10 @@ impl Kernels {
             Form::F32 => self.float.gemm_f32,
             Form::F16 => self.float.gemm_f16,
             Form::Bf16 => self.float.gemm_bf16,
-            Form::Q4 | Form::Q8 => unreachable!("quantized forms take quantized activations"),
+            Form::Mxfp4Float => self.float.gemm_mxfp4,
+            Form::Q4 | Form::Q8 | Form::Mxfp4 => {
+                unreachable!("quantized forms take quantized activations")
+            }
         };
         // SAFETY: see above.
         unsafe { gemm(w, k, x, y) }
@@ -194,7 +202,7 @@ impl Kernels {
         let pack = match form {
             Form::Q4 => self.float.pack_q4,
             Form::Q8 => self.float.pack_q8,
-            Form::F32 | Form::F16 | Form::Bf16 => unreachable!("floats are not quantized"),
+            _ => unreachable!("other forms are kept as they come"),
         };
         // SAFETY: see above.
         unsafe { pack(x, k, out) }
@@ -223,10 +231,10 @@ impl Kernels {
     }
 
     /// Rotates one head; `cos_sin` is as long as the part of the head that turns, cosines first.
-    pub fn rope(&self, x: &mut [f32], cos_sin: &[f32]) {
+    pub fn rope(&self, x: &mut [f32], cos_sin: &[f32], interleaved: bool) {
         assert!(cos_sin.len() <= x.len() && cos_sin.len().is_multiple_of(2));
         // SAFETY: see above.
-        unsafe { (self.float.rope)(x, cos_sin) }
+        unsafe { (self.float.rope)(x, cos_sin, interleaved) }
     }
 
     /// `gate = act(gate) * up`.
@@ -250,6 +258,12 @@ impl Kernels {
         unsafe { (self.float.add_scaled)(x, scale, y) }
     }
 
+    /// A router's scores of one position's logits, in place.
+    pub fn score(&self, score: Score, x: &mut [f32]) {
+        // SAFETY: see above.
+        unsafe { (self.float.score)(score, x) }
+    }
+
     /// `x = cap * tanh(x / cap)`.
     pub fn softcap(&self, x: &mut [f32], cap: f32) {
         // SAFETY: see above.
@@ -262,6 +276,7 @@ impl Kernels {
         let rows = a.seen.len();
         assert!(rows <= MAX_ROWS && a.q.len() == rows * a.d);
         assert!(out.len() == rows * a.d.next_multiple_of(16));
+        assert!(a.sinks.is_none_or(|sinks| sinks.len() == rows));
         let offsets = a.kv.as_ptr().addr() | a.page_stride | a.head_offset;
         assert!(offsets.is_multiple_of(4), "pages hold f32 scales");
         let attend = match dtype {

@@ -1,14 +1,14 @@
 //! The specification: what every other set must compute, bit by bit. Written for reading.
 
-use super::layout::{Form, ROWS, blocks, unpack_q4, unpack_q8};
+use super::layout::{Form, ROWS, blocks, unpack_mxfp4, unpack_q4, unpack_q8};
 use super::simd::Lanes;
 use super::{Acts, Kernels, float};
-use crate::quant::BLOCK;
+use crate::quant::{BLOCK, BlockMxfp4, GROUP, TWICE};
 
 float::instantiate!(Lanes);
 
 pub(super) const KERNELS: Kernels =
-    Kernels { name: "scalar", supported: || true, gemm_q4, gemm_q8, float: FLOATS };
+    Kernels { name: "scalar", supported: || true, gemm_q4, gemm_q8, gemm_mxfp4, float: FLOATS };
 
 /// `y[t][n] = sum over blocks b of dot(w8, a8) * (d * s)`: an exact integer over a block, then one
 /// fused multiply-add, blocks ascending.
@@ -51,4 +51,28 @@ unsafe fn gemm_q8(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
         (row.q, row.d)
     };
     gemm(Form::Q8, row, w, a, y);
+}
+
+/// `y[t][n] = sum over groups g of dot(twice w, a8) * (s / 2 * 2^(e - 127))`: an exact integer over a group, then one
+/// fused multiply-add, groups ascending.
+unsafe fn gemm_mxfp4(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
+    let row_blocks: Vec<&[u8]> = w.chunks_exact(Form::Mxfp4.row_block_bytes(a.k)).collect();
+    for (rb, row_block) in row_blocks.iter().enumerate() {
+        for r in 0..ROWS {
+            for t in 0..a.m {
+                let mut acc = 0.0f32;
+                for (b, block) in blocks(Form::Mxfp4, row_block).enumerate() {
+                    let row = unpack_mxfp4(block, r);
+                    for (g, q) in a.q(b, t).chunks(GROUP).enumerate() {
+                        let codes = row.q[g * GROUP..].iter();
+                        let w = codes.map(|&code| i32::from(TWICE[usize::from(code)]));
+                        let dot: i32 = q.iter().zip(w).map(|(&q, w)| i32::from(q) * w).sum();
+                        let scale = 0.5 * a.s(b, t) * BlockMxfp4::scale(row.e[g]);
+                        acc = (dot as f32).mul_add(scale, acc);
+                    }
+                }
+                y[t * ROWS * row_blocks.len() + rb * ROWS + r] = acc;
+            }
+        }
+    }
 }

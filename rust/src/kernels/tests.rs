@@ -1,9 +1,11 @@
 //! Every set this CPU can run gives the bits of `scalar`, over shapes that straddle every edge and over
 //! corner values. `scalar` itself is checked against plain arithmetic in f64.
 
-use super::layout::{Form, ROWS, block_offset, pack_float, pack_q4, pack_q8, unpack_row};
+use super::layout::{
+    Form, ROWS, block_offset, pack_float, pack_mxfp4, pack_q4, pack_q8, unpack_row,
+};
 use super::*;
-use crate::quant::{BLOCK, BlockQ4, BlockQ8};
+use crate::quant::{BLOCK, BlockMxfp4, BlockQ4, BlockQ8};
 use proptest::prelude::*;
 
 /// Bytes that start at a multiple of 64.
@@ -110,6 +112,32 @@ impl Quantized {
     }
 }
 
+/// An MXFP4 matrix `[n, k]` of any codes, `n` a multiple of 16, with inputs from `k` on zero as the packer leaves them.
+/// Exponents are from `range`.
+fn mxfp4(random: &mut Random, n: usize, k: usize, range: std::ops::Range<u64>) -> Aligned {
+    let size = Form::Mxfp4.row_block_bytes(k);
+    let mut out = Aligned::new(n / ROWS * size);
+    for out in out.get_mut().chunks_exact_mut(size) {
+        for (b, out) in out.chunks_mut(block_offset(Form::Mxfp4, 1)).enumerate() {
+            let mut rows = [BlockMxfp4::ZERO; ROWS];
+            let len = BLOCK.min(k - b * BLOCK);
+            for row in &mut rows {
+                // Some rows are all of one sign and as large as can be.
+                let extreme = random.next() % 8;
+                row.q[..len].fill_with(|| match extreme {
+                    0 => 7,
+                    1 => 15,
+                    _ => random.next() as u8 & 15,
+                });
+                row.e[..len.div_ceil(32)]
+                    .fill_with(|| (range.start + random.next() % (range.end - range.start)) as u8);
+            }
+            pack_mxfp4(&rows, out);
+        }
+    }
+    out
+}
+
 /// Packs an `[n, k]` matrix, `n` a multiple of 16.
 fn pack(kernels: &Kernels, form: Form, w: &[f32], k: usize) -> Aligned {
     let n = w.len() / k;
@@ -213,6 +241,39 @@ proptest! {
     }
 
     #[test]
+    fn mxfp4_gemm(m in 1usize..20, blocks in 1usize..6, k in 1usize..22, seed: u64) {
+        let (k, mut random) = (k * 32, Random(seed));
+        let packed = mxfp4(&mut random, blocks * ROWS, k, 0..200);
+        let x = random.values(m * k);
+        let scalar = &scalar::KERNELS;
+        let mut a = Quantized::new(scalar, &x, m);
+        for extreme in [false, true] {
+            let y = gemm(scalar, Form::Mxfp4, packed.get(), &a.acts());
+            for set in integer_sets() {
+                let z = gemm(set, Form::Mxfp4, packed.get(), &a.acts());
+                prop_assert_eq!(bits(&z), bits(&y), "{} {}", set.name, extreme);
+            }
+            a.extreme();
+        }
+        // Against f32 activations: one chain of the weights as they are.
+        let packed = mxfp4(&mut random, blocks * ROWS, k, 100..150);
+        let mut row = vec![0.0; k];
+        let mut y = vec![0.0; m * blocks * ROWS];
+        for n in 0..blocks * ROWS {
+            unpack_row(Form::Mxfp4, packed.get(), n, &mut row);
+            for (t, x) in x.chunks(k).enumerate() {
+                y[t * blocks * ROWS + n] =
+                    row.iter().zip(x).fold(0.0f32, |acc, (w, x)| w.mul_add(*x, acc));
+            }
+        }
+        for set in available() {
+            let mut z = vec![0.0; y.len()];
+            set.gemm_float(Form::Mxfp4Float, packed.get(), k, &x, &mut z);
+            prop_assert_eq!(bits(&z), bits(&y), "{}", set.name);
+        }
+    }
+
+    #[test]
     fn float_gemm(m in 1usize..10, blocks in 1usize..7, k in 1usize..70, seed: u64) {
         let mut random = Random(seed);
         let w = random.values(blocks * ROWS * k);
@@ -260,18 +321,24 @@ proptest! {
                 all.extend_from_slice(&z);
             }
             let xielu = Activation::XIelu { alpha_p: 0.8, alpha_n: 0.3, beta: 0.5, eps: -1e-6 };
-            use Activation::{Gelu, GeluTanh, Relu2, Silu};
-            for act in [Silu, Gelu, GeluTanh, Relu2, xielu] {
+            use Activation::{ClampedSwiglu, Gelu, GeluTanh, Relu2, Silu};
+            for act in [Silu, Gelu, GeluTanh, Relu2, xielu, ClampedSwiglu] {
                 z.copy_from_slice(&x);
                 set.gate(act, &mut z, &y);
                 all.extend_from_slice(&z);
             }
             z.copy_from_slice(&x);
-            set.rope(&mut z, &y[..n / 2 * 2]);
+            set.rope(&mut z, &y[..n / 2 * 2], false);
+            set.rope(&mut z, &y[..n / 4 * 2], true);
             set.softcap(&mut z, 30.0);
             set.add(&mut z, &y);
             set.add_scaled(&mut z, 0.3, &x);
             all.extend_from_slice(&z);
+            for score in [Score::Softmax, Score::Sigmoid] {
+                z.copy_from_slice(&x);
+                set.score(score, &mut z);
+                all.extend_from_slice(&z);
+            }
             all
         };
         let expected = run(&scalar::KERNELS);
@@ -282,7 +349,7 @@ proptest! {
 
     #[test]
     fn attention(rows in 1usize..=MAX_ROWS, d in 1usize..20, len in 1usize..1200, window in 1u32..1500,
-                 kind in 0usize..3, cap: bool, seed: u64) {
+                 kind in 0usize..3, cap: bool, sink: bool, seed: u64) {
         let d = 8 * d;
         let dtype = [KvDtype::F32, KvDtype::F16, KvDtype::Int8][kind];
         let mut random = Random(seed);
@@ -292,6 +359,7 @@ proptest! {
         let table: Vec<u32> = (0..pages as u32).rev().collect();
         let mut mild = |n| -> Vec<f32> { random.values(n).iter().map(|x| x.clamp(-1.0, 1.0)).collect() };
         let (k, v, q) = (mild(len * d), mild(len * d), mild(rows * d));
+        let sinks = mild(rows);
         let seen: Vec<(u32, u32)> = (0..rows).map(|_| {
             let to = 1 + (random.next() % len as u64) as u32;
             (to.saturating_sub(window), to)
@@ -312,6 +380,7 @@ proptest! {
                 d,
                 scale: 0.2,
                 softcap: cap.then_some(50.0),
+                sinks: sink.then_some(&sinks[rows.clone()]),
                 seen: &seen[rows.clone()],
                 kv: kv.get(),
                 table: &table,
@@ -353,7 +422,8 @@ proptest! {
                 if cap { 50.0 * (s * 0.2 / 50.0).tanh() } else { s * 0.2 }
             }).collect();
             let max = scores.iter().fold(f64::MIN, |a, &b| a.max(b));
-            let total: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+            let extra = if sink { (f64::from(sinks[r]) - max).exp() } else { 0.0 };
+            let total: f64 = scores.iter().map(|s| (s - max).exp()).sum::<f64>() + extra;
             for i in 0..d {
                 let o: f64 = scores.iter().zip(from as usize..)
                     .map(|(s, p)| (s - max).exp() / total * v[p * d + i]).sum();
@@ -371,8 +441,11 @@ fn scalar_gemm_is_the_dot_product_of_what_is_stored() {
     let mut random = Random(5);
     let (w, x) = (random.values(n * k), random.values(m * k));
     let set = &scalar::KERNELS;
-    for form in [Form::Q4, Form::Q8] {
-        let packed = pack(set, form, &w, k);
+    for form in [Form::Q4, Form::Q8, Form::Mxfp4] {
+        let packed = match form {
+            Form::Mxfp4 => mxfp4(&mut random, n, k, 120..128),
+            _ => pack(set, form, &w, k),
+        };
         let a = Quantized::new(set, &x, m);
         let y = gemm(set, form, packed.get(), &a.acts());
         let mut row = vec![0.0; k];

@@ -2,7 +2,7 @@
 //! in [`Spec`](super::spec::Spec).
 
 use super::spec::{self, QkNorm};
-use super::weights::{self, Dense, Ffn, Layer, Mixer, Norm};
+use super::weights::{self, Dense, Ffn, Layer, Mixer, Moe, Norm};
 use super::{Chunk, Forward, KvGroup, PAGE, Wanted};
 use crate::backend::{self, Backend, KvDtype, Span};
 use crate::model::spec::Spec;
@@ -49,8 +49,10 @@ impl<B: Backend> Model<B> {
                 self.attend(l, how, w, attn, kv, step);
             }
         }
-        match &w.ffn {
-            Ffn::Dense(dense) => self.feed_forward(l, w, dense, kv),
+        match (&self.spec.layers[l].ffn, &w.ffn) {
+            (spec::Ffn::Moe(how), Ffn::Moe(moe)) => self.experts(how, w, moe, kv),
+            (_, Ffn::Dense(dense)) => self.feed_forward(l, w, dense, kv),
+            _ => unreachable!("weights are read as the spec says"),
         }
     }
 
@@ -73,6 +75,7 @@ impl<B: Backend> Model<B> {
             clip: how.clip,
             softcap: how.softcap,
             window: how.window,
+            rope_interleaved: how.rope_interleaved,
         };
         let (centred, full) = (s.norm.centred(), s.qk_norm == QkNorm::Full);
         let norms = w.qk_norms.as_ref();
@@ -82,7 +85,7 @@ impl<B: Backend> Model<B> {
         let input = self.normed(layer.attn_norm.as_ref(), x, a);
         b.linear(&w.qkv, w.qkv_bias.as_ref(), input, wide);
         b.rotate_and_store(wide, &shape, norms, table, pages, l, step.spans);
-        b.attend(wide, &shape, pages, l, step.spans, out);
+        b.attend(wide, &shape, w.sinks.as_ref(), pages, l, step.spans, out);
         if s.parallel {
             // The feed-forward network reads x as it is now: its norm, or the norm that is in `a`.
             self.normed(layer.ffn_norm.as_ref(), x, a);
@@ -104,10 +107,45 @@ impl<B: Backend> Model<B> {
         let bias = w.gate_up_bias.as_ref();
         match s.layers[l].ffn {
             spec::Ffn::Dense(width) => b.gated(&w.gate_up, bias, w.act, width, input, wide),
-            spec::Ffn::Plain(_) => b.activated(&w.gate_up, bias, w.act, input, wide),
+            _ => b.activated(&w.gate_up, bias, w.act, input, wide),
         }
         let norm = layer.ffn_after_norm.as_ref();
         self.residual(&w.down, w.down_bias.as_ref(), norm, [wide, x, a, after]);
+    }
+
+    /// `x += residual_scale * norm?(sum of p_e expert_e(a) + sigmoid(gate a)? * shared(a))`, `a = norm(x)`.
+    fn experts(
+        &self,
+        how: &spec::Moe,
+        layer: &Layer<B::Mat, B::Row>,
+        w: &Moe<B::Mat, B::Row>,
+        kv: &mut Kv<B>,
+    ) {
+        let (b, s) = (&self.backend, &self.spec);
+        let Kv { x, a, wide, out, after, .. } = kv;
+        let input = if s.parallel { &*a } else { self.normed(layer.ffn_norm.as_ref(), x, a) };
+        b.linear(&w.router, w.router_bias.as_ref(), input, wide);
+        let correction = w.correction.as_ref();
+        b.moe(&how.routing, wide, correction, &w.experts, w.act, how.width, input, out);
+        if let (Some(how), Some(shared)) = (&how.shared, &w.shared) {
+            b.gated(&shared.gate_up, None, w.act, how.width, input, wide);
+            match &shared.router {
+                None => b.linear_add(&shared.down, None, wide, out),
+                Some(router) => {
+                    b.linear(&shared.down, None, wide, after);
+                    b.linear(router, None, input, wide);
+                    b.add_gated(wide, after, out);
+                }
+            }
+        }
+        let y = match &layer.ffn_after_norm {
+            None => out,
+            Some(norm) => {
+                self.norm(norm, out, after);
+                after
+            }
+        };
+        b.add_scaled(x, s.residual_scale, y);
     }
 
     /// `x += residual_scale * norm?(w y + bias)`, with two buffers to work in; `a` only if there is a norm.
@@ -165,20 +203,12 @@ impl Model<crate::backend::cpu::Cpu> {
 
     /// Bytes of the packed matrices.
     pub fn weight_bytes(&self) -> u64 {
-        let w = &self.weights;
-        let layers = w.layers.iter().flat_map(|l| {
-            let Mixer::Attention(a) = &l.mixer;
-            let Ffn::Dense(f) = &l.ffn;
-            [&a.qkv, &a.o, &f.gate_up, &f.down]
-        });
-        let ends = std::iter::once(&w.embed).chain(&w.positions).chain(&w.head);
-        layers.chain(ends).map(|m| m.bytes().len() as u64).sum()
+        self.weights.mats().map(|m| m.bytes().len() as u64).sum()
     }
 
     /// How the weights of the layers are stored.
     pub fn form(&self) -> &'static str {
-        let Ffn::Dense(f) = &self.weights.layers[0].ffn;
-        f.down.form().name()
+        self.weights.layers[0].ffn.mats()[0].form().name()
     }
 }
 

@@ -1,10 +1,10 @@
 //! From a checkpoint's tensors to packed weights. Formats and checkpoint names end here.
 
 use super::cache;
-use super::spec::{self, Act, Names, QkNorm, Spec};
+use super::spec::{self, Act, Names, QkNorm, Slice, Spec};
 use super::{LoadOptions, Quantization};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
-use crate::backend::{Activation, Backend, Form, Part, Parts};
+use crate::backend::{Activation, Backend, Expert, Form, Part, Parts};
 use crate::file::{Checkpoint, Dtype, TensorView};
 use crate::{Error, Result};
 use std::path::Path;
@@ -44,6 +44,7 @@ pub(super) enum Mixer<M, V> {
 /// As [`spec::Ffn`].
 pub(super) enum Ffn<M, V> {
     Dense(Dense<M, V>),
+    Moe(Moe<M, V>),
 }
 
 /// The weights of attention.
@@ -51,6 +52,7 @@ pub(super) struct Attention<M, V> {
     pub(super) qkv: M,
     pub(super) qkv_bias: Option<V>,
     pub(super) qk_norms: Option<(V, V)>,
+    pub(super) sinks: Option<V>,
     pub(super) o: M,
     pub(super) o_bias: Option<V>,
 }
@@ -65,19 +67,67 @@ pub(super) struct Dense<M, V> {
     pub(super) down_bias: Option<V>,
 }
 
-/// A matrix as the checkpoint has it: tensors and their rows, all with `k` inputs.
+/// The weights of experts.
+pub(super) struct Moe<M, V> {
+    pub(super) act: Activation,
+    pub(super) router: M,
+    pub(super) router_bias: Option<V>,
+    pub(super) correction: Option<V>,
+    pub(super) experts: Vec<Expert<M, V>>,
+    pub(super) shared: Option<Shared<M>>,
+}
+
+/// The weights of shared experts.
+pub(super) struct Shared<M> {
+    pub(super) gate_up: M,
+    pub(super) down: M,
+    /// One row.
+    pub(super) router: Option<M>,
+}
+
+impl<M, V> Weights<M, V> {
+    /// All matrices.
+    pub(super) fn mats(&self) -> impl Iterator<Item = &M> {
+        let layers = self.layers.iter().flat_map(|layer| {
+            let Mixer::Attention(a) = &layer.mixer;
+            [&a.qkv, &a.o].into_iter().chain(layer.ffn.mats())
+        });
+        layers.chain([&self.embed]).chain(&self.positions).chain(&self.head)
+    }
+}
+
+impl<M, V> Ffn<M, V> {
+    /// All matrices, gate and up first.
+    pub(super) fn mats(&self) -> Vec<&M> {
+        match self {
+            Ffn::Dense(dense) => vec![&dense.gate_up, &dense.down],
+            Ffn::Moe(moe) => {
+                let mut mats: Vec<&M> =
+                    moe.experts.iter().flat_map(|e| [&e.gate_up, &e.down]).collect();
+                if let Some(shared) = &moe.shared {
+                    mats.extend([&shared.gate_up, &shared.down]);
+                    mats.extend(&shared.router);
+                }
+                mats.push(&moe.router);
+                mats
+            }
+        }
+    }
+}
+
+/// A matrix as the checkpoint has it: places of rows and their number, all with `k` inputs.
 struct Source {
-    parts: Vec<(String, usize)>,
+    parts: Vec<(Slice, usize)>,
     k: usize,
     interleaved: bool,
-    /// Never quantized.
+    /// Never quantized: a small matrix whose errors would choose other experts.
     exact: bool,
 }
 
-/// One packed matrix to be: the checkpoint's tensors it comes from.
+/// One packed matrix to be: what it comes from.
 #[derive(Debug)]
 pub(super) struct Plan {
-    pub(super) names: Vec<String>,
+    parts: Vec<(Slice, usize)>,
     pub(super) n: usize,
     pub(super) k: usize,
     pub(super) form: Form,
@@ -112,62 +162,90 @@ impl<'a> Reader<'a> {
         Ok(Reader { folder, checkpoint, spec, names })
     }
 
-    /// The tensor of a weight, its shape and type checked.
-    fn tensor(&self, name: &str, shape: &[usize]) -> Result<(TensorView<'a>, Form)> {
+    /// A tensor, its shape checked.
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<TensorView<'a>> {
         let tensor = self.checkpoint.tensor(name)?;
         if tensor.shape != shape {
             let what =
                 format!("tensor `{name}`: found shape {:?}, expected {shape:?}", tensor.shape);
             return Err(Error::format(self.folder, what));
         }
-        let stored = match tensor.dtype {
-            Dtype::F32 => Form::F32,
-            Dtype::F16 => Form::F16,
-            Dtype::BF16 => Form::Bf16,
-            other => {
-                return Err(Error::Unsupported(format!(
-                    "tensor `{name}`: found {}, expected F32, F16 or BF16",
-                    other.name()
-                )));
-            }
-        };
-        Ok((tensor, stored))
+        Ok(tensor)
+    }
+
+    /// The tensors of a weight, their shapes and types checked. One, or two for MXFP4.
+    fn tensors(&self, place: &Slice) -> Result<(Vec<TensorView<'a>>, Form)> {
+        let tensor = |(name, shape): (String, Vec<usize>)| self.tensor(&name, &shape);
+        let tensors: Vec<_> = place.tensors().into_iter().map(tensor).collect::<Result<_>>()?;
+        let mut stored = Form::Mxfp4;
+        for tensor in &tensors {
+            stored = match (tensor.dtype, place.mxfp4) {
+                (Dtype::F32, false) => Form::F32,
+                (Dtype::F16, false) => Form::F16,
+                (Dtype::BF16, false) => Form::Bf16,
+                (Dtype::U8, true) => Form::Mxfp4,
+                (other, mxfp4) => {
+                    return Err(Error::Unsupported(format!(
+                        "tensor `{}`: found {}, expected {}",
+                        tensor.name,
+                        other.name(),
+                        if mxfp4 { "U8" } else { "F32, F16 or BF16" }
+                    )));
+                }
+            };
+        }
+        Ok((tensors, stored))
+    }
+
+    /// `n` rows of `k` numbers.
+    fn part(&self, place: &Slice, n: usize, k: usize) -> Result<(Vec<TensorView<'a>>, Part<'a>)> {
+        let (mut tensors, stored) = self.tensors(place)?;
+        let numbers: usize = place.shape.iter().product();
+        let end = place.first + (n - 1) * place.row + (k - 1) * place.column + 1;
+        for tensor in &mut tensors {
+            // Whole bytes of codes and whole exponents: rows of MXFP4 start and end with a group.
+            let byte =
+                |number: usize| number as u128 * tensor.bytes.len() as u128 / numbers as u128;
+            tensor.bytes = &tensor.bytes[byte(place.first) as usize..byte(end) as usize];
+        }
+        let scales = tensors.get(1).map_or(&[][..], |scales| scales.bytes);
+        let Slice { row, column, .. } = *place;
+        let part = Part { stored, n, bytes: tensors[0].bytes, row, column, scales };
+        Ok((tensors, part))
     }
 
     /// A vector as f32.
-    fn vector(&self, name: &str, n: usize) -> Result<Vec<f32>> {
-        self.values(name, &[n])
+    fn vector(&self, place: &Slice, n: usize) -> Result<Vec<f32>> {
+        self.values(place, n, 1)
     }
 
-    /// A small tensor as f32.
-    fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        let (tensor, stored) = self.tensor(name, shape)?;
-        let values: Vec<f32> = match stored {
-            Form::F32 => {
-                tensor.bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect()
-            }
-            Form::F16 => {
-                let halves = tensor.bytes.as_chunks().0.iter();
-                halves.map(|&b| half::f16::from_le_bytes(b).to_f32()).collect()
-            }
-            _ => {
-                let halves = tensor.bytes.as_chunks().0.iter();
-                halves.map(|&b| half::bf16::from_le_bytes(b).to_f32()).collect()
+    /// `n` rows of `k` numbers as f32.
+    fn values(&self, place: &Slice, n: usize, k: usize) -> Result<Vec<f32>> {
+        let (_, Part { stored, bytes, row, column, .. }) = self.part(place, n, k)?;
+        let (words, halves) = (bytes.as_chunks().0, bytes.as_chunks().0);
+        let value = |i: usize| {
+            let at = i / k * row + i % k * column;
+            match stored {
+                Form::F32 => f32::from_le_bytes(words[at]),
+                Form::F16 => half::f16::from_le_bytes(halves[at]).to_f32(),
+                _ => half::bf16::from_le_bytes(halves[at]).to_f32(),
             }
         };
+        let values: Vec<f32> = (0..n * k).map(value).collect();
         match values.iter().position(|x| !x.is_finite()) {
             None => Ok(values),
-            Some(i) => Err(self.not_finite(name, &format!("[{i}]"))),
+            Some(i) => Err(self.not_finite(place, i / k, i % k)),
         }
     }
 
-    fn not_finite(&self, name: &str, at: &str) -> Error {
-        let what = format!("tensor `{name}`{at}: found a number that is not finite");
+    fn not_finite(&self, place: &Slice, i: usize, j: usize) -> Error {
+        let (tensor, at) = (&place.tensor, place.index(i, j));
+        let what = format!("tensor `{tensor}`{at:?}: found a number that is not finite");
         Error::format(self.folder, what)
     }
 
-    fn norm(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        let mut gain = self.values(name, shape)?;
+    fn norm(&self, place: &Slice, n: usize, k: usize) -> Result<Vec<f32>> {
+        let mut gain = self.values(place, n, k)?;
         if self.spec.norm.plus_one() {
             gain.iter_mut().for_each(|g| *g += 1.0);
         }
@@ -178,46 +256,38 @@ impl<'a> Reader<'a> {
     fn plan(&self, quantization: Quantization, source: Source) -> Result<Plan> {
         let Source { parts, k, interleaved, exact } = source;
         let mut form = None;
-        for (name, n) in &parts {
-            let (tensor, stored) = self.tensor(name, &[*n, k])?;
+        for (place, _) in &parts {
+            let (_, stored) = self.tensors(place)?;
             let wanted = match quantization {
-                _ if exact => stored,
+                Quantization::None if stored == Form::Mxfp4 => Form::Mxfp4Float,
+                _ if exact || stored == Form::Mxfp4 => stored,
                 Quantization::Int4 => Form::Q4,
                 Quantization::Int8 => Form::Q8,
                 Quantization::Auto | Quantization::None => stored,
             };
             if *form.get_or_insert(wanted) != wanted {
                 return Err(Error::Unsupported(format!(
-                    "tensor `{name}`: found {}, but `{}` beside it is stored otherwise; use quantization=\"int8\"",
-                    tensor.dtype.name(),
-                    parts[0].0
+                    "tensor `{}`: found {}, but `{}` beside it is stored otherwise; use quantization=\"int8\"",
+                    place.tensor,
+                    stored.name(),
+                    parts[0].0.tensor
                 )));
             }
         }
         let n = parts.iter().map(|(_, n)| n).sum::<usize>();
         let n = if interleaved { 2 * (n / 2).next_multiple_of(16) } else { n };
-        let names = parts.into_iter().map(|(name, _)| name).collect();
-        Ok(Plan { names, n, k, form: form.unwrap_or(Form::F32), interleaved })
+        Ok(Plan { parts, n, k, form: form.unwrap_or(Form::F32), interleaved })
     }
 
     /// Packs one matrix into `out`.
     fn pack(&self, cpu: &Cpu, plan: &Plan, out: &mut [u8]) -> Result<()> {
-        let tensors: Vec<TensorView<'a>> =
-            plan.names.iter().map(|name| self.checkpoint.tensor(name)).collect::<Result<_>>()?;
-        let part = |t: &TensorView<'a>| {
-            let stored = match t.dtype {
-                Dtype::F32 => Form::F32,
-                Dtype::F16 => Form::F16,
-                _ => Form::Bf16, // `plan` has checked
-            };
-            Part { stored, n: t.shape[0], bytes: t.bytes }
-        };
-        let parts = tensors.iter().map(part).collect();
+        let part = |(place, n): &(Slice, usize)| self.part(place, *n, plan.k);
+        let sources: Vec<_> = plan.parts.iter().map(part).collect::<Result<_>>()?;
+        let parts = sources.iter().map(|(_, part)| *part).collect();
         let parts = Parts { parts, k: plan.k, interleaved: plan.interleaved };
-        cpu.pack_into(plan.form, &parts, out).map_err(|(p, row, column)| {
-            self.not_finite(&plan.names[p], &format!("[{row}, {column}]"))
-        })?;
-        tensors.iter().for_each(|t| self.checkpoint.release(t));
+        cpu.pack_into(plan.form, &parts, out)
+            .map_err(|(p, row, column)| self.not_finite(&plan.parts[p].0, row, column))?;
+        sources.iter().flat_map(|(tensors, _)| tensors).for_each(|t| self.checkpoint.release(t));
         Ok(())
     }
 
@@ -242,22 +312,20 @@ impl<'a> Reader<'a> {
         mut mat: impl FnMut(Source) -> Result<M>,
     ) -> Result<Weights<M, V>> {
         let s = self.spec;
-        let mut one = |what: &str, n, exact| {
-            let parts = vec![(self.names.model(what), n)];
-            mat(Source { parts, k: s.hidden, interleaved: false, exact })
+        let whole = |what: &str, n, exact| {
+            let place = Slice::whole(self.names.model(what), vec![n, s.hidden]);
+            Source { parts: vec![(place, n)], k: s.hidden, interleaved: false, exact }
         };
-        let embed = one("embed", s.vocab, false)?;
-        let positions = s.positions.map(|n| one("positions", n, true)).transpose()?;
+        let embed = mat(whole("embed", s.vocab, false))?;
+        let positions = s.positions.map(|n| mat(whole("positions", n, true))).transpose()?;
         let layers = (0..s.layers.len()).map(|l| self.layer(l, &row, &mut mat));
         let layers = layers.collect::<Result<_>>()?;
-        let head = || {
-            let parts = vec![(self.names.model("head"), s.vocab)];
-            mat(Source { parts, k: s.hidden, interleaved: false, exact: false })
-        };
+        let head = || mat(whole("head", s.vocab, false));
         let head = (!s.tied).then(head).transpose()?;
-        let vector = |what: &str, n| Ok(row(&self.vector(&self.names.model(what), n)?));
+        let place = |what: &str, n| Slice::whole(self.names.model(what), vec![n]);
+        let vector = |what: &str, n| Ok(row(&self.vector(&place(what, n), n)?));
         let norm = Norm {
-            gain: row(&self.norm(&self.names.model("norm"), &[s.hidden])?),
+            gain: row(&self.norm(&place("norm", s.hidden), s.hidden, 1)?),
             bias: s.norm_bias.then(|| vector("norm_bias", s.hidden)).transpose()?,
         };
         let head_bias = s.head_bias.then(|| vector("head_bias", s.vocab)).transpose()?;
@@ -271,18 +339,18 @@ impl<'a> Reader<'a> {
         mat: &mut impl FnMut(Source) -> Result<M>,
     ) -> Result<Layer<M, V>> {
         let s = self.spec;
-        let name = |what: &str| self.names.layer(l, what);
-        let vector = |what: &str, n: usize| self.vector(&name(what), n);
+        let place = |what: &str| s.place(&self.names, l, what, 0);
+        let vector = |what: &str, n: usize| self.vector(&place(what), n);
         let bias = |exists: bool, what: &str, n: usize| -> Result<Option<V>> {
             exists.then(|| Ok(row(&vector(what, n)?))).transpose()
         };
         let norm = |exists: bool, what: &str, bias_what: &str| -> Result<Option<Norm<V>>> {
-            let gain = || Ok(row(&self.norm(&name(what), &[s.hidden])?));
+            let gain = || Ok(row(&self.norm(&place(what), s.hidden, 1)?));
             let bias = || bias(s.norm_bias, bias_what, s.hidden);
             exists.then(|| Ok(Norm { gain: gain()?, bias: bias()? })).transpose()
         };
         let source = |parts: &[(&str, usize)], k, interleaved| Source {
-            parts: parts.iter().map(|&(what, n)| (name(what), n)).collect(),
+            parts: parts.iter().map(|&(what, n)| (place(what), n)).collect(),
             k,
             interleaved,
             exact: false,
@@ -295,9 +363,9 @@ impl<'a> Reader<'a> {
                     Ok(row(&all.concat()))
                 };
                 let gain = |what: &str, heads: usize| match s.qk_norm {
-                    QkNorm::Head => self.norm(&name(what), &[d]),
-                    QkNorm::EachHead => self.norm(&name(what), &[heads, d]),
-                    QkNorm::Full | QkNorm::None => self.norm(&name(what), &[heads * d]),
+                    QkNorm::Head => self.norm(&place(what), d, 1),
+                    QkNorm::EachHead => self.norm(&place(what), heads, d),
+                    QkNorm::Full | QkNorm::None => self.norm(&place(what), heads * d, 1),
                 };
                 let qk_norms = || -> Result<(V, V)> {
                     Ok((row(&gain("q_norm", a.heads)?), row(&gain("k_norm", a.kv_heads)?)))
@@ -306,13 +374,15 @@ impl<'a> Reader<'a> {
                     qkv: mat(source(&[("q", q), ("k", kv), ("v", kv)], s.hidden, false))?,
                     qkv_bias: s.qkv_bias.then(qkv_bias).transpose()?,
                     qk_norms: (s.qk_norm != QkNorm::None).then(qk_norms).transpose()?,
+                    sinks: bias(a.sinks, "sinks", a.heads)?,
                     o: mat(source(&[("o", s.hidden)], q, false))?,
                     o_bias: bias(s.o_bias, "o_bias", s.hidden)?,
                 })
             }
         };
-        let ffn = match s.layers[l].ffn {
-            spec::Ffn::Dense(ffn) => {
+        let ffn = match &s.layers[l].ffn {
+            spec::Ffn::Moe(moe) => Ffn::Moe(self.moe(l, moe, row, mat)?),
+            &spec::Ffn::Dense(ffn) => {
                 let gate_up_bias = || -> Result<V> {
                     Ok(row(&interleave(&vector("gate_bias", ffn)?, &vector("up_bias", ffn)?)))
                 };
@@ -324,7 +394,7 @@ impl<'a> Reader<'a> {
                     down_bias: bias(s.mlp_bias, "down_bias", s.hidden)?,
                 })
             }
-            spec::Ffn::Plain(ffn) => Ffn::Dense(Dense {
+            &spec::Ffn::Plain(ffn) => Ffn::Dense(Dense {
                 act: self.activation(l)?,
                 gate_up: mat(source(&[("up", ffn)], s.hidden, false))?,
                 gate_up_bias: bias(s.mlp_bias, "up_bias", ffn)?,
@@ -349,20 +419,76 @@ impl<'a> Reader<'a> {
             Act::Gelu => Activation::Gelu,
             Act::GeluTanh => Activation::GeluTanh,
             Act::Relu2 => Activation::Relu2,
+            Act::ClampedSwiglu => Activation::ClampedSwiglu,
             Act::XIelu => {
-                let number = |what: &str, shape: &[usize]| -> Result<f32> {
-                    Ok(self.values(&self.names.layer(l, what), shape)?[0])
+                let number = |what: &str| -> Result<f32> {
+                    Ok(self.vector(&self.spec.place(&self.names, l, what, 0), 1)?[0])
                 };
                 let softplus =
                     |x: f32| x.max(0.0) + libm::log1p(libm::exp(-f64::from(x.abs()))) as f32;
-                let beta = number("xielu_beta", &[])?;
+                let beta = number("xielu_beta")?;
                 Activation::XIelu {
-                    alpha_p: softplus(number("xielu_alpha_p", &[1])?),
-                    alpha_n: beta + softplus(number("xielu_alpha_n", &[1])?),
+                    alpha_p: softplus(number("xielu_alpha_p")?),
+                    alpha_n: beta + softplus(number("xielu_alpha_n")?),
                     beta,
-                    eps: number("xielu_eps", &[])?,
+                    eps: number("xielu_eps")?,
                 }
             }
+        })
+    }
+}
+
+impl Reader<'_> {
+    fn moe<M, V>(
+        &self,
+        l: usize,
+        moe: &spec::Moe,
+        row: &impl Fn(&[f32]) -> V,
+        mat: &mut impl FnMut(Source) -> Result<M>,
+    ) -> Result<Moe<M, V>> {
+        let (hidden, width) = (self.spec.hidden, moe.width);
+        let place = |what: &str, e| self.spec.place(&self.names, l, what, e);
+        let vector = |exists: bool, what: &str| -> Result<Option<V>> {
+            exists.then(|| Ok(row(&self.vector(&place(what, 0), moe.experts)?))).transpose()
+        };
+        let mut source = |parts: Vec<(Slice, usize)>, k, exact| {
+            let interleaved = parts.len() == 2;
+            mat(Source { parts, k, interleaved, exact })
+        };
+        let router = source(vec![(place("router", 0), moe.experts)], hidden, true)?;
+        let mut expert = |e: usize| -> Result<Expert<M, V>> {
+            let bias = |what: &str, n| self.vector(&place(what, e), n);
+            let gate_up_bias = || -> Result<V> {
+                let gate = bias("expert_gate_bias", width)?;
+                Ok(row(&interleave(&gate, &bias("expert_up_bias", width)?)))
+            };
+            let down_bias = || -> Result<V> { Ok(row(&bias("expert_down_bias", hidden)?)) };
+            let gate_up = vec![(place("expert_gate", e), width), (place("expert_up", e), width)];
+            Ok(Expert {
+                gate_up: source(gate_up, hidden, false)?,
+                gate_up_bias: moe.expert_bias.then(gate_up_bias).transpose()?,
+                down: source(vec![(place("expert_down", e), hidden)], width, false)?,
+                down_bias: moe.expert_bias.then(down_bias).transpose()?,
+            })
+        };
+        let experts = (0..moe.experts).map(&mut expert).collect::<Result<_>>()?;
+        let shared = |shared: spec::Shared| -> Result<Shared<M>> {
+            let width = shared.width;
+            let gate_up = vec![(place("shared_gate", 0), width), (place("shared_up", 0), width)];
+            let gate = || vec![(place("shared_router", 0), 1)];
+            Ok(Shared {
+                gate_up: source(gate_up, hidden, false)?,
+                down: source(vec![(place("shared_down", 0), hidden)], width, false)?,
+                router: shared.gate.then(|| source(gate(), hidden, true)).transpose()?,
+            })
+        };
+        Ok(Moe {
+            act: self.activation(l)?,
+            router,
+            router_bias: vector(moe.router_bias, "router_bias")?,
+            correction: vector(moe.correction, "router_correction")?,
+            experts,
+            shared: moe.shared.map(shared).transpose()?,
         })
     }
 }

@@ -55,7 +55,7 @@ fn quantize(
         let isa = isa.or_else(|| std::env::var("FERRULE_ISA").ok());
         let threads = threads.unwrap_or_else(|| topology::auto().count);
         let cpu = Cpu::new(threads, isa.as_deref())?;
-        let part = Part { stored: Form::F32, n, bytes: &bytes };
+        let part = Part::floats(Form::F32, n, k, &bytes);
         let mat = cpu.pack(form, &Parts { parts: vec![part], k, interleaved: false })?;
         let mat = mat.map_err(|(_, r, c)| {
             Error::parameter("w", format!("no finite number at [{r}, {c}]"), "finite numbers")

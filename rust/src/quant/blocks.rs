@@ -1,7 +1,7 @@
 //! The blocks of ggml's quantized types, as GGUF files hold them: bytes -> f32, bit by bit what ggml's reference
 //! (`gguf.quants.dequantize`) gives. Only reads them; knows no file.
 
-use super::grids;
+use super::{TWICE, grids};
 
 macro_rules! blocks {
     ($($name:ident $ggml:literal $weights:literal $bytes:literal $decode:ident)*) => {
@@ -366,10 +366,6 @@ fn tq2_0(b: &[u8; 66], out: &mut [f32; 256]) {
     }
 }
 
-/// Twice the values of 4-bit floats (E2M1).
-const E2M1: [f32; 16] =
-    [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0];
-
 fn mxfp4(b: &[u8; 17], out: &mut [f32; 32]) {
     // Half of 2^(b[0] - 127); the smallest two are subnormal.
     let d = f32::from_bits(match b[0] {
@@ -377,7 +373,7 @@ fn mxfp4(b: &[u8; 17], out: &mut [f32; 32]) {
         e => u32::from(e - 1) << 23,
     });
     for (i, x) in out.iter_mut().enumerate() {
-        *x = d * E2M1[usize::from(code(&b[1..], 16, 4, i))];
+        *x = d * f32::from(TWICE[usize::from(code(&b[1..], 16, 4, i))]);
     }
 }
 
@@ -392,7 +388,7 @@ fn nvfp4(b: &[u8; 36], out: &mut [f32; 64]) {
         };
         let d = d * 0.5;
         for (i, x) in out.iter_mut().enumerate() {
-            *x = d * E2M1[usize::from(code(&b[4 + 8 * g..], 8, 4, i))];
+            *x = d * f32::from(TWICE[usize::from(code(&b[4 + 8 * g..], 8, 4, i))]);
         }
     }
 }

@@ -2,7 +2,7 @@
 //! Scalar code without an instruction set, without I/O. `kernels::pack` brings these forms into the
 //! order the kernels read.
 //!
-//! Both forms are int8 values with one f32 scale per row and [`BLOCK`] inputs, `w = d * w8`:
+//! Two forms are int8 values with one f32 scale per row and [`BLOCK`] inputs, `w = d * w8`:
 //!
 //! | form | stored | bits per weight |
 //! |---|---|---|
@@ -11,13 +11,18 @@
 //!
 //! An int4 weight therefore *is* an int8 weight, exactly. A dot product is an exact integer over one
 //! block and one float step per block, whatever the instruction set, the batch or the phase.
+//!
+//! The third, [`BlockMxfp4`], is a format of checkpoints: small integers and a power of two for each [`GROUP`], hence
+//! an exact integer and one float step per group.
 
 mod blocks;
 mod grids;
+mod mxfp4;
 mod q4;
 mod q8;
 
 pub use blocks::Blocks;
+pub use mxfp4::{BlockMxfp4, TWICE};
 pub use q4::BlockQ4;
 pub use q8::BlockQ8;
 

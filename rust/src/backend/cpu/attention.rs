@@ -56,7 +56,7 @@ impl Cpu {
             }
             if let Some(table) = table {
                 for head in row.chunks_exact_mut(d).take(how.heads + how.kv_heads) {
-                    self.kernels.rope(head, table.row(r));
+                    self.kernels.rope(head, table.row(r), how.rope_interleaved);
                 }
             }
         });
@@ -113,6 +113,7 @@ impl Cpu {
         &self,
         qkv: &Buf,
         how: &Attention,
+        sinks: Option<&Vec<f32>>,
         kv: &Kv,
         layer: usize,
         spans: &[Span<'_>],
@@ -147,18 +148,21 @@ impl Cpu {
             let rows = tile.len() * heads;
             let mut q = Vec::with_capacity(rows * d);
             let mut seen = Vec::with_capacity(rows);
+            let mut sink = Vec::new();
             for i in tile.clone() {
                 let row = qkv.row(span.first_row + i);
                 q.extend_from_slice(&row[first_head * d..][..heads * d]);
                 let to = span.start + i + 1;
                 let from = how.window.map_or(0, |w| to.saturating_sub(w));
                 seen.extend(std::iter::repeat_n((from as u32, to as u32), heads));
+                sink.extend_from_slice(sinks.map_or(&[], |s| &s[first_head..first_head + heads]));
             }
             let attend = Attend {
                 q: &q,
                 d,
                 scale: how.scale,
                 softcap: how.softcap,
+                sinks: sinks.map(|_| &sink[..]),
                 seen: &seen,
                 kv: bytes.get(),
                 table: span.table,

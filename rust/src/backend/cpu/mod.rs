@@ -3,19 +3,25 @@
 
 mod attention;
 mod memory;
+mod moe;
 mod pool;
 pub mod topology;
 
 pub use attention::Kv;
 pub use memory::Bytes;
 
-use super::{Activation, Attention, Backend, KvDtype, NotFinite, Part, Parts, QkNorm, Span};
+use super::{
+    Activation, Attention, Backend, Expert, KvDtype, NotFinite, Part, Parts, QkNorm, Routing,
+    Score, Span,
+};
 use crate::kernels::{Acts, Form, Kernels, layout};
-use crate::quant::{BLOCK, GROUPS};
+use crate::quant::{BLOCK, BlockMxfp4, GROUP, GROUPS};
 use crate::{Error, Result};
 use layout::ROWS;
 use memory::Disjoint;
 use pool::{Claims, Pool};
+use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::Mutex;
 
 /// Tokens from which an operation on rows is worth a parallel region.
@@ -30,6 +36,7 @@ pub struct Cpu {
     kernels: &'static Kernels,
     pool: Pool,
     acts: Mutex<ActBuf>,
+    moe: Mutex<moe::Scratch>,
 }
 
 /// Quantized activations of the operation that runs.
@@ -39,6 +46,24 @@ struct ActBuf {
     s: Vec<f32>,
     sums: Vec<[i16; GROUPS]>,
     totals: Vec<i32>,
+    /// Where the values begin in `q`.
+    start: usize,
+}
+
+impl ActBuf {
+    /// The activations of `m` rows with `rows` before them, of `width` inputs.
+    fn of(&self, rows: usize, m: usize, width: usize) -> Acts<'_> {
+        let k = layout::padded_k(width);
+        let (from, n) = (rows * k.div_ceil(BLOCK), m * k.div_ceil(BLOCK));
+        Acts {
+            m,
+            k,
+            q: &self.q[self.start + rows * k..][..m * k],
+            s: &self.s[from..][..n],
+            sums: &self.sums[from..][..n],
+            totals: &self.totals[from..][..n],
+        }
+    }
 }
 
 /// Activations `[rows, width]`.
@@ -109,6 +134,14 @@ impl Mat {
     }
 }
 
+/// A matrix against some rows of the activations; the same rows of the output take the product.
+struct Job<'a> {
+    w: &'a Mat,
+    bias: Option<&'a Vec<f32>>,
+    /// At most [`TOKENS`].
+    rows: Range<usize>,
+}
+
 /// What happens to a finished tile of a product.
 #[derive(Clone, Copy)]
 enum Into {
@@ -126,7 +159,12 @@ impl Cpu {
             return Err(Error::parameter("threads", threads, "1 to 4096, or \"auto\""));
         }
         let pool = Pool::new(threads).map_err(|e| Error::io("threads", e))?;
-        Ok(Cpu { kernels: crate::kernels::choose(isa)?, pool, acts: Mutex::default() })
+        Ok(Cpu {
+            kernels: crate::kernels::choose(isa)?,
+            pool,
+            acts: Mutex::default(),
+            moe: Mutex::default(),
+        })
     }
 
     /// The kernel set in use.
@@ -148,26 +186,31 @@ impl Cpu {
         self.pool.run(&|thread| claims.each(thread, |run| run.for_each(&work)));
     }
 
-    /// Rows `first..first + m` of `x`, quantized, in `buf`.
-    fn quantize<'a>(&self, x: &Buf, first: usize, m: usize, buf: &'a mut ActBuf) -> Acts<'a> {
+    /// The rows of `jobs`, quantized, in `buf`: each job's activations stand together, see [`ActBuf::of`].
+    fn quantize(&self, jobs: &[Job<'_>], x: &Buf, buf: &mut ActBuf) {
         let k = layout::padded_k(x.width);
         let blocks = k.div_ceil(BLOCK);
+        let first = jobs[0].rows.start;
+        let rows = jobs[jobs.len() - 1].rows.end - first;
         // The values start at a line of the cache, as the tiles of AMX like them.
-        buf.q.resize(m * k + 64, 0);
-        let start = buf.q.as_ptr().addr().wrapping_neg() % 64;
-        let values = &mut buf.q[start..start + m * k];
-        buf.s.resize(m * blocks, 0.0);
-        buf.sums.resize(m * blocks, [0; GROUPS]);
-        buf.totals.resize(m * blocks, 0);
+        buf.q.resize(rows * k + 64, 0);
+        buf.start = buf.q.as_ptr().addr().wrapping_neg() % 64;
+        let values = &mut buf.q[buf.start..][..rows * k];
+        buf.s.resize(rows * blocks, 0.0);
+        buf.sums.resize(rows * blocks, [0; GROUPS]);
+        buf.totals.resize(rows * blocks, 0);
         let (q, s) = (Disjoint::new(values), Disjoint::new(&mut buf.s));
         let (sums, totals) = (Disjoint::new(&mut buf.sums), Disjoint::new(&mut buf.totals));
-        self.each(m, 4, |t| {
+        self.each(rows, 4, |r| {
+            let job = &jobs[jobs.partition_point(|job| job.rows.end <= first + r)].rows;
+            let (m, before, t) = (job.len(), job.start - first, first + r - job.start);
             for b in 0..blocks {
                 let len = BLOCK.min(k - b * BLOCK);
                 let start = (b * BLOCK).min(x.width);
-                let x = &x.row(first + t)[start..(start + len).min(x.width)];
-                let (at, i) = (b * BLOCK * m + t * len, b * m + t);
-                // SAFETY: `(b, t)` names these ranges, and each `t` is claimed by one thread.
+                let x = &x.row(first + r)[start..(start + len).min(x.width)];
+                let at = before * k + b * BLOCK * m + t * len;
+                let i = before * blocks + b * m + t;
+                // SAFETY: `(b, r)` names these ranges, and each `r` is claimed by one thread.
                 let (q, s, sums, totals) = unsafe {
                     (
                         q.part(at..at + len),
@@ -179,62 +222,66 @@ impl Cpu {
                 (s[0], totals[0]) = self.kernels.quantize(x, q, &mut sums[0]);
             }
         });
-        Acts {
-            m,
-            k,
-            q: &buf.q[start..start + m * k],
-            s: &buf.s,
-            sums: &buf.sums,
-            totals: &buf.totals,
-        }
     }
 
     /// One matrix product: `out` takes `x w^T + bias` as `into` says.
     fn product(&self, w: &Mat, bias: Option<&Vec<f32>>, x: &Buf, into: Into, out: &mut Buf) {
-        assert_eq!(x.width, w.k, "inputs of the matrix");
         match into {
             Into::Store | Into::Act(_) => out.shape(x.rows, w.n),
             Into::Add => assert!(out.rows == x.rows && out.width == w.n),
             Into::Gate(_, width) => out.shape(x.rows, width),
         }
-        let width = out.width;
-        let mut guard = self.acts.lock().unwrap_or_else(|e| e.into_inner());
-        let size = w.form.row_block_bytes(w.k);
-        // Pairs of row blocks: gate and up stand side by side, and AMX takes two.
-        let pairs = w.n.div_ceil(2 * ROWS);
-        let grain = if x.rows <= 4 { (CLAIM / (2 * size)).clamp(1, 64) } else { 1 };
         for t in (0..x.rows).step_by(TOKENS) {
-            let m = TOKENS.min(x.rows - t);
-            let acts = w.form.is_quantized().then(|| self.quantize(x, t, m, &mut guard));
-            let claims = Claims::new(pairs, self.pool.threads(), grain);
-            let values = Disjoint::new(&mut out.values_mut()[t * width..]);
-            self.pool.run(&|thread| {
-                let mut tile = Vec::new();
-                claims.each(thread, |run| {
-                    let columns = run.len() * 2 * ROWS;
+            let rows = t..x.rows.min(t + TOKENS);
+            self.products(&[Job { w, bias, rows }], x, into, out);
+        }
+    }
+
+    /// Matrix products side by side. All matrices have one shape; the rows of the jobs follow each other.
+    fn products(&self, jobs: &[Job<'_>], x: &Buf, into: Into, out: &mut Buf) {
+        let Some(Job { w, .. }) = jobs.first() else { return };
+        assert!(jobs.iter().all(|job| job.w.n == w.n && job.w.k == x.width));
+        let (n, width) = (w.n, out.width);
+        let first = jobs[0].rows.start;
+        let mut acts = self.acts.lock().unwrap_or_else(|e| e.into_inner());
+        if jobs.iter().any(|job| job.w.form.is_quantized()) {
+            self.quantize(jobs, x, &mut acts);
+        }
+        let acts = &*acts;
+        // Pairs of row blocks: gate and up stand side by side, and AMX takes two.
+        let pairs = n.div_ceil(2 * ROWS);
+        let size = w.form.row_block_bytes(w.k);
+        let few = jobs.iter().all(|job| job.rows.len() <= 4);
+        let grain = if few { (CLAIM / (2 * size)).clamp(1, 64) } else { 1 };
+        let claims = Claims::new(jobs.len() * pairs, self.pool.threads(), grain);
+        let values = Disjoint::new(out.values_mut());
+        self.pool.run(&|thread| {
+            let mut tile = Vec::new();
+            claims.each(thread, |run| {
+                let mut piece = run.start;
+                while piece < run.end {
+                    // A run may go on into the next job.
+                    let (job, start) = (&jobs[piece / pairs], piece % pairs);
+                    let end = pairs.min(start + run.end - piece);
+                    piece += end - start;
+                    let (m, columns) = (job.rows.len(), (end - start) * 2 * ROWS);
                     tile.resize(m * columns, 0.0);
-                    let weights = &w.bytes()[run.start * 2 * size..run.end * 2 * size];
-                    match &acts {
-                        Some(acts) => self.kernels.gemm(w.form, weights, acts, &mut tile),
-                        None => {
-                            let x = &x.values()[t * x.width..(t + m) * x.width];
-                            self.kernels.gemm_float(w.form, weights, w.k, x, &mut tile);
-                        }
+                    let size = job.w.form.row_block_bytes(job.w.k);
+                    let weights = &job.w.bytes()[start * 2 * size..end * 2 * size];
+                    if job.w.form.is_quantized() {
+                        let acts = acts.of(job.rows.start - first, m, x.width);
+                        self.kernels.gemm(job.w.form, weights, &acts, &mut tile);
+                    } else {
+                        let x = &x.values()[job.rows.start * x.width..job.rows.end * x.width];
+                        self.kernels.gemm_float(job.w.form, weights, job.w.k, x, &mut tile);
                     }
                     for (i, tile) in tile.chunks_mut(columns).enumerate() {
-                        self.finish(
-                            into,
-                            w.n,
-                            bias,
-                            run.start * 2 * ROWS,
-                            tile,
-                            &values,
-                            i * width,
-                        );
+                        let row = (job.rows.start + i) * width;
+                        self.finish(into, n, job.bias, start * 2 * ROWS, tile, &values, row);
                     }
-                });
+                }
             });
-        }
+        });
     }
 
     /// Takes one row of a tile, columns `first..` of the matrix, into the row of `out` that begins at `row`.
@@ -319,16 +366,20 @@ impl Cpu {
     ) -> std::result::Result<(), NotFinite> {
         let k = parts.k;
         let row = |r: usize| parts.locate(rb * ROWS + r);
+        if matches!(form, Form::Mxfp4 | Form::Mxfp4Float) {
+            return pack_mxfp4(form, parts, rb, out);
+        }
         if !form.is_quantized() {
             let width = Part::width(form);
-            let bytes = |r: usize| row(r).map(|(p, i)| parts.parts[p].row(i, k));
-            layout::pack_float(width, bytes, out);
+            let rows: Vec<_> =
+                (0..ROWS).map(|r| row(r).map(|(p, i)| parts.parts[p].range(i, 0, k))).collect();
+            layout::pack_float(width, |r| rows[r].as_deref(), out);
             // Checked like quantized weights: a NaN would spread over every answer.
             let mut values = [0.0; BLOCK];
             for (p, i) in (0..ROWS).filter_map(row) {
                 for b in (0..k).step_by(BLOCK) {
                     let len = BLOCK.min(k - b);
-                    parts.parts[p].values(i, k, b, &mut values[..len]);
+                    parts.parts[p].values(i, b, &mut values[..len]);
                     finite(&values[..len]).map_err(|c| (p, i, b + c))?;
                 }
             }
@@ -340,7 +391,7 @@ impl Cpu {
             let len = BLOCK.min(k - b);
             for (r, values) in rows.iter_mut().enumerate() {
                 let Some((p, i)) = row(r) else { continue };
-                parts.parts[p].values(i, k, b, &mut values[..len]);
+                parts.parts[p].values(i, b, &mut values[..len]);
                 finite(&values[..len]).map_err(|c| (p, i, b + c))?;
             }
             let bytes = form.row_block_bytes(len);
@@ -349,6 +400,37 @@ impl Cpu {
         }
         Ok(())
     }
+}
+
+/// Row block `rb` of `parts`, which are MXFP4, as it is.
+fn pack_mxfp4(
+    form: Form,
+    parts: &Parts<'_>,
+    rb: usize,
+    out: &mut [u8],
+) -> std::result::Result<(), NotFinite> {
+    let mut done = 0;
+    for b in (0..parts.k).step_by(BLOCK) {
+        let len = BLOCK.min(parts.k - b);
+        let mut rows = [BlockMxfp4::ZERO; ROWS];
+        for (r, row) in rows.iter_mut().enumerate() {
+            let Some((p, i)) = parts.locate(rb * ROWS + r) else { continue };
+            let part = &parts.parts[p];
+            let start = i * part.row + b;
+            for (j, byte) in part.bytes[start / 2..][..len / 2].iter().enumerate() {
+                (row.q[2 * j], row.q[2 * j + 1]) = (byte & 15, byte >> 4);
+            }
+            let e = &part.scales[start / GROUP..][..len / GROUP];
+            row.e[..e.len()].copy_from_slice(e);
+            if let Some(g) = e.iter().position(|&e| e == BlockMxfp4::NAN) {
+                return Err((p, i, b + g * GROUP));
+            }
+        }
+        let bytes = form.row_block_bytes(len);
+        layout::pack_mxfp4(&rows, &mut out[done..done + bytes]);
+        done += bytes;
+    }
+    Ok(())
 }
 
 /// `Err` with the index of the first number that is not finite.
@@ -457,6 +539,32 @@ impl Backend for Cpu {
         self.product(w, bias, x, Into::Gate(act, width), out);
     }
 
+    fn moe(
+        &self,
+        how: &Routing,
+        logits: &mut Buf,
+        correction: Option<&Vec<f32>>,
+        experts: &[Expert<Mat, Vec<f32>>],
+        act: Activation,
+        width: usize,
+        x: &Buf,
+        out: &mut Buf,
+    ) {
+        self.mixture(how, logits, correction, experts, Into::Gate(act, width), x, out);
+    }
+
+    fn add_gated(&self, gate: &mut Buf, y: &Buf, out: &mut Buf) {
+        assert!(gate.width == 1 && gate.rows == y.rows && out.width == y.width);
+        self.kernels.score(Score::Sigmoid, gate.values_mut());
+        let width = y.width;
+        let values = Disjoint::new(out.values_mut());
+        self.each(y.rows, 4, |r| {
+            // SAFETY: each row is claimed by one thread.
+            let out = unsafe { values.part(r * width..(r + 1) * width) };
+            self.kernels.add_scaled(out, gate.row(r)[0], y.row(r));
+        });
+    }
+
     fn activated(&self, w: &Mat, bias: Option<&Vec<f32>>, act: Activation, x: &Buf, out: &mut Buf) {
         self.product(w, bias, x, Into::Act(act), out);
     }
@@ -516,12 +624,13 @@ impl Backend for Cpu {
         &self,
         qkv: &Buf,
         how: &Attention,
+        sinks: Option<&Vec<f32>>,
         kv: &Kv,
         layer: usize,
         spans: &[Span<'_>],
         out: &mut Buf,
     ) {
-        self.attention(qkv, how, kv, layer, spans, out);
+        self.attention(qkv, how, sinks, kv, layer, spans, out);
     }
 
     fn select(&self, x: &Buf, rows: &[usize], out: &mut Buf) {
@@ -563,16 +672,20 @@ impl Part<'_> {
         if stored == Form::F32 { 4 } else { 2 }
     }
 
-    /// The bytes of row `i`.
-    fn row(&self, i: usize, k: usize) -> &[u8] {
-        let width = k * Part::width(self.stored);
-        &self.bytes[i * width..][..width]
+    /// The bytes of `len` numbers of row `i`, from number `from` on.
+    fn range(&self, i: usize, from: usize, len: usize) -> Cow<'_, [u8]> {
+        let width = Part::width(self.stored);
+        let start = i * self.row + from * self.column;
+        if self.column == 1 {
+            return Cow::Borrowed(&self.bytes[start * width..][..len * width]);
+        }
+        let number = |j| &self.bytes[(start + j * self.column) * width..][..width];
+        (0..len).flat_map(number).copied().collect()
     }
 
     /// Numbers `from..from + out.len()` of row `i`.
-    fn values(&self, i: usize, k: usize, from: usize, out: &mut [f32]) {
-        let width = Part::width(self.stored);
-        let bytes = &self.row(i, k)[from * width..][..out.len() * width];
+    fn values(&self, i: usize, from: usize, out: &mut [f32]) {
+        let bytes = &self.range(i, from, out.len())[..];
         match self.stored {
             Form::F32 => {
                 for (out, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {

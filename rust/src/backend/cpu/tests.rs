@@ -2,7 +2,7 @@
 
 use super::*;
 
-fn noise(n: usize, mut seed: u32) -> Vec<f32> {
+pub(super) fn noise(n: usize, mut seed: u32) -> Vec<f32> {
     (0..n)
         .map(|_| {
             seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -15,10 +15,16 @@ fn bytes(x: &[f32]) -> Vec<u8> {
     x.iter().flat_map(|x| x.to_le_bytes()).collect()
 }
 
-fn mat(cpu: &Cpu, form: Form, parts: &[(&[f32], usize)], k: usize, interleaved: bool) -> Mat {
+pub(super) fn mat(
+    cpu: &Cpu,
+    form: Form,
+    parts: &[(&[f32], usize)],
+    k: usize,
+    interleaved: bool,
+) -> Mat {
     let stored: Vec<Vec<u8>> = parts.iter().map(|(x, _)| bytes(x)).collect();
     let parts = parts.iter().zip(&stored);
-    let parts = parts.map(|(&(_, n), bytes)| Part { stored: Form::F32, n, bytes }).collect();
+    let parts = parts.map(|(&(_, n), bytes)| Part::floats(Form::F32, n, k, bytes)).collect();
     cpu.pack(form, &Parts { parts, k, interleaved }).unwrap().unwrap()
 }
 
@@ -68,7 +74,7 @@ fn a_number_that_is_not_finite_is_found() {
         let mut w = noise(40 * 300, 9);
         w[35 * 300 + 277] = bad;
         let w = bytes(&w);
-        let part = |bytes| Part { stored: Form::F32, n: 40, bytes };
+        let part = |bytes| Part::floats(Form::F32, 40, 300, bytes);
         let good = bytes(&noise(40 * 300, 8));
         let parts = Parts { parts: vec![part(&good), part(&w)], k: 300, interleaved: false };
         assert_eq!(cpu.pack(form, &parts).unwrap().err(), Some((1, 35, 277)));

@@ -5,7 +5,7 @@
 
 use super::super::layout::Q4_HEADER;
 use super::super::{Acts, Form, Kernels};
-use super::{QUADS, Step, finish, neon, offsets, prefetch, scales, unpack, walk};
+use super::{QUADS, Step, finish, mxfp4, neon, offsets, prefetch, scales, unpack, walk};
 use std::arch::aarch64::*;
 use std::arch::asm;
 
@@ -14,6 +14,7 @@ pub(in super::super) const KERNELS: Kernels = Kernels {
     supported: || std::arch::is_aarch64_feature_detected!("dotprod"),
     gemm_q4,
     gemm_q8,
+    gemm_mxfp4: mxfp4::gemm_dotprod,
     ..neon::KERNELS
 };
 
@@ -39,7 +40,7 @@ pub(super) unsafe fn gemm_q8(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
 /// `acc[i] += sum over k of w[4i + k] * x[4 LANE + k]`.
 #[inline]
 #[target_feature(enable = "dotprod")]
-fn sdot<const LANE: usize>(mut acc: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
+pub(super) fn sdot<const LANE: usize>(mut acc: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
     // SAFETY: arithmetic on registers; the function's own features include the instruction.
     unsafe {
         asm!(

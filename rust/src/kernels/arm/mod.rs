@@ -7,6 +7,7 @@
 
 pub(super) mod dotprod;
 pub(super) mod i8mm;
+mod mxfp4;
 pub(super) mod neon;
 
 use super::layout::{Q4_HEADER, Q8_HEADER, ROWS, block_offset};

@@ -7,7 +7,7 @@
 use super::super::layout::Q4_HEADER;
 use super::super::simd::F32x16;
 use super::super::{Acts, Form, Kernels, float};
-use super::{QUADS, Step, finish, four, offsets, prefetch, scales, unpack, walk};
+use super::{QUADS, Step, finish, four, mxfp4, offsets, prefetch, scales, unpack, walk};
 use std::arch::aarch64::*;
 
 float::instantiate!(Lanes4);
@@ -17,6 +17,7 @@ pub(in super::super) const KERNELS: Kernels = Kernels {
     supported: || std::arch::is_aarch64_feature_detected!("neon"),
     gemm_q4,
     gemm_q8,
+    gemm_mxfp4: mxfp4::gemm_neon,
     float: FLOATS,
 };
 

@@ -8,6 +8,7 @@
 use super::super::layout::{Q4_HEADER, Q8_HEADER, ROWS};
 use super::super::simd::F32x16;
 use super::super::{Acts, Form, Kernels, float};
+use super::mxfp4;
 use crate::quant::BLOCK;
 use std::arch::x86_64::*;
 
@@ -22,6 +23,7 @@ pub(in super::super) const KERNELS: Kernels = Kernels {
     },
     gemm_q4,
     gemm_q8,
+    gemm_mxfp4: mxfp4::gemm_avx2,
     float: FLOATS,
 };
 

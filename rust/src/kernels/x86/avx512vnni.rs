@@ -6,6 +6,7 @@
 use super::super::layout::{Q4_HEADER, Q8_HEADER, ROWS, block_offset};
 use super::super::simd::F32x16;
 use super::super::{Acts, Form, Kernels, float};
+use super::mxfp4;
 use crate::quant::BLOCK;
 use std::arch::x86_64::*;
 
@@ -24,6 +25,7 @@ pub(in super::super) const KERNELS: Kernels = Kernels {
     },
     gemm_q4,
     gemm_q8,
+    gemm_mxfp4: mxfp4::gemm_avx512vnni,
     float: FLOATS,
 };
 
@@ -139,7 +141,7 @@ pub(super) unsafe fn gemm_q8(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
 /// # Safety
 /// Four bytes from `p + 4 * j` on can be read.
 #[inline(always)]
-unsafe fn four(p: *const i8, j: usize) -> i32 {
+pub(super) unsafe fn four(p: *const i8, j: usize) -> i32 {
     // SAFETY: the caller's promise; the read may be unaligned.
     unsafe { p.add(4 * j).cast::<i32>().read_unaligned() }
 }

@@ -2,8 +2,9 @@
 //! what the family says. Knows no tensor.
 
 use super::config::{Facts, Object, bad, shown};
-use super::family::{self, Family};
-use super::{Act, Attention, Ffn, Layer, Mixer, Norms, Place, QkNorm, Rope, Spec, rope};
+use super::family::Family;
+use super::ropes::Ropes;
+use super::{Act, Attention, Ffn, Layer, Mixer, Norms, Place, QkNorm, Spec};
 use crate::{Error, Result};
 use serde_json::Value;
 
@@ -11,10 +12,10 @@ use serde_json::Value;
 const MAX_LAYERS: usize = 10_000;
 const MAX_WIDTH: usize = 1 << 20;
 const MAX_HEADS: usize = 1 << 14;
-const MAX_HEAD_DIM: usize = 1 << 14;
-const MAX_FFN: usize = 1 << 22;
+pub(super) const MAX_HEAD_DIM: usize = 1 << 14;
+pub(super) const MAX_FFN: usize = 1 << 22;
 const MAX_VOCAB: usize = 1 << 24;
-const MAX_POSITIONS: usize = 1 << 30;
+pub(super) const MAX_POSITIONS: usize = 1 << 30;
 
 impl Spec {
     /// Reads `config`, the parsed `config.json`. `family` is the TOML text of a family to use instead of the one
@@ -71,10 +72,11 @@ impl Spec {
             return Err(bad("head_dim", &head_dim.to_string(), "an even number"));
         }
         let file_context = facts.need_count(&family.context_length, MAX_POSITIONS)?;
+        let windows = windows(&family, facts)?;
         let positions = facts.count(&family.positions, MAX_POSITIONS)?;
-        let (ropes, local, reach) = match positions {
-            Some(_) => (Vec::new(), 0, None),
-            None => ropes(&family, facts, head_dim, file_context)?,
+        let ropes = match positions {
+            Some(_) => Ropes::none(windows.len()),
+            None => Ropes::read(&family, facts, head_dim, file_context, &windows)?,
         };
         let scale_of = facts.number(&family.attn_scale_rsqrt_of, 1e-9, 1e9)?;
         let softcap =
@@ -106,17 +108,20 @@ impl Spec {
             softcap: softcap(&family.attn_softcap)?,
             window: None,
             rope: None,
+            query_growth: match family.query_growth.key.is_empty() {
+                true => None,
+                false => Some((
+                    facts.need_number(&family.query_growth, 0.0, 1e3)? as f32,
+                    facts.need_count(&family.query_growth_every, MAX_POSITIONS)?,
+                )),
+            },
+            sinks: facts.flag(&family.sinks)?,
+            rope_interleaved: facts.flag(&family.rope_interleaved)?,
         };
-        let width =
-            match (facts.count(&family.ffn, MAX_FFN)?, facts.count(&family.ffn_per_hidden, 64)?) {
-                (None, Some(times)) => times * hidden,
-                _ => facts.need_count(&family.ffn, MAX_FFN)?,
-            };
-        let ffn = if family.gated { Ffn::Dense(width) } else { Ffn::Plain(width) };
-        let layers = windows(&family, facts)?.into_iter().map(|window| {
-            let rope = positions.is_none().then_some(if window.is_some() { local } else { 0 });
+        let ffns = ffns(&family, facts, hidden, windows.len())?;
+        let layers = windows.into_iter().zip(ropes.of).zip(ffns).map(|((window, rope), ffn)| {
             let mixer = Mixer::Attention(Attention { window, rope, ..attention });
-            Layer { mixer, ffn: ffn.clone() }
+            Layer { mixer, ffn }
         });
         let layers: Vec<Layer> = layers.collect();
         let embed_scale = scale(&family.embed_scale)?;
@@ -145,6 +150,7 @@ impl Spec {
                 "gelu" | "gelu_python" => Act::Gelu,
                 "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" | "gelu_accurate" => Act::GeluTanh,
                 "relu2" => Act::Relu2,
+                "clamped_swiglu" => Act::ClampedSwiglu,
                 "xielu" if !family.gated => Act::XIelu,
                 other => {
                     return Err(Error::Unsupported(format!(
@@ -167,10 +173,10 @@ impl Spec {
             tied: facts.flag(&family.tied)?,
             head_bias: facts.flag(&family.head_bias)?,
             layers,
-            ropes,
+            ropes: ropes.all,
             context_length: match positions {
                 Some(positions) => file_context.min(positions),
-                None => file_context.max(reach.unwrap_or(0).min(MAX_POSITIONS)),
+                None => file_context.max(ropes.reach.unwrap_or(0).min(MAX_POSITIONS)),
             },
             model: family.model,
             names: family.names,
@@ -187,6 +193,10 @@ fn refuse(family: &Family, architecture: &str, top: &Object<'_>, text: &Object<'
         for key in ["quantization_config", "compression_config"] {
             if let Some(value) = object.get(key) {
                 let method = value["quant_method"].as_str().unwrap_or("unknown");
+                if family.quantized.iter().any(|known| known == method) {
+                    only_experts(object, key)?;
+                    continue;
+                }
                 return Err(Error::Unsupported(format!(
                     "config.json: {}: checkpoints quantized with {method:?} are not supported; take the model's \
                      unquantized checkpoint",
@@ -222,14 +232,68 @@ fn refuse(family: &Family, architecture: &str, top: &Object<'_>, text: &Object<'
     Ok(())
 }
 
+/// Checks that a description of MXFP4 weights says no more than that experts are so.
+fn only_experts(object: &Object<'_>, key: &str) -> Result<()> {
+    let Some(said) = object.object(key)? else { return Ok(()) };
+    let kept = said.get("modules_to_not_convert").and_then(Value::as_array);
+    let modules = kept.into_iter().flatten().filter_map(Value::as_str);
+    let mut strange =
+        said.keys().filter(|k| !["quant_method", "modules_to_not_convert"].contains(k));
+    if let Some(strange) = strange.next() {
+        return Err(Error::Unsupported(format!(
+            "config.json: {}: not known for MXFP4 weights",
+            said.label(strange)
+        )));
+    }
+    for module in modules.filter(|module| module.contains("experts")).take(1) {
+        return Err(Error::Unsupported(format!(
+            "config.json: {}: {module:?} is expected to be MXFP4",
+            said.label("modules_to_not_convert")
+        )));
+    }
+    Ok(())
+}
+
+/// The feed-forward network of each layer.
+fn ffns(family: &Family, facts: &Facts<'_>, hidden: usize, layers: usize) -> Result<Vec<Ffn>> {
+    let width = facts.count(&family.ffn, MAX_FFN)?;
+    let width = match facts.count(&family.ffn_per_hidden, 64)? {
+        Some(times) => width.or(Some(times * hidden)),
+        None => width,
+    };
+    let (moe, has) = match &family.moe {
+        None => (None, vec![false; layers]),
+        Some(moe) => {
+            // `refuse` lets nothing else pass.
+            let mxfp4 = [&facts.top, &facts.text].map(|o| o.get("quantization_config"));
+            let mxfp4 = mxfp4.iter().any(Option::is_some);
+            let (moe, has) = moe.read(facts, hidden, width, layers, mxfp4)?;
+            (Some(moe), has)
+        }
+    };
+    let ffn = |has| match (moe, has) {
+        (Some(moe), true) => Ok(Ffn::Moe(moe)),
+        _ => {
+            let width = width.map_or_else(|| facts.need_count(&family.ffn, MAX_FFN), Ok)?;
+            Ok(if family.gated { Ffn::Dense(width) } else { Ffn::Plain(width) })
+        }
+    };
+    has.into_iter().map(ffn).collect()
+}
+
 /// The window of each layer.
 fn windows(family: &Family, facts: &Facts<'_>) -> Result<Vec<Option<usize>>> {
     let count = facts.need_count(&family.layers, MAX_LAYERS)?;
     let window = facts.count(&family.window, MAX_POSITIONS)?;
     let window = if facts.flag(&family.use_window)? { window } else { None };
-    let full_every = facts.count(&family.full_every, MAX_LAYERS)?;
-    let full_first = facts.number(&family.full_first, 0.0, 1e9)?;
     let types = facts.list(&family.layer_types)?;
+    // Not read where layer_types decides: EXAONE 4 says the interval in letters.
+    let full_every = match types {
+        None => facts.count(&family.full_every, MAX_LAYERS)?,
+        Some(_) => None,
+    };
+    let full_at = facts.number(&family.full_at, 0.0, 1e9)?;
+    let full_first = facts.number(&family.full_first, 0.0, 1e9)?;
     if let Some(types) = types
         && types.len() != count
     {
@@ -254,81 +318,11 @@ fn windows(family: &Family, facts: &Facts<'_>) -> Result<Vec<Option<usize>>> {
                     )));
                 }
                 None => {
-                    full_every.is_none_or(|n| (l + 1) % n != 0)
+                    full_every.is_none_or(|n| (l % n) as f64 != full_at.unwrap_or(n as f64 - 1.0))
                         && full_first.is_none_or(|n| l as f64 >= n)
                 }
             };
             Ok(window.filter(|_| slides))
         })
         .collect()
-}
-
-/// The rotary embedding of full layers, that of sliding layers if it differs, the index of the latter, and the
-/// context that scaling reaches.
-fn ropes(
-    family: &Family,
-    facts: &Facts<'_>,
-    head_dim: usize,
-    max_position: usize,
-) -> Result<(Vec<Rope>, usize, Option<usize>)> {
-    const RANGE: (f64, f64) = (1.0, 1e18);
-    // The base is outside (old spelling), inside (new) or both; two that disagree are an error.
-    let base = |params: Option<&Object<'_>>, fact: &family::Fact| -> Result<rope::Base> {
-        let outside = facts.need_number(fact, RANGE.0, RANGE.1);
-        let inside = match params {
-            Some(params) => params.number_in("rope_theta", RANGE.0, RANGE.1)?,
-            None => None,
-        };
-        if let (Some(inside), Some(outside)) = (inside, facts.given(fact))
-            && outside.as_f64() != Some(inside)
-        {
-            return Err(bad("rope_theta", &format!("{inside} and {outside}"), "one value"));
-        }
-        let theta = match inside {
-            Some(theta) => theta,
-            None => outside?,
-        };
-        Ok(rope::Base { head_dim, theta, max_position })
-    };
-    let (mut full, mut local, mut reach) = (Vec::new(), Vec::new(), None);
-    let own_local = !family.rope_theta_local.key.is_empty();
-    for params in facts.objects(&family.rope_scaling)? {
-        let per_type = params.map.values().any(Value::is_object);
-        if per_type && let Some(key) = params.keys().find(|k| !k.ends_with("_attention")) {
-            return Err(params.bad(key, "a key beside layer types".to_owned(), "layer types only"));
-        }
-        let full_params =
-            if per_type { params.object("full_attention")? } else { Some(params.clone()) };
-        if let Some(p) = full_params {
-            let (rope, to) = base(Some(&p), &family.rope_theta)?.scaled(&p)?;
-            reach = reach.max(to);
-            full.push(rope);
-        }
-        if per_type && let Some(p) = params.object("sliding_attention")? {
-            let fact = if own_local { &family.rope_theta_local } else { &family.rope_theta };
-            local.push(base(Some(&p), fact)?.scaled(&p)?.0);
-        }
-    }
-    if full.is_empty() {
-        full.push(base(None, &family.rope_theta)?.unscaled());
-    }
-    if local.is_empty() && own_local {
-        local.push(base(None, &family.rope_theta_local)?.unscaled());
-    }
-    for all in [&mut full, &mut local] {
-        if all.windows(2).any(|two| two[0] != two[1]) {
-            return Err(bad(
-                "rope_parameters",
-                "another embedding than rope_scaling says",
-                "the same",
-            ));
-        }
-        all.truncate(1);
-    }
-    if local == full {
-        local.clear();
-    }
-    full.append(&mut local);
-    let last = full.len() - 1;
-    Ok((full, last, reach))
 }

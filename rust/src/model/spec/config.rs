@@ -4,6 +4,7 @@
 use super::family::Fact;
 use crate::{Error, Result};
 use serde_json::{Map, Value};
+use std::sync::LazyLock;
 
 /// An object of `config.json`; `path` is where it is ("" at the top, "text_config.", ...).
 #[derive(Clone)]
@@ -63,14 +64,12 @@ impl<'a> Object<'a> {
         self.read(key, "true or false", Value::as_bool)
     }
 
-    pub(super) fn number(&self, key: &str) -> Result<Option<f64>> {
-        self.read(key, "a number", Value::as_f64)
-    }
-
     pub(super) fn number_in(&self, key: &str, low: f64, high: f64) -> Result<Option<f64>> {
         self.read(key, &range(low, high), |v| v.as_f64().filter(|x| (low..=high).contains(x)))
     }
 }
+
+static NOTHING: LazyLock<Map<String, Value>> = LazyLock::new(Map::new);
 
 /// A family's facts about one model: the top of `config.json` and the part that describes the text model.
 pub(super) struct Facts<'a> {
@@ -79,11 +78,17 @@ pub(super) struct Facts<'a> {
 }
 
 impl<'a> Facts<'a> {
-    /// The object in which `key` is looked up, and its name there: "/key" is at the top of the file.
-    fn place<'k>(&self, key: &'k str) -> (&Object<'a>, &'k str) {
-        match key.strip_prefix('/') {
-            Some(key) => (&self.top, key),
-            None => (&self.text, key),
+    /// The object in which `key` is looked up, and its name there: "/key" is at the top of the file, "object/key" in
+    /// an object of the text model's.
+    fn place<'k>(&self, key: &'k str) -> (Object<'a>, &'k str) {
+        match key.split_once('/') {
+            None => (self.text.clone(), key),
+            Some(("", key)) => (self.top.clone(), key),
+            Some((inner, key)) => {
+                let path = format!("{}.", self.text.label(inner));
+                let map = self.text.get(inner).and_then(Value::as_object);
+                (Object { map: map.unwrap_or(&NOTHING), path }, key)
+            }
         }
     }
 
@@ -191,6 +196,11 @@ impl<'a> Facts<'a> {
     pub(super) fn need_text<'b>(&'b self, fact: &'b Fact) -> Result<&'b str> {
         let found = self.read(fact, "a string", Value::as_str)?;
         self.needed(fact, "a string", found)
+    }
+
+    /// A string, if there is one.
+    pub(super) fn read_text<'b>(&'b self, fact: &'b Fact) -> Result<Option<&'b str>> {
+        self.read(fact, "a string", Value::as_str)
     }
 
     /// A list, if there is one.

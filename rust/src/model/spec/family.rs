@@ -1,7 +1,8 @@
 //! Architecture families: the TOML files under `models/families`, each a difference from its base.
 //! Knows no number of any model and no tensor; `Spec` applies a family to one `config.json`.
 
-use super::{Norm, Place, QkNorm};
+use super::moe::MoeFacts;
+use super::{Norm, Place, QkNorm, RopeOn};
 use crate::{Error, Result};
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -19,16 +20,27 @@ families![
     "llama",
     "mistral",
     "mistral3",
+    "mixtral",
     "qwen2",
+    "qwen2_moe",
     "qwen3",
+    "qwen3_moe",
+    "gpt_oss",
+    "glm4_moe",
     "gemma2",
     "gemma3",
     "gemma3_mm",
     "granite",
+    "granite_moe",
     "olmo2",
+    "olmoe",
     "starcoder2",
     "arcee",
     "apertus",
+    "phi3",
+    "glm4",
+    "ernie45",
+    "seed_oss",
 ];
 
 /// One string or a list of them.
@@ -148,6 +160,8 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) attn_softcap: Fact,
     #[serde(default)]
+    pub(super) sinks: Fact,
+    #[serde(default)]
     pub(super) logit_softcap: Fact,
     #[serde(default)]
     pub(super) window: Fact,
@@ -156,11 +170,36 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) full_every: Fact,
     #[serde(default)]
+    pub(super) full_at: Fact,
+    #[serde(default)]
     pub(super) full_first: Fact,
+    #[serde(default)]
+    pub(super) rope_on: RopeOn,
+    #[serde(default)]
+    pub(super) rope_layers: Fact,
+    #[serde(default)]
+    pub(super) nope_every: Fact,
+    #[serde(default)]
+    pub(super) rotary_dim: Fact,
+    #[serde(default)]
+    pub(super) rotary_factor: Fact,
+    #[serde(default)]
+    pub(super) rope_interleaved: Fact,
     pub(super) rope_theta: Fact,
     #[serde(default)]
     pub(super) rope_theta_local: Fact,
+    #[serde(default)]
+    pub(super) rope_theta_layers: Fact,
+    #[serde(default)]
+    pub(super) original_context: Fact,
+    #[serde(default)]
+    pub(super) query_growth: Fact,
+    #[serde(default)]
+    pub(super) query_growth_every: Fact,
     pub(super) rope_scaling: Fact,
+    pub(super) moe: Option<MoeFacts>,
+    #[serde(default)]
+    pub(super) quantized: Vec<String>,
     pub(super) model: Vec<String>,
     pub(super) ignore: Vec<String>,
     pub(super) names: BTreeMap<String, Names>,
@@ -196,7 +235,9 @@ impl Family {
     pub(super) fn parse(text: &str, source: &str) -> Result<Family> {
         let bad = |what: String| Error::format(format!("family {source}"), what);
         let table = merged(text, source, 0)?;
-        let facts = table.values().filter_map(|v| Fact::try_from(v.clone()).ok());
+        let moe = table.get("moe").and_then(Value::as_object);
+        let facts = table.values().chain(moe.into_iter().flat_map(|moe| moe.values()));
+        let facts = facts.filter_map(|v| Fact::try_from(v.clone()).ok());
         let honoured = facts.flat_map(|fact| fact.key).collect();
         let mut family: Family =
             serde_json::from_value(Value::Object(table)).map_err(|e| bad(e.to_string()))?;

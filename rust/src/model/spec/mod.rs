@@ -4,12 +4,17 @@
 mod build;
 mod config;
 mod family;
+mod moe;
 mod names;
+mod place;
 mod rope;
+mod ropes;
 #[cfg(test)]
 mod tests;
 
+pub use moe::{Moe, Shared, Stored};
 pub use names::{Names, Weight};
+pub use place::Slice;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 
@@ -92,6 +97,8 @@ pub enum Act {
     /// xIELU (Huang and Schlag 2024), with numbers of each layer: `beta x + softplus(alpha_p) x^2` where `x > 0`,
     /// else `beta x + (beta + softplus(alpha_n)) (exp(min(x, eps)) - 1 - x)`.
     XIelu,
+    /// `g * sigmoid(1.702 g)` with `g = min(x, 7)`; `up` becomes `clamp(up, -7, 7) + 1` (GPT-OSS).
+    ClampedSwiglu,
 }
 
 /// One layer: positions are mixed, then each is transformed.
@@ -115,6 +122,8 @@ pub enum Mixer {
 pub enum Ffn {
     /// `down(act(gate(x)) * up(x))` of this width.
     Dense(usize),
+    /// Experts, of which each position uses some.
+    Moe(Moe),
     /// `down(act(up(x)))` of this width.
     Plain(usize),
 }
@@ -138,6 +147,13 @@ pub struct Attention {
     pub window: Option<usize>,
     /// Index into `Spec::ropes`; `None`: queries and keys carry no position.
     pub rope: Option<usize>,
+    /// Queries of position p are multiplied by `1 + growth * ln(1 + floor(p / every))` after rotation (Ministral 3,
+    /// as Llama 4): `(growth, every)`.
+    pub query_growth: Option<(f32, usize)>,
+    /// One more score in each head's softmax, without a value: weight `sinks`, `[heads]` (gpt-oss).
+    pub sinks: bool,
+    /// Rotary pairs are neighbours: `2i` and `2i + 1` (GPT-J), not half a rotation apart (GPT-NeoX).
+    pub rope_interleaved: bool,
 }
 
 impl Attention {
@@ -151,14 +167,44 @@ impl Attention {
     }
 }
 
-/// Rotary embedding in half-split layout: with `a = position * inv_freq[i]`, `c = scale * cos(a)`,
-/// `s = scale * sin(a)`, the pair `(x[i], x[i + d/2])` becomes `(c x[i] - s x[i+d/2], c x[i+d/2] + s x[i])`.
+/// Rotary embedding (Su et al. 2021) of the first `r = 2 inv_freq.len()` dimensions of a head: with
+/// `a = position * inv_freq[i]`, `c = scale * cos(a)`, `s = scale * sin(a)`, pair i, `(x, y)`, becomes
+/// `(c x - s y, c y + s x)`. Pair i is dimensions `i` and `i + r/2`, or `2i` and `2i + 1` if interleaved.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
-    /// One frequency for each pair, `[head_dim / 2]`, scaling rules applied.
+    /// One frequency for each pair, scaling rules applied; at most `head_dim / 2`, the rest of a head stays.
     pub inv_freq: Vec<f32>,
-    /// Multiplies cos and sin (YaRN's attention factor; else 1).
+    /// Multiplies cos and sin (YaRN's and LongRoPE's attention factor; else 1).
     pub scale: f32,
+    /// Other frequencies for long sequences.
+    pub long: Option<Long>,
+}
+
+/// LongRoPE (Ding et al. 2024) as Phi-3 has it: a model with two sets of frequencies, one for sequences within the
+/// context it was first trained for, one for longer ones. transformers chooses one set for all rows of a forward
+/// pass, by its largest position, and leaves older keys in the cache as they are; what a token gets then depends on
+/// how a prompt is cut. Here the choice depends on the request alone: position `p` of a request with a prompt of `n`
+/// tokens has the long set if `max(p + 1, n) > after`. That is what transformers does when it reads a prompt at once
+/// and then generates from its cache.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Long {
+    /// One frequency for each pair.
+    pub inv_freq: Vec<f32>,
+    /// `original_max_position_embeddings`.
+    pub after: usize,
+}
+
+/// The layers that have rotary embedding at all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RopeOn {
+    /// All.
+    #[default]
+    All,
+    /// Those with a window (Command R7B).
+    Sliding,
+    /// Those with a window, or all if the file names no window (EXAONE 4).
+    SlidingIfAny,
 }
 
 /// A model with every number known. Invariants: no dimension is 0, in each layer `heads` is a multiple of `kv_heads`

@@ -1,11 +1,12 @@
 //! The weights that a model has, and what they are called in a checkpoint. Never reads a tensor.
 
 use super::config::bad;
-use super::{Act, Ffn, Mixer, QkNorm, Spec};
+use super::{Act, Ffn, Mixer, Moe, QkNorm, Slice, Spec};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, HashSet};
 
-/// Short names of all weights that a family can have; biases append `_bias`.
+/// Short names of all weights that a family can have; biases append `_bias`, and need a name of their own only where it
+/// is not the weight's with `.bias`.
 pub(super) const WEIGHTS: &[&str] = &[
     "embed",
     "norm",
@@ -18,6 +19,7 @@ pub(super) const WEIGHTS: &[&str] = &[
     "o",
     "q_norm",
     "k_norm",
+    "sinks",
     "attn_after_norm",
     "ffn_norm",
     "gate",
@@ -28,6 +30,18 @@ pub(super) const WEIGHTS: &[&str] = &[
     "xielu_eps",
     "down",
     "ffn_after_norm",
+    "router",
+    "router_correction",
+    "expert_gate",
+    "expert_up",
+    "expert_down",
+    "expert_gate_bias",
+    "expert_up_bias",
+    "expert_down_bias",
+    "shared_gate",
+    "shared_up",
+    "shared_down",
+    "shared_router",
 ];
 
 /// A weight that the model has.
@@ -35,7 +49,8 @@ pub(super) const WEIGHTS: &[&str] = &[
 pub struct Weight {
     /// Its short name here: `embed`, `q`, `q_bias`, ...
     pub what: &'static str,
-    /// Its shape: `[out, in]` for a matrix, `[n]` for a norm or a bias, none for a single number.
+    /// Its shape: `[out, in]` for a matrix, `[n]` for a norm or a bias, none for a single number; those of experts with
+    /// the number of experts before it.
     pub shape: Vec<usize>,
 }
 
@@ -51,7 +66,10 @@ impl Spec {
         }
         let layers = (0..self.layers.len()).flat_map(|l| self.layer_weights(l));
         for Weight { what, shape } in self.model_weights().into_iter().chain(layers) {
-            let stem = what.strip_suffix("_bias").unwrap_or(what);
+            let stem = match what.strip_suffix("_bias") {
+                Some(stem) if !self.names.contains_key(what) => stem,
+                _ => what,
+            };
             if self.names.get(stem).is_none_or(|names| names.0.is_empty()) {
                 return Err(bad_name(stem, "nothing", "the name of this weight"));
             }
@@ -110,11 +128,12 @@ impl Spec {
                     (self.o_bias, "o_bias", vec![hidden]),
                     (normed, "q_norm", norm(a.heads)),
                     (normed, "k_norm", norm(a.kv_heads)),
+                    (a.sinks, "sinks", vec![a.heads]),
                 ])
             }
         });
-        all.extend(match layer.ffn {
-            Ffn::Dense(ffn) => existing([
+        all.extend(match &layer.ffn {
+            &Ffn::Dense(ffn) => existing([
                 (true, "gate", vec![ffn, hidden]),
                 (true, "up", vec![ffn, hidden]),
                 (true, "down", vec![hidden, ffn]),
@@ -122,7 +141,26 @@ impl Spec {
                 (self.mlp_bias, "up_bias", vec![ffn]),
                 (self.mlp_bias, "down_bias", vec![hidden]),
             ]),
-            Ffn::Plain(ffn) => {
+            Ffn::Moe(moe) => {
+                let Moe { experts, width, .. } = *moe;
+                let shared = moe.shared.map_or(0, |shared| shared.width);
+                existing([
+                    (true, "router", vec![experts, hidden]),
+                    (moe.router_bias, "router_bias", vec![experts]),
+                    (moe.correction, "router_correction", vec![experts]),
+                    (true, "expert_gate", vec![experts, width, hidden]),
+                    (true, "expert_up", vec![experts, width, hidden]),
+                    (true, "expert_down", vec![experts, hidden, width]),
+                    (moe.expert_bias, "expert_gate_bias", vec![experts, width]),
+                    (moe.expert_bias, "expert_up_bias", vec![experts, width]),
+                    (moe.expert_bias, "expert_down_bias", vec![experts, hidden]),
+                    (shared > 0, "shared_gate", vec![shared, hidden]),
+                    (shared > 0, "shared_up", vec![shared, hidden]),
+                    (shared > 0, "shared_down", vec![hidden, shared]),
+                    (moe.shared.is_some_and(|s| s.gate), "shared_router", vec![1, hidden]),
+                ])
+            }
+            &Ffn::Plain(ffn) => {
                 let xielu = self.act == Act::XIelu;
                 existing([
                     (true, "up", vec![ffn, hidden]),
@@ -143,7 +181,8 @@ impl Spec {
     pub fn names(&self, has: impl Fn(&str) -> bool) -> Names {
         let first = |what: &str, model: &str| {
             let mut names = self.names[what].0.iter().map(|n| n.replace("{model}", model));
-            names.find(|n| has(&whole(&n.replace("{l}", "0"), ".weight"))) // layer 0 decides
+            // Layer 0 and expert 0 decide.
+            names.find(|n| has(&whole(&n.replace("{l}", "0").replace("{e}", "0"), ".weight")))
         };
         let model = self.model.iter().find(|m| first("embed", m).is_some());
         let model = model.or(self.model.first()).cloned().unwrap_or_default();
@@ -165,7 +204,10 @@ impl Spec {
         known.extend(names.stems.get("head").map(|h| format!("{h}.weight"))); // also where tied
         known.extend(self.model_weights().iter().map(|w| names.model(w.what)));
         for l in 0..self.layers.len() {
-            known.extend(self.layer_weights(l).iter().map(|w| names.layer(l, w.what)));
+            for weight in self.layer_weights(l) {
+                let places = self.places(names, l, weight.what);
+                known.extend(places.iter().flat_map(Slice::tensors).map(|(name, _)| name));
+            }
         }
         let ignored = |name: &str| self.ignore.iter().any(|pattern| matches(pattern, name));
         tensors.into_iter().filter(|name| !known.contains(*name) && !ignored(name)).collect()
@@ -187,9 +229,9 @@ pub struct Names {
 impl Names {
     /// The name of a weight outside the layers. Panics if `what` is none of `Spec::model_weights`.
     pub fn model(&self, what: &str) -> String {
-        match what.strip_suffix("_bias") {
-            Some(what) => whole(&self.stems[what], ".bias"),
-            None => whole(&self.stems[what], ".weight"),
+        match (self.stems.get(what), what.strip_suffix("_bias")) {
+            (None, Some(what)) => whole(&self.stems[what], ".bias"),
+            _ => whole(&self.stems[what], ".weight"),
         }
     }
 

@@ -1,19 +1,25 @@
 //! Rotary position embedding: frequencies from `rope_theta` and the scaling rules of `config.json`.
 //! Follows transformers' modeling_rope_utils.py in f32, operation by operation. Never rotates anything.
 
-use super::Rope;
-use super::config::Object;
+use super::config::{Object, shown};
+use super::{Long, Rope};
 use crate::{Error, Result};
+use std::collections::HashSet;
 use std::f64::consts::PI;
 
 /// What the rules need besides their own keys.
-pub(super) struct Base {
-    pub(super) head_dim: usize,
+pub(super) struct Base<'a> {
+    /// Dimensions of a head that rotate.
+    pub(super) dim: usize,
     pub(super) theta: f64,
     pub(super) max_position: usize,
+    /// The context before it was extended, where the file says so outside of the rules.
+    pub(super) original: Option<usize>,
+    /// Keys that facts read, those inside of the rules among them.
+    pub(super) honoured: &'a HashSet<String>,
 }
 
-impl Base {
+impl Base<'_> {
     /// `1 / theta^(2i / d)`, rounded to f32 after each operation.
     fn plain(&self) -> Vec<f32> {
         self.powers().iter().map(|p| 1.0 / p).collect()
@@ -21,15 +27,13 @@ impl Base {
 
     fn powers(&self) -> Vec<f32> {
         let theta = f64::from(self.theta as f32);
-        let d = self.head_dim as f32;
-        (0..self.head_dim / 2)
-            .map(|i| libm::pow(theta, f64::from((2 * i) as f32 / d)) as f32)
-            .collect()
+        let d = self.dim as f32;
+        (0..self.dim / 2).map(|i| libm::pow(theta, f64::from((2 * i) as f32 / d)) as f32).collect()
     }
 
     /// Without scaling.
     pub(super) fn unscaled(&self) -> Rope {
-        Rope { inv_freq: self.plain(), scale: 1.0 }
+        Rope { inv_freq: self.plain(), scale: 1.0, long: None }
     }
 
     /// With the rules of `params`, one object of `rope_scaling` or `rope_parameters`. The second value is the
@@ -49,6 +53,14 @@ impl Base {
         let own: &[&str] = match kind {
             "default" => &[],
             "linear" => &["factor"],
+            "dynamic" => &["factor", "alpha", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"],
+            "longrope" | "su" => &[
+                "factor",
+                "long_factor",
+                "short_factor",
+                "original_max_position_embeddings",
+                "attention_factor",
+            ],
             "llama3" => &[
                 "factor",
                 "low_freq_factor",
@@ -67,15 +79,19 @@ impl Base {
             ],
             _ => {
                 return Err(Error::Unsupported(format!(
-                    "config.json: {}: {kind:?} is not supported, only default, linear, llama3, yarn",
+                    "config.json: {}: {kind:?} is not supported, only default, linear, dynamic, llama3, yarn, \
+                     longrope",
                     params.label("rope_type")
                 )));
             }
         };
         for key in params.keys() {
-            let known = ["rope_type", "type", "rope_theta"].contains(&key)
+            let known = ["rope_type", "type", "rope_theta", "partial_rotary_factor"].contains(&key)
                 || own.contains(&key)
-                || key == "partial_rotary_factor" && params.number(key)? == Some(1.0);
+                || self
+                    .honoured
+                    .iter()
+                    .any(|path| path.rsplit_once('/').is_some_and(|p| p.1 == key));
             if !known {
                 return Err(Error::Unsupported(format!(
                     "config.json: {} is not supported with rope type {kind:?}",
@@ -85,12 +101,52 @@ impl Base {
         }
         let positive = |key: &str| params.number_in(key, f64::MIN_POSITIVE, 1e9);
         let need = |key: &str| positive(key)?.ok_or_else(|| params.missing(key));
-        let (mut scale, mut reach) = (1.0, None);
+        let (mut scale, mut reach, mut long) = (1.0, None, None);
         let inv_freq: Vec<f32> = match kind {
             "default" => self.plain(),
             "linear" => {
                 let factor = need("factor")? as f32;
                 self.plain().iter().map(|f| f / factor).collect()
+            }
+            "dynamic" => {
+                // With alpha (Hunyuan): a larger base from the start. Without: the base grows beyond the context.
+                let factor = need("factor")?;
+                let Some(alpha) = positive("alpha")? else { return Ok((self.unscaled(), None)) };
+                if factor != 1.0 {
+                    return Err(params.bad("factor", format!("{factor} beside alpha"), "1"));
+                }
+                let d = self.dim as f64;
+                let theta = self.theta * libm::pow(alpha, d / (d - 2.0));
+                Base { theta, ..*self }.plain()
+            }
+            "longrope" | "su" => {
+                let inside = positive("original_max_position_embeddings")?;
+                let original = match (inside, self.original) {
+                    (Some(a), Some(b)) if a != b as f64 => {
+                        let expected = format!("{b}, as outside");
+                        let key = "original_max_position_embeddings";
+                        return Err(params.bad(key, a.to_string(), &expected));
+                    }
+                    (Some(a), _) => a as usize,
+                    (None, Some(b)) => b,
+                    (None, None) => self.max_position,
+                };
+                let ratio = self.max_position as f64 / original as f64;
+                let factor = positive("factor")?.unwrap_or(ratio);
+                scale = match positive("attention_factor")? {
+                    Some(given) => given as f32,
+                    None if factor <= 1.0 => 1.0,
+                    None => {
+                        let (a, b) = (libm::log(factor), libm::log(original as f64));
+                        libm::sqrt(1.0 + a / b) as f32
+                    }
+                };
+                let short = self.divided(params, "short_factor")?;
+                let other = self.divided(params, "long_factor")?;
+                if other != short {
+                    long = Some(Long { inv_freq: other, after: original });
+                }
+                short
             }
             "llama3" => {
                 let (factor, low) = (need("factor")? as f32, need("low_freq_factor")?);
@@ -123,14 +179,34 @@ impl Base {
                 self.yarn(params, factor, original)?
             }
         };
-        if !scale.is_finite() || inv_freq.iter().any(|f| !f.is_finite()) {
+        let all = inv_freq.iter().chain(long.iter().flat_map(|l| &l.inv_freq));
+        if !scale.is_finite() || all.into_iter().any(|f| !f.is_finite()) {
             return Err(params.bad(
                 "rope_type",
                 format!("{kind:?} with numbers that overflow"),
                 "finite frequencies",
             ));
         }
-        Ok((Rope { inv_freq, scale }, reach))
+        Ok((Rope { inv_freq, scale, long }, reach))
+    }
+
+    /// Each frequency divided by a factor of its own, from a list.
+    fn divided(&self, params: &Object<'_>, key: &str) -> Result<Vec<f32>> {
+        let powers = self.powers();
+        let list = params.get(key).ok_or_else(|| params.missing(key))?;
+        let factors = list.as_array().filter(|list| list.len() == powers.len());
+        let factors = factors.and_then(|list| {
+            let positive = |v: &serde_json::Value| v.as_f64().filter(|x| *x > 0.0 && *x < 1e9);
+            list.iter().map(positive).collect::<Option<Vec<f64>>>()
+        });
+        match factors {
+            Some(factors) => {
+                Ok(factors.iter().zip(powers).map(|(f, p)| 1.0 / (*f as f32 * p)).collect())
+            }
+            None => {
+                Err(params.bad(key, shown(list), &format!("{} positive numbers", powers.len())))
+            }
+        }
     }
 
     /// YaRN (Peng et al. 2023): low frequencies are divided by `factor`, high ones kept, with a ramp between.
@@ -139,7 +215,7 @@ impl Base {
             // transformers takes 0 for "not given" here.
             Ok(params.number_in(key, 0.0, 1e9)?.filter(|x| *x > 0.0).unwrap_or(default))
         };
-        let d = self.head_dim as f64;
+        let d = self.dim as f64;
         let dim = |turns: f64| {
             d * libm::log(original / (turns * 2.0 * PI)) / (2.0 * libm::log(self.theta))
         };

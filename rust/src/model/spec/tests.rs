@@ -1,8 +1,10 @@
 //! Tests of `Spec` on small configurations.
 
 use super::family::{FAMILIES, Family};
+use super::moe::MoeFacts;
 use super::names::{WEIGHTS, matches};
 use super::*;
+use crate::backend::{Groups, Routing, Score};
 use serde_json::{Value, json};
 
 fn config(architecture: &str, more: Value) -> Value {
@@ -59,8 +61,9 @@ fn every_file_is_a_family_and_no_architecture_is_claimed_twice() {
 fn the_readme_lists_every_field_and_every_weight() {
     let readme = concat!(env!("CARGO_MANIFEST_DIR"), "/models/README.md");
     let readme = std::fs::read_to_string(readme).unwrap();
-    let unknown = serde_json::from_value::<Family>(json!({"": 0})).unwrap_err().to_string();
-    let fields = unknown.split('`').skip(3).step_by(2);
+    let mut unknown = serde_json::from_value::<Family>(json!({"": 0})).unwrap_err().to_string();
+    unknown += &serde_json::from_value::<MoeFacts>(json!({"": 0})).unwrap_err().to_string();
+    let fields = unknown.split('`').skip(3).step_by(2).filter(|field| !field.is_empty());
     let mut count = 0;
     for name in fields.chain(WEIGHTS.iter().copied()).chain(["base"]) {
         assert!(
@@ -205,6 +208,85 @@ fn gemma_facts() {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}}),
     );
     assert_eq!(gemma3, new);
+}
+
+#[test]
+fn experts_of_each_family() {
+    let moe = |spec: &Spec| -> Vec<Option<Moe>> {
+        let moe = |layer: &Layer| match layer.ffn {
+            Ffn::Moe(moe) => Some(moe),
+            _ => None,
+        };
+        spec.layers.iter().map(moe).collect()
+    };
+    let mixtral = spec("MixtralForCausalLM", json!({}));
+    let routing = Routing {
+        top_k: 2,
+        score: Score::Softmax,
+        groups: None,
+        renormalise: Some(0.0),
+        scale: 1.0,
+    };
+    let expected = Moe {
+        experts: 8,
+        width: 112,
+        routing,
+        router_bias: false,
+        correction: false,
+        expert_bias: false,
+        stored: Stored::Rows,
+        shared: None,
+    };
+    assert_eq!(moe(&mixtral), [Some(expected); 4]);
+    let names = mixtral.names(|n| n == "model.embed_tokens.weight");
+    let weights = mixtral.layer_weights(1);
+    let up = weights.iter().find(|w| w.what == "expert_up").unwrap();
+    assert_eq!(up.shape, [8, 112, 64]);
+    let w3 = "model.layers.1.block_sparse_moe.experts.7.w3.weight".to_owned();
+    assert_eq!(mixtral.place(&names, 1, "expert_up", 7), Slice::whole(w3, vec![112, 64]));
+
+    let sizes = json!({"num_experts": 6, "moe_intermediate_size": 48, "decoder_sparse_step": 2,
+        "mlp_only_layers": [1], "shared_expert_intermediate_size": 96});
+    let qwen2 = spec("Qwen2MoeForCausalLM", sizes.clone());
+    let routing = Routing { top_k: 4, renormalise: None, ..routing };
+    let shared = Some(Shared { width: 96, gate: true });
+    let expected = Moe { experts: 6, width: 48, routing, shared, ..expected };
+    assert_eq!(moe(&qwen2), [None, None, None, Some(expected)]);
+    assert_eq!(qwen2.layers[0].ffn, Ffn::Dense(112));
+    let with = |key: &str, value: Value| {
+        let mut sizes = sizes.clone();
+        sizes[key] = value;
+        error("Qwen2MoeForCausalLM", sizes)
+    };
+    assert!(with("mlp_only_layers", json!([4])).contains("dense layers: found 4, expected"));
+    assert!(with("num_experts_per_tok", json!(7)).contains("num_experts_per_tok: found 7"));
+    assert!(with("use_sliding_window", json!(true)).contains("use_sliding_window"));
+
+    let text = "base = 'qwen2'\narchitectures = ['MyForCausalLM']\n[moe]\nexperts = 8\ntop_k = 3\n\
+        score = { key = 'scoring' }\ngroups = 4\ntop_groups = { key = 'n' }\n\
+        group_score = { key = 'method', default = 'noaux_tc' }\nrenormalise = true\nsum_eps = 1e-6\n\
+        shared_experts = { key = 'shared' }\ndense_first = 1\n[names]\nrouter = 'r'\n\
+        expert_gate = 'g{e}'\nexpert_up = 'u{e}'\nexpert_down = 'd{e}'\n\
+        shared_gate = 'sg'\nshared_up = 'su'\nshared_down = 'sd'";
+    let read = |more: Value| Spec::new(&config("MyForCausalLM", more), Some(text));
+    let spec = read(json!({"scoring": "sigmoid", "n": 2, "shared": 2})).unwrap();
+    let found = moe(&spec);
+    let groups = Some(Groups { count: 4, top_k: 2, by_two: true });
+    assert_eq!((found[0], found[1].unwrap().routing.groups), (None, groups));
+    assert_eq!(found[1].unwrap().routing.renormalise, Some(1e-6));
+    assert_eq!(found[1].unwrap().shared, Some(Shared { width: 224, gate: false }));
+    let greedy = read(json!({"scoring": "softmax", "method": "greedy"})).unwrap();
+    assert_eq!(moe(&greedy)[3].unwrap().routing.groups, None);
+    for (more, expected) in [
+        (json!({"scoring": "tanh", "n": 2}), "router score \"tanh\""),
+        (json!({"scoring": "softmax", "n": 1}), "4 groups, 1 chosen, for 3 of 8 experts"),
+        (json!({"scoring": "softmax", "n": 5}), "n: found 5, expected a positive integer up to 4"),
+        (json!({"scoring": "softmax", "method": "x"}), "a group score of \"x\""),
+        (json!({"scoring": "softmax", "n": 2, "shared": -1}), "shared: found -1"),
+    ] {
+        let e = read(more).unwrap_err().to_string();
+        assert!(e.contains(expected), "{e}");
+    }
 }
 
 #[test]
