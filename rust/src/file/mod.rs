@@ -51,6 +51,11 @@ impl Dtype {
         if let Dtype::Blocks(blocks) = self { blocks.weights() } else { 1 }
     }
 
+    /// The type of the blocks, if it is of blocks.
+    pub const fn blocks(self) -> Option<Blocks> {
+        if let Dtype::Blocks(blocks) = self { Some(blocks) } else { None }
+    }
+
     /// Its name in a safetensors file, or ggml's.
     pub const fn name(self) -> &'static str {
         match self {

@@ -10,7 +10,8 @@ pub use crate::backend::{KvDtype, PAGE};
 pub use forward::{Kv, Model};
 
 use crate::backend::cpu::Cpu;
-use crate::{Error, Result, file};
+use crate::file::{self, Checkpoint};
+use crate::{Error, Result};
 use spec::Spec;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -130,16 +131,30 @@ impl LoadOptions {
 /// config.json is read up to this many bytes.
 const MAX_CONFIG: u64 = 16 << 20;
 
-/// Loads the model in `folder` onto the CPU.
+/// Loads the model in `folder` onto the CPU, or the GGUF file that `folder` is or has.
 pub fn load(folder: &Path, mut options: LoadOptions) -> Result<Model<Cpu>> {
+    let gguf = file::gguf_at(folder)?;
     let path = folder.join("config.json");
-    let config = file::read_json(&path, MAX_CONFIG)?.ok_or_else(|| {
-        Error::ModelNotFound(format!("{}: no such file, expected a model folder", path.display()))
-    })?;
-    let spec = Spec::new(&config, options.family.as_deref())?;
+    let family = options.family.as_deref();
+    let (spec, checkpoint) = match &gguf {
+        Some(path) => {
+            let checkpoint = Checkpoint::open(path)?;
+            let facts = spec::gguf::facts(path, &checkpoint)?;
+            (Spec::of_gguf(path, &facts, family)?, checkpoint)
+        }
+        None => {
+            let config = file::read_json(&path, MAX_CONFIG)?.ok_or_else(|| {
+                let path = path.display();
+                let what = format!("{path}: no such file, expected a model folder or a GGUF file");
+                Error::ModelNotFound(what)
+            })?;
+            (Spec::new(&config, family)?, Checkpoint::open(folder)?)
+        }
+    };
     let threads = options.threads.unwrap_or_else(|| crate::backend::cpu::topology::auto().count);
     let backend = Cpu::new(threads, options.isa.as_deref())?;
-    let weights = weights::load(folder, &spec, &backend, &mut options)?;
+    let folder = gguf.as_deref().unwrap_or(folder);
+    let weights = weights::load(folder, &checkpoint, &spec, &backend, &mut options)?;
     let mut windows: Vec<Option<usize>> = Vec::new();
     let group_of = spec.layers.iter().map(|layer| {
         let spec::Mixer::Attention(how) = &layer.mixer;

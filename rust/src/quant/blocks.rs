@@ -1,10 +1,21 @@
 //! The blocks of ggml's quantized types, as GGUF files hold them: bytes -> f32, bit by bit what ggml's reference
 //! (`gguf.quants.dequantize`) gives. Only reads them; knows no file.
 
-use super::{TWICE, grids};
+use super::{BLOCK, BlockQ4, GROUPS, TWICE, grids};
+
+/// The canonical form that a type of blocks is kept in where no other is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// [`BlockQ4`], exactly.
+    Q4,
+    /// [`BlockMxfp4`](super::BlockMxfp4), exactly.
+    Mxfp4,
+    /// [`BlockQ8`](super::BlockQ8): no form holds it exactly, and this one nearly.
+    Q8,
+}
 
 macro_rules! blocks {
-    ($($name:ident $ggml:literal $weights:literal $bytes:literal $decode:ident)*) => {
+    ($($name:ident $ggml:literal $weights:literal $bytes:literal $decode:ident $kept:ident)*) => {
         /// A type of block.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[allow(non_camel_case_types, missing_docs)] // ggml's own names
@@ -34,6 +45,11 @@ macro_rules! blocks {
                 match self { $(Blocks::$name => $bytes),* }
             }
 
+            /// The form that it is kept in.
+            pub const fn kept(self) -> Kept {
+                match self { $(Blocks::$name => Kept::$kept),* }
+            }
+
             /// The weights of whole blocks.
             pub fn decode(self, bytes: &[u8], out: &mut [f32]) {
                 match self {
@@ -49,31 +65,31 @@ macro_rules! blocks {
     };
 }
 
-// Name, ggml's number, weights of a block, its bytes, the function that reads it.
+// Name, ggml's number, weights of a block, its bytes, the function that reads it, the form that it is kept in.
 blocks! {
-    Q4_0 2 32 18 q4_0
-    Q4_1 3 32 20 q4_1
-    Q5_0 6 32 22 q5_0
-    Q5_1 7 32 24 q5_1
-    Q8_0 8 32 34 q8_0
-    Q2_K 10 256 84 q2_k
-    Q3_K 11 256 110 q3_k
-    Q4_K 12 256 144 q4_k
-    Q5_K 13 256 176 q5_k
-    Q6_K 14 256 210 q6_k
-    IQ2_XXS 16 256 66 iq2_xxs
-    IQ2_XS 17 256 74 iq2_xs
-    IQ3_XXS 18 256 98 iq3_xxs
-    IQ1_S 19 256 50 iq1_s
-    IQ4_NL 20 32 18 iq4_nl
-    IQ3_S 21 256 110 iq3_s
-    IQ2_S 22 256 82 iq2_s
-    IQ4_XS 23 256 136 iq4_xs
-    IQ1_M 29 256 56 iq1_m
-    TQ1_0 34 256 54 tq1_0
-    TQ2_0 35 256 66 tq2_0
-    MXFP4 39 32 17 mxfp4
-    NVFP4 40 64 36 nvfp4
+    Q4_0 2 32 18 q4_0 Q8
+    Q4_1 3 32 20 q4_1 Q8
+    Q5_0 6 32 22 q5_0 Q8
+    Q5_1 7 32 24 q5_1 Q8
+    Q8_0 8 32 34 q8_0 Q8
+    Q2_K 10 256 84 q2_k Q8
+    Q3_K 11 256 110 q3_k Q8
+    Q4_K 12 256 144 q4_k Q8
+    Q5_K 13 256 176 q5_k Q8
+    Q6_K 14 256 210 q6_k Q8
+    IQ2_XXS 16 256 66 iq2_xxs Q8
+    IQ2_XS 17 256 74 iq2_xs Q8
+    IQ3_XXS 18 256 98 iq3_xxs Q8
+    IQ1_S 19 256 50 iq1_s Q8
+    IQ4_NL 20 32 18 iq4_nl Q8
+    IQ3_S 21 256 110 iq3_s Q8
+    IQ2_S 22 256 82 iq2_s Q8
+    IQ4_XS 23 256 136 iq4_xs Q8
+    IQ1_M 29 256 56 iq1_m Q8
+    TQ1_0 34 256 54 tq1_0 Q4
+    TQ2_0 35 256 66 tq2_0 Q4
+    MXFP4 39 32 17 mxfp4 Mxfp4
+    NVFP4 40 64 36 nvfp4 Q8
 }
 
 fn u16_at(b: &[u8], at: usize) -> u16 {
@@ -344,18 +360,23 @@ fn iq4_xs(b: &[u8; 136], out: &mut [f32; 256]) {
     }
 }
 
+/// Number `i` of a ternary block, and 1.
+fn tq1_0_code(b: &[u8], i: usize) -> u8 {
+    // Five base-3 digits in a byte, the first of 32 bytes, then the second of them, ...; then of 16; four of 4.
+    let (byte, digit) = match i {
+        0..160 => (i % 32, i / 32),
+        160..240 => (32 + i % 16, (i - 160) / 16),
+        _ => (48 + i % 4, (i - 240) / 4),
+    };
+    // A byte is ceil(256 / 243 * digits), so that the next digit is the carry of a multiplication by 3.
+    let rest = b[byte].wrapping_mul([1, 3, 9, 27, 81][digit]);
+    ((u16::from(rest) * 3) >> 8) as u8
+}
+
 fn tq1_0(b: &[u8; 54], out: &mut [f32; 256]) {
     let d = f16_at(b, 52);
     for (i, x) in out.iter_mut().enumerate() {
-        // Five base-3 digits in a byte, the first of 32 bytes, then the second of them, ...; then of 16; four of 4.
-        let (byte, digit) = match i {
-            0..160 => (i % 32, i / 32),
-            160..240 => (32 + i % 16, (i - 160) / 16),
-            _ => (48 + i % 4, (i - 240) / 4),
-        };
-        // A byte is ceil(256 / 243 * digits), so that the next digit is the carry of a multiplication by 3.
-        let rest = b[byte].wrapping_mul([1, 3, 9, 27, 81][digit]);
-        *x = d * (f32::from((u16::from(rest) * 3) >> 8) - 1.0);
+        *x = d * (f32::from(tq1_0_code(b, i)) - 1.0);
     }
 }
 
@@ -363,6 +384,30 @@ fn tq2_0(b: &[u8; 66], out: &mut [f32; 256]) {
     let d = f16_at(b, 64);
     for (i, x) in out.iter_mut().enumerate() {
         *x = d * (f32::from(code(b, 32, 2, i)) - 1.0);
+    }
+}
+
+impl Blocks {
+    /// Whether its weights are -d, 0 and d.
+    pub fn is_ternary(self) -> bool {
+        matches!(self, Blocks::TQ1_0 | Blocks::TQ2_0)
+    }
+
+    /// A ternary block, exactly.
+    pub fn ternary(self, b: &[u8]) -> Option<BlockQ4> {
+        let mut q = [0; BLOCK];
+        let d = match self {
+            Blocks::TQ1_0 => {
+                q.iter_mut().enumerate().for_each(|(i, q)| *q = tq1_0_code(b, i));
+                f16_at(b, 52)
+            }
+            Blocks::TQ2_0 => {
+                q.iter_mut().enumerate().for_each(|(i, q)| *q = code(b, 32, 2, i));
+                f16_at(b, 64)
+            }
+            _ => return None,
+        };
+        Some(BlockQ4 { d, sc: [1; GROUPS], mn: [1; GROUPS], q })
     }
 }
 

@@ -21,7 +21,7 @@ mod mxfp4;
 mod q4;
 mod q8;
 
-pub use blocks::Blocks;
+pub use blocks::{Blocks, Kept};
 pub use mxfp4::{BlockMxfp4, TWICE};
 pub use q4::BlockQ4;
 pub use q8::BlockQ8;

@@ -4,6 +4,7 @@
 mod build;
 mod config;
 mod family;
+pub mod gguf;
 mod moe;
 mod names;
 mod place;

@@ -53,6 +53,7 @@ impl Base<'_> {
         let own: &[&str] = match kind {
             "default" => &[],
             "linear" => &["factor"],
+            "divisors" => &["divisors"],
             "dynamic" => &["factor", "alpha", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"],
             "longrope" | "su" => &[
                 "factor",
@@ -108,6 +109,8 @@ impl Base<'_> {
                 let factor = need("factor")? as f32;
                 self.plain().iter().map(|f| f / factor).collect()
             }
+            // Of a GGUF file: one number for each frequency.
+            "divisors" => self.divided(params, "divisors")?,
             "dynamic" => {
                 // With alpha (Hunyuan): a larger base from the start. Without: the base grows beyond the context.
                 let factor = need("factor")?;

@@ -1,6 +1,6 @@
 //! Tests of `Spec` on small configurations.
 
-use super::family::{FAMILIES, Family};
+use super::family::{FAMILIES, Family, Format};
 use super::moe::MoeFacts;
 use super::names::{WEIGHTS, matches};
 use super::*;
@@ -49,7 +49,9 @@ fn every_file_is_a_family_and_no_architecture_is_claimed_twice() {
     files.sort();
     listed.sort();
     assert_eq!(files, listed);
-    let all = FAMILIES.iter().flat_map(|(n, t)| Family::parse(t, n).unwrap().architectures);
+    let all = FAMILIES
+        .iter()
+        .flat_map(|(n, t)| Family::parse(t, n, Format::Config).unwrap().architectures);
     let mut all: Vec<String> = all.collect();
     all.sort();
     let count = all.len();
