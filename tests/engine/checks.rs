@@ -55,7 +55,7 @@ fn what_does_not_fit_is_refused_with_the_numbers() {
     assert_eq!(scored, (CONTEXT + 1, Some(0), CONTEXT));
     // A cache of four pages.
     let config = EngineConfig { kv_bytes: 4 * PAGE_BYTES as u64 + 1, ..config() };
-    let mut engine = engine_of(Fake::new(&[None], CONTEXT), config);
+    let mut engine = engine_of(Fake::new(&[Sees::All], CONTEXT), config);
     assert_eq!(engine.context_length(), 256);
     match engine.submit(greedy(ids(1, 200), 57)).unwrap_err() {
         Error::OutOfMemory { what, requested: 5000, available: 4000 } => {
@@ -74,7 +74,7 @@ fn what_does_not_fit_is_refused_with_the_numbers() {
 #[test]
 fn a_full_queue_says_so() {
     let mut engine = engine_of(
-        Fake::new(&[None], CONTEXT),
+        Fake::new(&[Sees::All], CONTEXT),
         EngineConfig { max_batch: 2, max_queue: 1, ..config() },
     );
     for _ in 0..3 {
@@ -96,7 +96,7 @@ fn bad_settings_are_refused() {
     let refused = |change: fn(&mut EngineConfig)| {
         let mut config = config();
         change(&mut config);
-        let fake = Arc::new(Fake::new(&[None, None], CONTEXT));
+        let fake = Arc::new(Fake::new(&[Sees::All; 2], CONTEXT));
         Engine::new(fake, TOKENIZER.clone(), vec![1], config).err().unwrap()
     };
     for (field, change) in [
@@ -116,7 +116,7 @@ fn bad_settings_are_refused() {
         matches!(error, Error::OutOfMemory { requested: 2000, available: 1999, .. }),
         "{error:?}"
     );
-    let fake = Arc::new(Fake::new(&[None], CONTEXT));
+    let fake = Arc::new(Fake::new(&[Sees::All], CONTEXT));
     let error = Engine::new(fake, TOKENIZER.clone(), vec![1, 400], config()).err().unwrap();
     assert!(error.to_string().contains("400"), "{error}");
 }
@@ -180,7 +180,7 @@ fn nan_logits_fail_their_own_request_with_the_position() {
 
 #[test]
 fn an_error_of_the_model_fails_the_batch_and_no_more() {
-    let mut fake = Fake::new(&[None, Some(100)], CONTEXT);
+    let mut fake = Fake::new(&[Sees::All, Sees::Window(100)], CONTEXT);
     fake.trouble = vec![(2, Trouble::Error)];
     let mut engine = engine_of(fake, config());
     for seed in 1..3 {

@@ -4,9 +4,10 @@
 //! Its "keys and values" of a position are a hash of the token and of all values that the position
 //! sees, read through the page table; its logits are a hash of the position's values. So they depend
 //! on every token before (in a group with a window through the values inside it), and any page that
-//! is wrong, stale, shared by mistake or freed too early changes them.
+//! is wrong, stale, shared by mistake or freed too early changes them. In a group of states the value
+//! is a hash of the token and the value before it, which is all that is kept.
 
-use ferrule::model::{Chunk, Forward, KvGroup, NO_PAGE, PAGE, Wanted};
+use ferrule::model::{Chunk, Forward, KvGroup, NO_PAGE, PAGE, Sees, Wanted};
 use ferrule::{Error, Result};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,7 +25,7 @@ pub(crate) enum Trouble {
 }
 
 pub(crate) struct Fake {
-    pub(crate) windows: Vec<Option<usize>>,
+    pub(crate) sees: Vec<Sees>,
     pub(crate) context: usize,
     /// (call, trouble): what goes wrong at which forward pass.
     pub(crate) trouble: Vec<(usize, Trouble)>,
@@ -33,9 +34,8 @@ pub(crate) struct Fake {
 }
 
 impl Fake {
-    pub(crate) fn new(windows: &[Option<usize>], context: usize) -> Fake {
-        let windows = windows.to_vec();
-        Fake { windows, context, trouble: Vec::new(), calls: Mutex::default() }
+    pub(crate) fn new(sees: &[Sees], context: usize) -> Fake {
+        Fake { sees: sees.to_vec(), context, trouble: Vec::new(), calls: Mutex::default() }
     }
 }
 
@@ -59,7 +59,7 @@ impl Forward for Fake {
     }
 
     fn kv_groups(&self) -> Vec<KvGroup> {
-        self.windows.iter().map(|&window| KvGroup { window, page_bytes: PAGE_BYTES }).collect()
+        self.sees.iter().map(|&sees| KvGroup { sees, page_bytes: PAGE_BYTES }).collect()
     }
 
     fn new_kv(&self, pages: &[usize]) -> Result<Memory> {
@@ -76,7 +76,7 @@ impl Forward for Fake {
         let trouble = self.trouble.iter().find(|(call, _)| *call == calls.len()).map(|(_, t)| *t);
         calls.push(batch.iter().map(|chunk| chunk.tokens.len()).collect());
         assert!(!batch.is_empty() && batch.iter().all(|chunk| !chunk.tokens.is_empty()));
-        check_tables(batch);
+        self.check_tables(batch);
         let interrupted = interrupt.load(Ordering::SeqCst) || trouble == Some(Trouble::Interrupted);
         let mut logits = Vec::new();
         for chunk in batch {
@@ -85,15 +85,29 @@ impl Forward for Fake {
                 let position = chunk.start + i;
                 let mut state = 0;
                 for (g, pages) in chunk.pages.iter().enumerate() {
-                    let first = self.windows[g].map_or(0, |w| (position + 1).saturating_sub(w));
                     let mut value = mix(g as u64, u64::from(token));
+                    let first = match self.sees[g] {
+                        Sees::All => 0,
+                        Sees::Window(w) => (position + 1).saturating_sub(w),
+                        Sees::State => {
+                            if position > 0 {
+                                let read = if i == 0 { pages[0] } else { pages[1] };
+                                value = mix(value, kv.0[g][read as usize][0]);
+                            }
+                            position
+                        }
+                    };
                     for p in first..position {
                         value = mix(value, kv.0[g][pages[p / PAGE] as usize][p % PAGE]);
                     }
                     if interrupted {
                         value = 13; // undefined
                     }
-                    kv.0[g][pages[position / PAGE] as usize][position % PAGE] = value;
+                    let at = match self.sees[g] {
+                        Sees::State => (pages[1], 0),
+                        _ => (pages[position / PAGE], position % PAGE),
+                    };
+                    kv.0[g][at.0 as usize][at.1] = value;
                     state = mix(state, value);
                 }
                 let wanted = match chunk.wanted {
@@ -121,15 +135,25 @@ impl Forward for Fake {
     }
 }
 
-/// A page that one chunk writes is in no other chunk's table.
-fn check_tables(batch: &[Chunk<'_>]) {
-    for (a, chunk) in batch.iter().enumerate() {
-        let end = chunk.start + chunk.tokens.len();
-        for (g, pages) in chunk.pages.iter().enumerate() {
-            for written in &pages[chunk.start / PAGE..end.div_ceil(PAGE)] {
-                assert_ne!(*written, NO_PAGE);
-                for (b, other) in batch.iter().enumerate() {
-                    assert!(a == b || !other.pages[g].contains(written), "page {written}");
+impl Fake {
+    /// A page that one chunk writes is in no other chunk's table, and not the state that it reads.
+    fn check_tables(&self, batch: &[Chunk<'_>]) {
+        for (a, chunk) in batch.iter().enumerate() {
+            let end = chunk.start + chunk.tokens.len();
+            for (g, pages) in chunk.pages.iter().enumerate() {
+                let written = match self.sees[g] {
+                    Sees::State => {
+                        assert!(pages.len() == 2 && pages[0] != pages[1]);
+                        assert_eq!(pages[0] == NO_PAGE, chunk.start == 0);
+                        1..2
+                    }
+                    _ => chunk.start / PAGE..end.div_ceil(PAGE),
+                };
+                for written in &pages[written] {
+                    assert_ne!(*written, NO_PAGE);
+                    for (b, other) in batch.iter().enumerate() {
+                        assert!(a == b || !other.pages[g].contains(written), "page {written}");
+                    }
                 }
             }
         }

@@ -10,7 +10,7 @@ use fake::{Fake, PAGE_BYTES, VOCAB};
 use ferrule::engine::{
     Engine, EngineConfig, Event, FinishReason, LogitsProcessor, Request, RequestId, TokenLogprobs,
 };
-use ferrule::model::Forward;
+use ferrule::model::{Forward, Sees};
 use ferrule::sample::{self, Sampling, Scratch};
 use ferrule::tokenizer::Tokenizer;
 use ferrule::{Error, Result};
@@ -43,7 +43,7 @@ fn engine_of(fake: Fake, config: EngineConfig) -> Engine<Fake> {
 }
 
 fn engine() -> Engine<Fake> {
-    engine_of(Fake::new(&[None, Some(100)], CONTEXT), config())
+    engine_of(Fake::new(&[Sees::All, Sees::Window(100)], CONTEXT), config())
 }
 
 fn greedy(prompt: Vec<u32>, max_tokens: usize) -> Request {
@@ -289,12 +289,12 @@ fn a_prompt_preempted_while_it_is_scored_is_scored_once() {
     let scored =
         || Request { prompt_logits: true, prompt_logprobs: Some(0), ..greedy(ids(2, 250), 5) };
     let small = EngineConfig { kv_bytes: 5 * PAGE_BYTES as u64, ..config() };
-    let mut engine = engine_of(Fake::new(&[None], CONTEXT), small);
+    let mut engine = engine_of(Fake::new(&[Sees::All], CONTEXT), small);
     engine.submit(greedy(ids(1, 1), 300)).unwrap();
     engine.submit(scored()).unwrap();
     let outcomes = finish(&mut engine);
     assert_eq!(engine.stats().preemptions, 1);
-    let mut engine = engine_of(Fake::new(&[None], CONTEXT), config());
+    let mut engine = engine_of(Fake::new(&[Sees::All], CONTEXT), config());
     engine.submit(scored()).unwrap();
     assert_eq!(outcomes[1], finish(&mut engine)[0]);
 }
@@ -352,12 +352,86 @@ fn a_prefix_in_the_cache_is_found_and_changes_nothing() {
         let outcome = finish(&mut engine).pop().unwrap();
         assert_eq!((outcome.cached, outcome.ids), (cached, run(greedy(prompt, 10)).ids));
     }
-    let mut off =
-        engine_of(Fake::new(&[None], CONTEXT), EngineConfig { prefix_cache: false, ..config() });
+    let mut off = engine_of(
+        Fake::new(&[Sees::All], CONTEXT),
+        EngineConfig { prefix_cache: false, ..config() },
+    );
     for _ in 0..2 {
         off.submit(greedy(ids(1, 200), 1)).unwrap();
         assert_eq!(finish(&mut off)[0].cached, 0);
     }
+}
+
+#[test]
+fn a_state_is_found_where_a_prompt_ended_or_an_answer() {
+    let sees = [Sees::All, Sees::State];
+    let mut engine = engine_of(Fake::new(&sees, CONTEXT), config());
+    let alone = |request: Request| {
+        let config = EngineConfig { prefix_cache: false, max_batch: 1, ..config() };
+        let mut engine = engine_of(Fake::new(&sees, CONTEXT), config);
+        engine.submit(request).unwrap();
+        finish(&mut engine).pop().unwrap()
+    };
+    let mut ask = |prompt: &[u32], max_tokens| {
+        engine.submit(greedy(prompt.to_vec(), max_tokens)).unwrap();
+        let found = finish(&mut engine).pop().unwrap();
+        let expected = alone(greedy(prompt.to_vec(), max_tokens));
+        assert_eq!((&found.ids, found.text), (&expected.ids, expected.text));
+        (found.cached, found.ids)
+    };
+    let prompt = ids(1, 200);
+    let (cached, answer) = ask(&prompt, 150);
+    assert_eq!(cached, 0);
+    assert_eq!(ask(&prompt, 1).0, 192);
+    assert_eq!(ask(&[prompt.clone(), answer, ids(2, 60)].concat(), 1).0, 320);
+    // Prompts that begin alike: the second computes all, and leaves the state where they part.
+    let other = |own| [prompt[..150].to_vec(), ids(own, 100)].concat();
+    assert_eq!([ask(&other(3), 1).0, ask(&other(4), 1).0], [0, 128]);
+}
+
+#[test]
+fn answers_to_one_prompt_share_its_state() {
+    let sees = [Sees::Window(80), Sees::State, Sees::All];
+    let mut engine = engine_of(Fake::new(&sees, CONTEXT), config());
+    let sampled = |seed| {
+        let sampling = Sampling { temperature: 1.0, seed, ..Sampling::default() };
+        Request { sampling, ..greedy(ids(1, 300), 100) }
+    };
+    for seed in 0..4 {
+        engine.submit(sampled(seed)).unwrap();
+    }
+    let together = finish(&mut engine);
+    for (seed, together) in together.iter().enumerate() {
+        assert_eq!(together.cached, if seed == 0 { 0 } else { 256 });
+        let mut engine = engine_of(Fake::new(&sees, CONTEXT), config());
+        engine.submit(sampled(seed as u64)).unwrap();
+        assert_eq!(finish(&mut engine)[0].ids, together.ids);
+    }
+}
+
+#[test]
+fn a_state_survives_interrupts_and_the_end_of_others() {
+    let sees = [Sees::All, Sees::State];
+    let mut engine = engine_of(Fake::new(&sees, CONTEXT), config());
+    let first = engine.submit(greedy(ids(1, 100), 80)).unwrap();
+    let second = engine.submit(greedy(ids(2, 100), 80)).unwrap();
+    let mut outcomes = Outcomes::default();
+    for step in 0.. {
+        if engine.is_idle() {
+            break;
+        }
+        if step % 3 == 1 {
+            engine.interrupt().store(true, Ordering::SeqCst);
+        }
+        if step == 20 {
+            engine.cancel(second);
+        }
+        outcomes.add(engine.step());
+    }
+    let mut alone = engine_of(Fake::new(&sees, CONTEXT), config());
+    alone.submit(greedy(ids(1, 100), 80)).unwrap();
+    assert_eq!(outcomes.0[&first].ids, finish(&mut alone)[0].ids);
+    assert_eq!(outcomes.0[&second].reason, Some(FinishReason::Cancelled));
 }
 
 #[test]

@@ -96,8 +96,13 @@ fn ask() -> impl Strategy<Value = Ask> {
     )
 }
 
-fn windows() -> impl Strategy<Value = Vec<Option<usize>>> {
-    prop::collection::vec(prop::option::of(1usize..200), 1..4)
+fn sees() -> impl Strategy<Value = Vec<Sees>> {
+    let sees = prop_oneof![
+        2 => Just(Sees::All),
+        2 => (1usize..200).prop_map(Sees::Window),
+        1 => Just(Sees::State),
+    ];
+    prop::collection::vec(sees, 1..4)
 }
 
 fn start(fake: Fake, config: EngineConfig) -> Engine<Fake> {
@@ -105,28 +110,28 @@ fn start(fake: Fake, config: EngineConfig) -> Engine<Fake> {
 }
 
 /// The request by itself: no cache, no chunks.
-fn alone(windows: &[Option<usize>], ask: &Ask) -> Outcome {
+fn alone(sees: &[Sees], ask: &Ask) -> Outcome {
     let config =
         EngineConfig { chunk_tokens: CONTEXT, max_batch: 1, prefix_cache: false, ..config() };
-    let mut engine = start(Fake::new(windows, CONTEXT), config);
+    let mut engine = start(Fake::new(sees, CONTEXT), config);
     engine.submit(ask.request()).unwrap();
     finish(&mut engine).pop().unwrap()
 }
 
 /// The smallest cache that holds one context, and some pages.
-fn kv_bytes(windows: &[Option<usize>], chunk: usize, extra: usize) -> u64 {
-    let groups = Fake::new(windows, CONTEXT).kv_groups();
+fn kv_bytes(sees: &[Sees], chunk: usize, extra: usize) -> u64 {
+    let groups = Fake::new(sees, CONTEXT).kv_groups();
     ferrule::model::kv::bytes_for(&groups, CONTEXT, chunk) + (extra * PAGE_BYTES) as u64
 }
 
 fn same_answers(
-    windows: &[Option<usize>],
+    sees: &[Sees],
     mut asks: Vec<Ask>,
     config: EngineConfig,
     interrupts: &[usize],
 ) -> std::result::Result<u64, TestCaseError> {
     asks.sort_by_key(|ask| ask.step);
-    let mut fake = Fake::new(windows, CONTEXT);
+    let mut fake = Fake::new(sees, CONTEXT);
     fake.trouble = interrupts.iter().map(|&call| (call, Trouble::Interrupted)).collect();
     let mut engine = start(fake, config);
     let mut outcomes = Outcomes::default();
@@ -151,7 +156,7 @@ fn same_answers(
     prop_assert_eq!(outcomes.0.len(), asks.len());
     for (i, ask) in asks.iter().enumerate() {
         let found = &outcomes.0[&(i as RequestId)];
-        let mut expected = alone(windows, ask);
+        let mut expected = alone(sees, ask);
         prop_assert!(expected.error.is_none() && expected.reason.is_some());
         if found.reason == Some(FinishReason::Cancelled) {
             prop_assert!(ask.cancel.is_some());
@@ -172,7 +177,7 @@ proptest! {
 
     #[test]
     fn company_cache_chunks_and_interrupts_change_nothing(
-        windows in windows(),
+        sees in sees(),
         asks in prop::collection::vec(ask(), 1..8),
         chunk in prop_oneof![1usize..20, 20usize..700],
         max_batch in 1usize..6,
@@ -180,9 +185,9 @@ proptest! {
         prefix_cache in prop::bool::weighted(0.8),
         interrupts in prop::collection::vec(0usize..150, 0..10),
     ) {
-        let kv_bytes = kv_bytes(&windows, chunk, extra);
+        let kv_bytes = kv_bytes(&sees, chunk, extra);
         let config = EngineConfig { max_batch, chunk_tokens: chunk, kv_bytes, prefix_cache, ..config() };
-        same_answers(&windows, asks, config, &interrupts)?;
+        same_answers(&sees, asks, config, &interrupts)?;
     }
 }
 
@@ -204,13 +209,18 @@ fn preemption_changes_nothing() {
         cancel: None,
     };
     for prefix_cache in [true, false] {
-        for windows in [vec![None], vec![None, Some(70)], vec![Some(130)]] {
-            let kv_bytes = kv_bytes(&windows, 64, 10 * windows.len());
+        let cases = [
+            vec![Sees::All],
+            vec![Sees::All, Sees::Window(70)],
+            vec![Sees::Window(130)],
+            vec![Sees::All, Sees::State],
+        ];
+        for sees in cases {
+            let kv_bytes = kv_bytes(&sees, 64, 10 * sees.len());
             let config =
                 EngineConfig { max_batch: 6, chunk_tokens: 64, kv_bytes, prefix_cache, ..config() };
-            let preemptions =
-                same_answers(&windows, (0..6).map(ask).collect(), config, &[]).unwrap();
-            assert!(preemptions > 0 || windows == [Some(130)], "{windows:?} {prefix_cache}");
+            let preemptions = same_answers(&sees, (0..6).map(ask).collect(), config, &[]).unwrap();
+            assert!(preemptions > 0 || sees == [Sees::Window(130)], "{sees:?} {prefix_cache}");
         }
     }
 }

@@ -4,9 +4,11 @@
 //! Activations are `[rows, width]` f32, row-major; weights are matrices `[out, in]`; vectors are gains and biases.
 
 pub mod cpu;
+mod recurrent;
 
 pub use crate::kernels::{Activation, Form, KvDtype, PAGE, Score};
 pub use crate::quant::{Blocks, Kept};
+pub use recurrent::{Core, HeadRows, Heads, Recurrent};
 
 use crate::Result;
 
@@ -19,7 +21,8 @@ pub struct Span<'a> {
     pub len: usize,
     /// The first position's number in its sequence.
     pub start: usize,
-    /// For the pages of this layer: page of each [`PAGE`] positions.
+    /// For the pages of this layer: page of each [`PAGE`] positions. Of a layer with states two: the state before
+    /// `start` (zeros if that is 0), and where the one after the last position goes.
     pub table: &'a [u32],
 }
 
@@ -156,6 +159,8 @@ pub trait Backend: Send + Sync {
     type Row: Send + Sync;
     /// Pages of keys and values of all layers.
     type Kv: Send;
+    /// States of all layers.
+    type States: Send;
 
     /// An empty buffer.
     fn buf(&self) -> Self::Buf;
@@ -169,6 +174,9 @@ pub trait Backend: Send + Sync {
     ) -> Result<std::result::Result<Self::Mat, NotFinite>>;
     /// Pages for each layer: `(pages, kv_heads, head_dim)`.
     fn kv(&self, dtype: KvDtype, layers: &[(usize, usize, usize)]) -> Result<Self::Kv>;
+
+    /// States for each layer: how many, and the f32 of each.
+    fn states(&self, layers: &[(usize, usize)]) -> Result<Self::States>;
 
     /// `out[r] = scale * table[ids[r]]`.
     fn embed(&self, table: &Self::Mat, ids: &[u32], scale: f32, out: &mut Self::Buf);
@@ -255,6 +263,37 @@ pub trait Backend: Send + Sync {
         how: &Attention,
         sinks: Option<&Self::Row>,
         kv: &Self::Kv,
+        layer: usize,
+        spans: &[Span<'_>],
+        out: &mut Self::Buf,
+    );
+    /// `out` times the sigmoid of the columns of `qkv` behind the values: one for each head, or for each number.
+    fn gate_heads(&self, qkv: &Self::Buf, how: &Attention, out: &mut Self::Buf);
+    /// `out` = the convolution of a part of the rows of `x` (see [`Core`]): `bias? + sum over j of taps[j] * u[r - j]`,
+    /// `j` from `width - 1` down to 0. `taps`: `[width, channels]`, the oldest position first. `u` are the channels of `x`,
+    /// times `B` if the core is a gate (then `x` is left with them); positions before the span are those of its state.
+    /// The last `width - 1` of `u` go into the next state. Of a gate `out` is times `C`, of the others it is its `silu`.
+    fn conv(
+        &self,
+        x: &mut Self::Buf,
+        how: &Recurrent,
+        taps: &Self::Row,
+        bias: Option<&Self::Row>,
+        states: &mut Self::States,
+        layer: usize,
+        spans: &[Span<'_>],
+        out: &mut Self::Buf,
+    );
+    /// `out` = the recurrence of a core with heads over what [`Backend::conv`] gave, and its gated norm. `x` is the
+    /// projection; `conv` is left with what it holds.
+    fn recur(
+        &self,
+        x: &Self::Buf,
+        conv: &mut Self::Buf,
+        how: &Recurrent,
+        rows: &HeadRows<Self::Row>,
+        eps: f32,
+        states: &mut Self::States,
         layer: usize,
         spans: &[Span<'_>],
         out: &mut Self::Buf,

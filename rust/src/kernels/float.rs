@@ -33,6 +33,10 @@ pub enum Activation {
         /// Just below 0.
         eps: f32,
     },
+    /// `sigmoid(x)`.
+    Sigmoid,
+    /// `x`.
+    None,
     /// `g * sigmoid(1.702 g)` with `g = min(x, 7)`, times `clamp(up, -7, 7) + 1` instead of `up` (GPT-OSS).
     ClampedSwiglu,
 }
@@ -70,6 +74,8 @@ pub(super) struct Floats {
     pub(super) write_f32: unsafe fn(&[f32], &[f32], usize, &mut [u8]),
     pub(super) write_f16: unsafe fn(&[f32], &[f32], usize, &mut [u8]),
     pub(super) write_i8: unsafe fn(&[f32], &[f32], usize, &mut [u8]),
+    pub(super) conv: unsafe fn(&[&[f32]], &[&[f32]], Option<&[f32]>, bool, &mut [f32]),
+    pub(super) recur: unsafe fn(&super::Recur<'_>, &mut [f32], &mut [f32; 16]),
 }
 
 /// Compiles every float kernel with `$v` as the vector and the given target features, as `FLOATS`.
@@ -78,7 +84,7 @@ macro_rules! instantiate {
         pub(super) const FLOATS: crate::kernels::float::Floats = {
             use crate::kernels::float::{self, Activation, Floats, Score};
             use crate::kernels::layout::ROWS;
-            use crate::kernels::{Attend, attention};
+            use crate::kernels::{Attend, Recur, attention, recurrent};
             use crate::quant::{BLOCK, GROUPS};
             type Rows = [[f32; BLOCK]; ROWS];
 
@@ -185,6 +191,20 @@ macro_rules! instantiate {
             unsafe fn write_i8(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
                 attention::write_i8(k, v, slot, page)
             }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn conv(
+                rows: &[&[f32]],
+                taps: &[&[f32]],
+                bias: Option<&[f32]>,
+                silu: bool,
+                out: &mut [f32],
+            ) {
+                recurrent::conv(rows, taps, bias, silu, out)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn recur(r: &Recur<'_>, state: &mut [f32], out: &mut [f32; 16]) {
+                recurrent::recur::<$v>(r, state, out)
+            }
             Floats {
                 gemm_f32,
                 gemm_f16,
@@ -207,6 +227,8 @@ macro_rules! instantiate {
                 write_f32,
                 write_f16,
                 write_i8,
+                conv,
+                recur,
             }
         };
     };
@@ -556,7 +578,7 @@ pub(super) fn exp_m1(x: f32) -> f32 {
 
 /// `1 / (1 + e^-x)`.
 #[inline(always)]
-fn sigmoid(x: f32) -> f32 {
+pub(super) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
@@ -618,6 +640,16 @@ pub(super) fn gate(act: Activation, gate: &mut [f32], up: &[f32]) {
         Activation::XIelu { alpha_p, alpha_n, beta, eps } => {
             for (g, &u) in both {
                 *g = xielu(*g, alpha_p, alpha_n, beta, eps) * u;
+            }
+        }
+        Activation::Sigmoid => {
+            for (g, &u) in both {
+                *g = sigmoid(*g) * u;
+            }
+        }
+        Activation::None => {
+            for (g, &u) in both {
+                *g *= u;
             }
         }
         Activation::ClampedSwiglu => {

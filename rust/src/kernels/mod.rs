@@ -10,6 +10,7 @@ mod arm;
 mod attention;
 mod float;
 pub mod layout;
+mod recurrent;
 mod scalar;
 mod simd;
 #[cfg(target_arch = "x86_64")]
@@ -18,6 +19,7 @@ mod x86;
 pub use attention::{Attend, KvDtype, MAX_ROWS, PAGE, scratch_len};
 pub use float::{Activation, Score};
 pub use layout::Form;
+pub use recurrent::Recur;
 
 use crate::quant::{BLOCK, GROUPS};
 use crate::{Error, Result};
@@ -298,6 +300,31 @@ impl Kernels {
         };
         // SAFETY: see above.
         unsafe { write(k, v, slot, page) }
+    }
+
+    /// One position of a causal convolution of each channel: `out = bias? + sum over j of rows[j] * taps[j]`, then
+    /// `out * sigmoid(out)` if `silu`. The oldest row first.
+    pub fn conv(
+        &self,
+        rows: &[&[f32]],
+        taps: &[&[f32]],
+        bias: Option<&[f32]>,
+        silu: bool,
+        out: &mut [f32],
+    ) {
+        assert!(rows.len() == taps.len() && bias.is_none_or(|b| b.len() == out.len()));
+        assert!(rows.iter().chain(taps).all(|row| row.len() == out.len()));
+        // SAFETY: see above.
+        unsafe { (self.float.conv)(rows, taps, bias, silu, out) }
+    }
+
+    /// One position of a recurrence: `u = beta * (v - decay * S^T k)` if `delta`, else `beta * v`;
+    /// `S = decay * S + k u^T`; `out = S^T q`.
+    pub fn recur(&self, r: &Recur<'_>, state: &mut [f32], out: &mut [f32; 16]) {
+        assert!(r.q.len() == r.k.len() && r.k.len().is_multiple_of(4));
+        assert!(state.len() == 16 * r.k.len());
+        // SAFETY: see above.
+        unsafe { (self.float.recur)(r, state, out) }
     }
 }
 

@@ -321,8 +321,8 @@ proptest! {
                 all.extend_from_slice(&z);
             }
             let xielu = Activation::XIelu { alpha_p: 0.8, alpha_n: 0.3, beta: 0.5, eps: -1e-6 };
-            use Activation::{ClampedSwiglu, Gelu, GeluTanh, Relu2, Silu};
-            for act in [Silu, Gelu, GeluTanh, Relu2, xielu, ClampedSwiglu] {
+            use Activation::{ClampedSwiglu, Gelu, GeluTanh, None as Linear, Relu2, Sigmoid, Silu};
+            for act in [Silu, Gelu, GeluTanh, Relu2, xielu, ClampedSwiglu, Sigmoid, Linear] {
                 z.copy_from_slice(&x);
                 set.gate(act, &mut z, &y);
                 all.extend_from_slice(&z);
@@ -342,6 +342,77 @@ proptest! {
             all
         };
         let expected = run(&scalar::KERNELS);
+        for set in others() {
+            prop_assert_eq!(bits(&run(set)), bits(&expected), "{}", set.name);
+        }
+    }
+
+    #[test]
+    fn convolution(n in 1usize..100, width in 1usize..8, bias: bool, silu: bool, seed: u64) {
+        let mut random = Random(seed);
+        let rows: Vec<Vec<f32>> = (0..width).map(|_| random.values(n)).collect();
+        let rows: Vec<&[f32]> = rows.iter().map(Vec::as_slice).collect();
+        let (taps, b) = (random.values(width * n), random.values(n));
+        let taps: Vec<&[f32]> = taps.chunks(n).collect();
+        let run = |set: &Kernels| {
+            let mut out = vec![0.0; n];
+            set.conv(&rows, &taps, bias.then_some(&b[..]), silu, &mut out);
+            out
+        };
+        let expected = run(&scalar::KERNELS);
+        for c in 0..n {
+            let sum: f64 = (0..width).map(|j| f64::from(rows[j][c]) * f64::from(taps[j][c])).sum();
+            let sum = sum + if bias { f64::from(b[c]) } else { 0.0 };
+            let sum = if silu { sum / (1.0 + (-sum).exp()) } else { sum };
+            prop_assert!((f64::from(expected[c]) - sum).abs() <= 1e-5 * sum.abs().max(100.0));
+        }
+        for set in others() {
+            prop_assert_eq!(bits(&run(set)), bits(&expected), "{}", set.name);
+        }
+    }
+
+    #[test]
+    fn recurrence(n in 1usize..40, steps in 1usize..5, delta: bool, seed: u64) {
+        let n = 4 * n;
+        let mut random = Random(seed);
+        let mut of = |n: usize| -> Vec<f32> { (0..n).map(|_| random.value().clamp(-1.0, 1.0)).collect() };
+        let (start, qk, v) = (of(16 * n), of(2 * n * steps), of(16 * steps));
+        let scalars = of(2 * steps);
+        let step = |t: usize| Recur {
+            q: &qk[2 * n * t..][..n],
+            k: &qk[2 * n * t + n..][..n],
+            v: array(&v, 16 * t),
+            decay: scalars[2 * t].abs(),
+            beta: scalars[2 * t + 1].abs() / n as f32,
+            delta,
+        };
+        let run = |set: &Kernels| {
+            let (mut state, mut all) = (start.clone(), Vec::new());
+            for t in 0..steps {
+                let mut out = [0.0; 16];
+                set.recur(&step(t), &mut state, &mut out);
+                all.extend_from_slice(&out);
+            }
+            all.extend_from_slice(&state);
+            all
+        };
+        let expected = run(&scalar::KERNELS);
+        let mut state: Vec<f64> = start.iter().map(|&x| f64::from(x)).collect();
+        for t in 0..steps {
+            let r = step(t);
+            for c in 0..16 {
+                let held: f64 = (0..n).map(|i| state[16 * i + c] * f64::from(r.k[i])).sum();
+                let held = if delta { held * f64::from(r.decay) } else { 0.0 };
+                let u = (f64::from(r.v[c]) - held) * f64::from(r.beta);
+                let mut out = 0.0;
+                for i in 0..n {
+                    let s = &mut state[16 * i + c];
+                    *s = *s * f64::from(r.decay) + f64::from(r.k[i]) * u;
+                    out += *s * f64::from(r.q[i]);
+                }
+                prop_assert!((f64::from(expected[16 * t + c]) - out).abs() <= 1e-4 * n as f64);
+            }
+        }
         for set in others() {
             prop_assert_eq!(bits(&run(set)), bits(&expected), "{}", set.name);
         }

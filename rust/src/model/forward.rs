@@ -1,9 +1,9 @@
 //! The forward pass. There is one, for every family and every back end; what differs between families is data
 //! in [`Spec`](super::spec::Spec).
 
-use super::spec::{self, QkNorm};
+use super::spec::{self, Gate, QkNorm};
 use super::weights::{self, Dense, Ffn, Layer, Mixer, Moe, Norm};
-use super::{Chunk, Forward, KvGroup, PAGE, Wanted};
+use super::{Chunk, Forward, KvGroup, PAGE, Sees, Wanted};
 use crate::backend::{self, Backend, KvDtype, Span};
 use crate::model::spec::Spec;
 use crate::{Error, Result};
@@ -19,13 +19,14 @@ pub struct Model<B: Backend> {
     pub(super) kv_dtype: KvDtype,
     /// Index of each layer's [`KvGroup`].
     pub(super) group_of: Vec<usize>,
-    /// The windows of the groups.
-    pub(super) windows: Vec<Option<usize>>,
+    /// What the groups see.
+    pub(super) groups: Vec<Sees>,
 }
 
-/// Keys and values of all sequences, and room for the activations of one step.
+/// Keys, values and states of all sequences, and room for the activations of one step.
 pub struct Kv<B: Backend> {
     pages: B::Kv,
+    states: B::States,
     x: B::Buf,
     a: B::Buf,
     wide: B::Buf,
@@ -48,6 +49,10 @@ impl<B: Backend> Model<B> {
             (spec::Mixer::Attention(how), Mixer::Attention(attn)) => {
                 self.attend(l, how, w, attn, kv, step);
             }
+            (spec::Mixer::Recurrent(how), Mixer::Recurrent(recurrent)) => {
+                self.recur(l, how, w, recurrent, kv, step.spans);
+            }
+            _ => unreachable!("weights are read as the spec says"),
         }
         match (&self.spec.layers[l].ffn, &w.ffn) {
             (spec::Ffn::Moe(how), Ffn::Moe(moe)) => self.experts(how, w, moe, kv),
@@ -81,16 +86,44 @@ impl<B: Backend> Model<B> {
         let norms = w.qk_norms.as_ref();
         let norms = norms.map(|(q, k)| backend::QkNorm { q, k, centred, full, eps: s.eps });
         let table = how.rope.map(|rope| &step.tables[rope]);
-        let Kv { pages, x, a, wide, out, after } = kv;
+        let Kv { pages, x, a, wide, out, after, .. } = kv;
         let input = self.normed(layer.attn_norm.as_ref(), x, a);
         b.linear(&w.qkv, w.qkv_bias.as_ref(), input, wide);
         b.rotate_and_store(wide, &shape, norms, table, pages, l, step.spans);
         b.attend(wide, &shape, w.sinks.as_ref(), pages, l, step.spans, out);
+        if how.gate != Gate::None {
+            b.gate_heads(wide, &shape, out);
+        }
         if s.parallel {
             // The feed-forward network reads x as it is now: its norm, or the norm that is in `a`.
             self.normed(layer.ffn_norm.as_ref(), x, a);
         }
         self.residual(&w.o, w.o_bias.as_ref(), layer.attn_after_norm.as_ref(), [out, x, a, after]);
+    }
+
+    /// `x += recurrence?(convolution(norm(x)))`.
+    fn recur(
+        &self,
+        l: usize,
+        how: &spec::Recurrent,
+        layer: &Layer<B::Mat, B::Row>,
+        w: &weights::Recurrent<B::Mat, B::Row>,
+        kv: &mut Kv<B>,
+        spans: &[Span<'_>],
+    ) {
+        let (b, shape, norm) = (&self.backend, &how.shape, layer.attn_after_norm.as_ref());
+        let Kv { states, x, a, wide, out, after, .. } = kv;
+        let input = self.normed(layer.attn_norm.as_ref(), x, a);
+        b.linear(&w.input, w.input_bias.as_ref(), input, wide);
+        b.conv(wide, shape, &w.taps, w.conv_bias.as_ref(), states, l, spans, out);
+        let (y, a) = match &w.heads {
+            None => (out, a),
+            Some(rows) => {
+                b.recur(wide, out, shape, rows, self.spec.eps, states, l, spans, a);
+                (a, out)
+            }
+        };
+        self.residual(&w.out, w.out_bias.as_ref(), norm, [y, x, a, after]);
     }
 
     /// `x += down(act(gate(norm(x))) * up(norm(x)))`, or without a gate. In parallel layers norm(x) is in `a`.
@@ -224,29 +257,31 @@ impl<B: Backend> Forward for Model<B> {
     }
 
     fn kv_groups(&self) -> Vec<KvGroup> {
-        let layer = |l: usize| {
-            let spec::Mixer::Attention(how) = &self.spec.layers[l].mixer;
-            how.kv_heads * self.kv_dtype.page_bytes(how.head_dim)
+        let layer = |l: usize| match &self.spec.layers[l].mixer {
+            spec::Mixer::Attention(how) => how.kv_heads * self.kv_dtype.page_bytes(how.head_dim),
+            spec::Mixer::Recurrent(how) => how.shape.state() * size_of::<f32>(),
         };
-        let group = |(g, &window): (usize, &Option<usize>)| KvGroup {
-            window,
+        let group = |(g, &sees): (usize, &Sees)| KvGroup {
+            sees,
             page_bytes: (0..self.group_of.len())
                 .filter(|&l| self.group_of[l] == g)
                 .map(layer)
                 .sum(),
         };
-        self.windows.iter().enumerate().map(group).collect()
+        self.groups.iter().enumerate().map(group).collect()
     }
 
     fn new_kv(&self, pages: &[usize]) -> Result<Kv<B>> {
         let b = &self.backend;
-        let layer = |(l, &g): (usize, &usize)| {
-            let spec::Mixer::Attention(how) = &self.spec.layers[l].mixer;
-            (pages[g], how.kv_heads, how.head_dim)
-        };
-        let layers: Vec<_> = self.group_of.iter().enumerate().map(layer).collect();
+        let layers =
+            self.spec.layers.iter().zip(&self.group_of).map(|(layer, &g)| match &layer.mixer {
+                spec::Mixer::Attention(how) => ((pages[g], how.kv_heads, how.head_dim), (0, 0)),
+                spec::Mixer::Recurrent(how) => ((0, 0, 0), (pages[g], how.shape.state())),
+            });
+        let (paged, states): (Vec<_>, Vec<_>) = layers.unzip();
         Ok(Kv {
-            pages: b.kv(self.kv_dtype, &layers)?,
+            pages: b.kv(self.kv_dtype, &paged)?,
+            states: b.states(&states)?,
             x: b.buf(),
             a: b.buf(),
             wide: b.buf(),
@@ -284,7 +319,7 @@ impl<B: Backend> Model<B> {
     ) -> Result<Vec<f32>> {
         let (b, s) = (&self.backend, &self.spec);
         let (mut ids, mut positions, mut wanted) = (Vec::new(), Vec::new(), Vec::new());
-        let mut spans: Vec<Vec<Span<'_>>> = vec![Vec::new(); self.windows.len()];
+        let mut spans: Vec<Vec<Span<'_>>> = vec![Vec::new(); self.groups.len()];
         for chunk in batch {
             let (first_row, len) = (ids.len(), chunk.tokens.len());
             ids.extend_from_slice(chunk.tokens);
@@ -294,8 +329,11 @@ impl<B: Backend> Model<B> {
                 Wanted::Last => wanted.push(first_row + len - 1),
                 Wanted::All => wanted.extend(first_row..first_row + len),
             }
-            for (spans, table) in spans.iter_mut().zip(chunk.pages) {
-                debug_assert!(table.len() * PAGE >= chunk.start + len);
+            for ((spans, table), sees) in spans.iter_mut().zip(chunk.pages).zip(&self.groups) {
+                debug_assert!(match sees {
+                    Sees::State => table.len() == 2,
+                    _ => table.len() * PAGE >= chunk.start + len,
+                });
                 spans.push(Span { first_row, len, start: chunk.start, table });
             }
         }

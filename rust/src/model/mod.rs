@@ -19,12 +19,30 @@ use std::sync::atomic::AtomicBool;
 /// Stands in a page table where a page was freed because no later position sees it.
 pub const NO_PAGE: u32 = u32::MAX;
 
+/// What a position needs of itself and those before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sees {
+    /// The keys and values of all.
+    All,
+    /// The keys and values of the last so many, its own included.
+    Window(usize),
+    /// The state that the one before it left: a recurrence over all, of a fixed size.
+    State,
+}
+
+impl From<Option<usize>> for Sees {
+    /// Of a window, if there is one.
+    fn from(window: Option<usize>) -> Sees {
+        window.map_or(Sees::All, Sees::Window)
+    }
+}
+
 /// Layers that share a page table because they see the same positions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KvGroup {
-    /// Position p sees the keys of positions p - window + 1 ..= p; `None` = all up to p.
-    pub window: Option<usize>,
-    /// Bytes of one page, all layers of the group together.
+    /// What a position needs.
+    pub sees: Sees,
+    /// Bytes of one page (of one whole state), all layers of the group together.
     pub page_bytes: usize,
 }
 
@@ -35,7 +53,8 @@ pub struct Chunk<'a> {
     pub tokens: &'a [u32],
     /// Position of `tokens[0]`.
     pub start: usize,
-    /// For each group: page ids of positions 64*i .. 64*i + 64, `NO_PAGE` where freed.
+    /// For each group: page ids of positions 64*i .. 64*i + 64, `NO_PAGE` where freed. For a group of states two:
+    /// of the state before `start` (`NO_PAGE` where that is 0), and of the one that the last token leaves.
     pub pages: &'a [Vec<u32>],
     /// Which logits are asked for.
     pub wanted: Wanted,
@@ -54,7 +73,7 @@ pub enum Wanted {
 
 /// What the engine asks of a model.
 pub trait Forward {
-    /// Memory for keys and values.
+    /// Memory for keys, values and states.
     type Kv;
     /// Width of a row of logits.
     fn vocab(&self) -> usize;
@@ -65,7 +84,8 @@ pub trait Forward {
     /// Memory for this many pages of each group.
     fn new_kv(&self, pages: &[usize]) -> Result<Self::Kv>;
     /// Runs every chunk; the logits of the wanted rows, f32 [rows, vocab], in order. Looks at
-    /// `interrupt` between layers: `Error::Interrupted` leaves the chunks' positions undefined.
+    /// `interrupt` between layers: `Error::Interrupted` leaves the chunks' positions undefined, and
+    /// the states before them as they were.
     fn forward(
         &self,
         kv: &mut Self::Kv,
@@ -155,14 +175,17 @@ pub fn load(folder: &Path, mut options: LoadOptions) -> Result<Model<Cpu>> {
     let backend = Cpu::new(threads, options.isa.as_deref())?;
     let folder = gguf.as_deref().unwrap_or(folder);
     let weights = weights::load(folder, &checkpoint, &spec, &backend, &mut options)?;
-    let mut windows: Vec<Option<usize>> = Vec::new();
+    let mut groups: Vec<Sees> = Vec::new();
     let group_of = spec.layers.iter().map(|layer| {
-        let spec::Mixer::Attention(how) = &layer.mixer;
-        windows.iter().position(|w| *w == how.window).unwrap_or_else(|| {
-            windows.push(how.window);
-            windows.len() - 1
+        let sees = match &layer.mixer {
+            spec::Mixer::Attention(how) => how.window.into(),
+            spec::Mixer::Recurrent(_) => Sees::State,
+        };
+        groups.iter().position(|known| *known == sees).unwrap_or_else(|| {
+            groups.push(sees);
+            groups.len() - 1
         })
     });
     let group_of = group_of.collect();
-    Ok(Model { spec, backend, weights, kv_dtype: options.kv_dtype, group_of, windows })
+    Ok(Model { spec, backend, weights, kv_dtype: options.kv_dtype, group_of, groups })
 }

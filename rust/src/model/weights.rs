@@ -1,10 +1,12 @@
 //! From a checkpoint's tensors to packed weights. Formats and checkpoint names end here.
 
+mod recurrent;
+
 use super::cache;
-use super::spec::{self, Act, Names, QkNorm, Slice, Spec};
+use super::spec::{self, Act, Gate, Names, QkNorm, Slice, Spec};
 use super::{LoadOptions, Quantization};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
-use crate::backend::{Activation, Backend, Expert, Form, Kept, Part, Parts};
+use crate::backend::{Activation, Backend, Expert, Form, HeadRows, Kept, Part, Parts};
 use crate::file::{Checkpoint, Dtype, TensorView};
 use crate::{Error, Result};
 use std::path::Path;
@@ -39,6 +41,17 @@ pub(super) struct Layer<M, V> {
 /// As [`spec::Mixer`].
 pub(super) enum Mixer<M, V> {
     Attention(Attention<M, V>),
+    Recurrent(Recurrent<M, V>),
+}
+
+impl<M, V> Mixer<M, V> {
+    /// All matrices.
+    pub(super) fn mats(&self) -> [&M; 2] {
+        match self {
+            Mixer::Attention(a) => [&a.qkv, &a.o],
+            Mixer::Recurrent(r) => [&r.input, &r.out],
+        }
+    }
 }
 
 /// As [`spec::Ffn`].
@@ -49,12 +62,25 @@ pub(super) enum Ffn<M, V> {
 
 /// The weights of attention.
 pub(super) struct Attention<M, V> {
+    /// Queries, keys and values, and the gate if there is one.
     pub(super) qkv: M,
     pub(super) qkv_bias: Option<V>,
     pub(super) qk_norms: Option<(V, V)>,
     pub(super) sinks: Option<V>,
     pub(super) o: M,
     pub(super) o_bias: Option<V>,
+}
+
+/// The weights of a mixer with a state.
+pub(super) struct Recurrent<M, V> {
+    pub(super) input: M,
+    pub(super) input_bias: Option<V>,
+    /// `[width, channels]`.
+    pub(super) taps: V,
+    pub(super) conv_bias: Option<V>,
+    pub(super) heads: Option<HeadRows<V>>,
+    pub(super) out: M,
+    pub(super) out_bias: Option<V>,
 }
 
 /// The weights of a feed-forward network.
@@ -88,10 +114,10 @@ pub(super) struct Shared<M> {
 impl<M, V> Weights<M, V> {
     /// All matrices.
     pub(super) fn mats(&self) -> impl Iterator<Item = &M> {
-        let layers = self.layers.iter().flat_map(|layer| {
-            let Mixer::Attention(a) = &layer.mixer;
-            [&a.qkv, &a.o].into_iter().chain(layer.ffn.mats())
-        });
+        let layers = self
+            .layers
+            .iter()
+            .flat_map(|layer| layer.mixer.mats().into_iter().chain(layer.ffn.mats()));
         layers.chain([&self.embed]).chain(&self.positions).chain(&self.head)
     }
 }
@@ -379,22 +405,45 @@ impl<'a> Reader<'a> {
             exact: false,
         };
         let mixer = match &s.layers[l].mixer {
+            spec::Mixer::Recurrent(r) => Mixer::Recurrent(self.recurrent(l, r, row, mat)?),
             spec::Mixer::Attention(a) => {
                 let (q, kv, d) = (a.q_width(), a.kv_width(), a.head_dim);
+                let parts = |what: [&str; 3]| match s.qkv_by_head {
+                    false => what.map(&place).into_iter().zip([q, kv, kv]).collect(),
+                    true => by_group(&place(what[0]), a.kv_heads, &[q / a.kv_heads, d, d]),
+                };
+                let mut qkv = parts(["q", "k", "v"]);
+                match a.gate {
+                    Gate::None => {}
+                    // One tensor has, for each head, its query and its gate.
+                    Gate::Element if place("q").tensor == place("attn_gate").tensor => {
+                        let mut both = by_group(&place("q"), a.heads, &[d, d]);
+                        let gates = both.split_off(a.heads);
+                        qkv = both.into_iter().chain(qkv.drain(1..)).chain(gates).collect();
+                    }
+                    Gate::Head | Gate::Element => qkv.push((place("attn_gate"), a.gate_width())),
+                }
+                let qkv = Source { parts: qkv, ..source(&[], s.hidden, false) };
                 let qkv_bias = || -> Result<V> {
-                    let all = [vector("q_bias", q)?, vector("k_bias", kv)?, vector("v_bias", kv)?];
-                    Ok(row(&all.concat()))
+                    let parts = parts(["q_bias", "k_bias", "v_bias"]);
+                    let all = parts.iter().map(|(rows, n)| self.vector(rows, *n));
+                    Ok(row(&all.collect::<Result<Vec<_>>>()?.concat()))
                 };
                 let gain = |what: &str, heads: usize| match s.qk_norm {
                     QkNorm::Head => self.norm(&place(what), d, 1),
-                    QkNorm::EachHead => self.norm(&place(what), heads, d),
+                    QkNorm::EachHead => {
+                        let places = s.places(&self.names, l, what);
+                        let each = heads / places.len();
+                        let gains = places.iter().map(|place| self.norm(place, each, d));
+                        Ok(gains.collect::<Result<Vec<_>>>()?.concat())
+                    }
                     QkNorm::Full | QkNorm::None => self.norm(&place(what), heads * d, 1),
                 };
                 let qk_norms = || -> Result<(V, V)> {
                     Ok((row(&gain("q_norm", a.heads)?), row(&gain("k_norm", a.kv_heads)?)))
                 };
                 Mixer::Attention(Attention {
-                    qkv: mat(source(&[("q", q), ("k", kv), ("v", kv)], s.hidden, false))?,
+                    qkv: mat(qkv)?,
                     qkv_bias: s.qkv_bias.then(qkv_bias).transpose()?,
                     qk_norms: (s.qk_norm != QkNorm::None).then(qk_norms).transpose()?,
                     sinks: bias(a.sinks, "sinks", a.heads)?,
@@ -459,6 +508,17 @@ impl<'a> Reader<'a> {
             }
         })
     }
+}
+
+/// The rows of one kind, then those of the next, where one tensor has for each group `sizes` rows of the kinds.
+fn by_group(tensor: &Slice, groups: usize, sizes: &[usize]) -> Vec<(Slice, usize)> {
+    let all: usize = sizes.iter().sum();
+    let kinds = sizes.iter().scan(0, |at, &n| Some((std::mem::replace(at, *at + n), n)));
+    let parts = kinds.flat_map(|(at, n)| {
+        let first = move |g| tensor.first + (g * all + at) * tensor.row;
+        (0..groups).map(move |g| (Slice { first: first(g), ..tensor.clone() }, n))
+    });
+    parts.collect()
 }
 
 impl Reader<'_> {

@@ -43,6 +43,12 @@ impl Bytes {
             Bytes::Mapped(..) => &mut [],
         }
     }
+
+    /// The bytes as f32, if they are private memory.
+    pub(super) fn floats_mut(&mut self) -> &mut [f32] {
+        // SAFETY: any four bytes are an f32, and the memory starts at a page.
+        unsafe { self.get_mut().align_to_mut().1 }
+    }
 }
 
 /// A slice of which several threads write disjoint parts.
@@ -70,5 +76,15 @@ impl<'a, T> Disjoint<'a, T> {
         // SAFETY: the range is inside the slice, which is borrowed mutably for 'a; the caller promises that
         // parts in use do not overlap.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
+    }
+
+    /// A part of the slice, to be read.
+    ///
+    /// # Safety
+    /// While it is used, nobody has a part that overlaps it.
+    pub(super) unsafe fn shared(&self, range: Range<usize>) -> &[T] {
+        assert!(range.start <= range.end && range.end <= self.len);
+        // SAFETY: the range is inside the slice; the caller promises that nobody writes it.
+        unsafe { std::slice::from_raw_parts(self.start.add(range.start), range.len()) }
     }
 }

@@ -6,14 +6,16 @@ mod exact;
 mod memory;
 mod moe;
 mod pool;
+mod recurrent;
 pub mod topology;
 
 pub use attention::Kv;
 pub use memory::Bytes;
+pub use recurrent::States;
 
 use super::{
-    Activation, Attention, Backend, Expert, KvDtype, NotFinite, Part, Parts, QkNorm, Routing,
-    Score, Span,
+    Activation, Attention, Backend, Expert, HeadRows, KvDtype, NotFinite, Part, Parts, QkNorm,
+    Recurrent, Routing, Score, Span,
 };
 use crate::kernels::{Acts, Form, Kernels, layout};
 use crate::quant::{BLOCK, GROUPS};
@@ -424,6 +426,7 @@ impl Backend for Cpu {
     type Mat = Mat;
     type Row = Vec<f32>;
     type Kv = Kv;
+    type States = States;
 
     fn buf(&self) -> Buf {
         Buf::default()
@@ -602,6 +605,54 @@ impl Backend for Cpu {
         out: &mut Buf,
     ) {
         self.attention(qkv, how, sinks, kv, layer, spans, out);
+    }
+
+    fn gate_heads(&self, qkv: &Buf, how: &Attention, out: &mut Buf) {
+        let (rows, width, first) = (out.rows, out.width, how.qkv_width());
+        let each = width / (qkv.width - first);
+        let values = Disjoint::new(out.values_mut());
+        self.each(rows, 4, |r| {
+            // SAFETY: each row is claimed by one thread.
+            let out = unsafe { values.part(r * width..(r + 1) * width) };
+            let gates =
+                qkv.row(r)[first..].iter().flat_map(|&gate| std::iter::repeat_n(gate, each));
+            let mut gates: Vec<f32> = gates.collect();
+            self.kernels.gate(Activation::Sigmoid, &mut gates, out);
+            out.copy_from_slice(&gates);
+        });
+    }
+
+    fn states(&self, layers: &[(usize, usize)]) -> Result<States> {
+        States::new(layers)
+    }
+
+    fn conv(
+        &self,
+        x: &mut Buf,
+        how: &Recurrent,
+        taps: &Vec<f32>,
+        bias: Option<&Vec<f32>>,
+        states: &mut States,
+        layer: usize,
+        spans: &[Span<'_>],
+        out: &mut Buf,
+    ) {
+        self.convolve(x, how, taps, bias, (states, layer), spans, out);
+    }
+
+    fn recur(
+        &self,
+        x: &Buf,
+        conv: &mut Buf,
+        how: &Recurrent,
+        rows: &HeadRows<Vec<f32>>,
+        eps: f32,
+        states: &mut States,
+        layer: usize,
+        spans: &[Span<'_>],
+        out: &mut Buf,
+    ) {
+        self.recurrence(x, conv, how, rows, eps, (states, layer), spans, out);
     }
 
     fn select(&self, x: &Buf, rows: &[usize], out: &mut Buf) {

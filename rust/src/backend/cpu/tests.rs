@@ -43,11 +43,13 @@ fn products_do_not_depend_on_threads_and_match_plain_loops() {
                 cpu.linear(&below, Some(&bias), &x, &mut a);
                 cpu.linear_add(&below, None, &x, &mut a);
                 cpu.gated(&beside, None, Activation::Silu, n, &x, &mut b);
-                (a.values().to_vec(), b.values().to_vec())
+                let mut c = cpu.buf();
+                cpu.activated(&below, Some(&bias), Activation::Relu2, &x, &mut c);
+                (a.values().to_vec(), b.values().to_vec(), c.values().to_vec())
             };
-            let (a, b) = run(1);
+            let (a, b, c) = run(1);
             for threads in 2..4 {
-                assert!(run(threads) == (a.clone(), b.clone()));
+                assert!(run(threads) == (a.clone(), b.clone(), c.clone()));
             }
             // Quantized weights and activations are off by percents, floats by rounding.
             let allowed = if form == Form::F32 { 1e-4 } else { 2.0 };
@@ -59,6 +61,8 @@ fn products_do_not_depend_on_threads_and_match_plain_loops() {
                     let (g, u) = (dot(&gate, r), dot(&up, r));
                     assert!((a[t * 2 * n + r] - 2.0 * g - bias[r]).abs() < allowed);
                     assert!((a[t * 2 * n + n + r] - 2.0 * u - bias[n + r]).abs() < allowed);
+                    let relu = (g + bias[r]).max(0.0);
+                    assert!((c[t * 2 * n + r].sqrt() - relu).abs() < allowed);
                     let silu = g / (1.0 + (-g).exp()) * u;
                     assert!((b[t * n + r] - silu).abs() < allowed * 3.0);
                 }
@@ -78,5 +82,57 @@ fn a_number_that_is_not_finite_is_found() {
         let good = bytes(&noise(40 * 300, 8));
         let parts = Parts { parts: vec![part(&good), part(&w)], k: 300, interleaved: false };
         assert_eq!(cpu.pack(form, &parts).unwrap().err(), Some((1, 35, 277)));
+    }
+}
+
+#[test]
+fn norms_of_queries_and_keys_are_over_a_head_or_over_all() {
+    let cpu = Cpu::new(1, None).unwrap();
+    let how = Attention {
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 16,
+        scale: 1.0,
+        clip: None,
+        softcap: None,
+        window: None,
+        rope_interleaved: false,
+    };
+    let x = noise(8 * 16, 3);
+    let gain = noise(4 * 16, 4);
+    let (q, k) = (gain.clone(), gain[..32].to_vec());
+    let (one, each) = (gain[..16].to_vec(), gain.clone());
+    let run = |how: &Attention, q: &Vec<f32>, k: &Vec<f32>, full, centred| {
+        let mut qkv = Buf::new(x.clone(), 8 * 16);
+        let norms = QkNorm { q, k, centred, full, eps: 1e-5 };
+        cpu.rotate(&mut qkv, how, Some(&norms), None);
+        qkv.values().to_vec()
+    };
+    let expected = |x: &[f32], gain: &[f32], centred: bool| -> Vec<f32> {
+        let n = x.len() as f64;
+        let mean = if centred { x.iter().map(|&x| f64::from(x)).sum::<f64>() / n } else { 0.0 };
+        let square = x.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / n;
+        let norm = |(x, g): (&f32, &f32)| {
+            ((f64::from(*x) - mean) / (square + 1e-5).sqrt() * f64::from(*g)) as f32
+        };
+        x.iter().zip(gain).map(norm).collect()
+    };
+    let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-5);
+    for centred in [false, true] {
+        let found = run(&how, &q, &k, true, centred);
+        assert!(close(&found[..64], &expected(&x[..64], &q, centred)));
+        assert!(close(&found[64..96], &expected(&x[64..96], &k, centred)));
+        assert_eq!(found[96..], x[96..]);
+        let (shared, own) =
+            (run(&how, &one, &one, false, centred), run(&how, &each, &k, false, centred));
+        for h in 0..6 {
+            let (at, x) = (h * 16, &x[h * 16..][..16]);
+            assert!(close(&shared[at..at + 16], &expected(x, &one, centred)));
+            let gain = &gain[h % 4 * 16..][..16];
+            assert!(close(&own[at..at + 16], &expected(x, gain, centred)));
+        }
+        let clipped = run(&Attention { clip: Some(0.25), ..how }, &one, &one, false, centred);
+        let all = clipped.iter().zip(&shared);
+        assert!(all.into_iter().all(|(c, s)| *c == s.clamp(-0.25, 0.25)));
     }
 }

@@ -1,18 +1,18 @@
 //! Tests of the scheduler without a model: tokens are made up.
 
 use super::*;
-use crate::model::KvGroup;
+use crate::model::{KvGroup, Sees};
 use proptest::prelude::*;
 
 fn scheduler(
-    windows: &[Option<usize>],
+    sees: &[impl Into<Sees> + Copy],
     pages: &[usize],
     reuse: bool,
     max_batch: usize,
     chunk: usize,
 ) -> Scheduler<usize> {
     let groups: Vec<KvGroup> =
-        windows.iter().map(|&window| KvGroup { window, page_bytes: 1 }).collect();
+        sees.iter().map(|&sees| KvGroup { sees: sees.into(), page_bytes: 1 }).collect();
     Scheduler::new(KvPool::new(&groups, pages, reuse), max_batch, chunk)
 }
 
@@ -43,7 +43,7 @@ fn step(s: &mut Scheduler<usize>) -> Vec<(RequestId, usize, usize)> {
 
 #[test]
 fn answers_take_one_position_and_prompts_the_rest_oldest_first() {
-    let mut s = scheduler(&[None], &[100], false, 3, 100);
+    let mut s = scheduler(&[Sees::All], &[100], false, 3, 100);
     for (id, len) in [(0, 30), (1, 150), (2, 40), (3, 10)] {
         s.push(id, prompt(id as u32, len), false, 0);
     }
@@ -58,7 +58,7 @@ fn answers_take_one_position_and_prompts_the_rest_oldest_first() {
 
 #[test]
 fn an_uncommitted_plan_is_planned_again() {
-    let mut s = scheduler(&[None, Some(70)], &[10, 10], true, 3, 100);
+    let mut s = scheduler(&[Sees::All, Sees::Window(70)], &[10, 10], true, 3, 100);
     s.push(0, prompt(1, 150), false, 0);
     step(&mut s);
     let plan = s.plan();
@@ -69,7 +69,7 @@ fn an_uncommitted_plan_is_planned_again() {
 
 #[test]
 fn who_shares_a_prefix_waits_for_it() {
-    let mut s = scheduler(&[None], &[100], true, 9, 1000);
+    let mut s = scheduler(&[Sees::All], &[100], true, 9, 1000);
     for id in 0..3 {
         s.push(id, prompt(1, 150), false, 0);
     }
@@ -84,8 +84,38 @@ fn who_shares_a_prefix_waits_for_it() {
 }
 
 #[test]
+fn who_shares_a_prompt_shares_the_state_at_its_last_page() {
+    let mut s = scheduler(&[Sees::All, Sees::State], &[100, 9], true, 9, 100);
+    for id in 0..3 {
+        s.push(id, prompt(1, 300), false, 0);
+    }
+    for (start, end) in [(0, 64), (64, 128), (128, 192), (192, 256)] {
+        assert_eq!(step(&mut s), [(0, start, end)]);
+    }
+    // A chunk that would end inside a page ends with it, and the rest of the budget serves others.
+    assert_eq!(step(&mut s), [(0, 256, 300), (1, 256, 300), (2, 256, 268)]);
+    assert_eq!(step(&mut s), [(0, 300, 301), (1, 300, 301), (2, 268, 300)]);
+    assert_eq!(s.slots.iter().map(|slot| slot.cached).collect::<Vec<_>>(), [0, 256, 256].map(Some));
+}
+
+#[test]
+fn without_room_for_states_the_youngest_waits() {
+    let mut s = scheduler(&[Sees::All, Sees::State], &[100, 4], true, 9, 1000);
+    s.push(0, prompt(1, 70), false, 0);
+    s.push(1, prompt(2, 70), false, 0);
+    s.push(2, prompt(3, 70), false, 0);
+    assert_eq!(step(&mut s), [(0, 0, 64), (1, 0, 64), (2, 0, 64)]);
+    // Each needs a second state; there is one more.
+    assert_eq!(step(&mut s), [(0, 64, 70), (1, 64, 70)]);
+    assert_eq!((s.preemptions, s.slots[2].running), (1, false));
+    assert_eq!(step(&mut s), [(0, 70, 71), (1, 70, 71)]);
+    s.remove(0);
+    assert_eq!(step(&mut s), [(1, 71, 72), (2, 0, 64)], "its state gave way");
+}
+
+#[test]
 fn the_last_token_is_always_computed() {
-    let mut s = scheduler(&[None], &[100], true, 9, 1000);
+    let mut s = scheduler(&[Sees::All], &[100], true, 9, 1000);
     s.push(0, prompt(1, 128), false, 0);
     step(&mut s);
     s.push(1, prompt(1, 128), false, 0);
@@ -96,7 +126,7 @@ fn the_last_token_is_always_computed() {
 
 #[test]
 fn the_youngest_gives_its_pages_and_comes_back_with_what_is_cached() {
-    let mut s = scheduler(&[None], &[4], true, 9, 1000);
+    let mut s = scheduler(&[Sees::All], &[4], true, 9, 1000);
     s.push(0, prompt(1, 63), false, 0);
     s.push(1, prompt(2, 190), false, 0);
     assert_eq!(step(&mut s), [(0, 0, 63), (1, 0, 190)]);
@@ -116,7 +146,7 @@ fn the_youngest_gives_its_pages_and_comes_back_with_what_is_cached() {
 
 #[test]
 fn the_youngest_pauses_with_its_pages() {
-    let mut s = scheduler(&[None], &[4], false, 9, 1000);
+    let mut s = scheduler(&[Sees::All], &[4], false, 9, 1000);
     s.push(0, prompt(1, 120), false, 0);
     s.push(1, prompt(2, 127), false, 0);
     step(&mut s);
@@ -132,7 +162,7 @@ fn the_youngest_pauses_with_its_pages() {
 
 #[test]
 fn no_younger_one_starts_before_an_older_one_that_waits_for_pages() {
-    let mut s = scheduler(&[None], &[4], false, 9, 1000);
+    let mut s = scheduler(&[Sees::All], &[4], false, 9, 1000);
     for (id, len) in [(0, 100), (1, 200), (2, 10)] {
         s.push(id, prompt(id as u32, len), false, 0);
     }
@@ -162,7 +192,14 @@ proptest! {
     #[test]
     fn everybody_ends_within_the_limits(
         mut plans in plans(),
-        windows in prop::collection::vec(prop::option::of(1usize..200), 1..4),
+        sees in prop::collection::vec(
+            prop_oneof![
+                2 => Just(Sees::All),
+                2 => (1usize..200).prop_map(Sees::Window),
+                1 => Just(Sees::State),
+            ],
+            1..4,
+        ),
         extra in 0usize..8,
         reuse: bool,
         max_batch in 1usize..5,
@@ -173,8 +210,8 @@ proptest! {
         // Just enough for the longest alone, and a little more.
         let longest = plans.iter().map(|p| p.prompt + p.answer).max().unwrap_or(1);
         let pages: Vec<usize> =
-            windows.iter().map(|&w| crate::model::kv::pages_for(w, longest, 1) + extra).collect();
-        let mut s = scheduler(&windows, &pages, reuse, max_batch, chunk);
+            sees.iter().map(|&s| crate::model::kv::pages_for(s, longest, 1) + extra).collect();
+        let mut s = scheduler(&sees, &pages, reuse, max_batch, chunk);
         prop_assert!(s.pool.capacity() >= longest);
         let mut waiting = plans.iter().enumerate().peekable();
         let (mut now, mut last) = (0, Vec::new());

@@ -10,6 +10,23 @@ impl KvPool {
             let mut refs = vec![0; group.pages.len()];
             for pages in sequences.iter().filter(|pages| !pages.tables.is_empty()) {
                 let table = &pages.tables[g];
+                if group.sees == Sees::State {
+                    if table.is_empty()
+                        || table.len() > 2
+                        || (table[0] == NO_PAGE) != (pages.len == 0)
+                    {
+                        return Err(format!("group {g}: states {table:?} at {}", pages.len));
+                    }
+                    for (i, &page) in table.iter().enumerate().filter(|(_, page)| **page != NO_PAGE)
+                    {
+                        refs[page as usize] += 1;
+                        let cached = i == 0 && self.reuse && pages.len.is_multiple_of(PAGE);
+                        if cached != group.pages[page as usize].key.is_some() {
+                            return Err(format!("group {g}: state {i} {table:?} at {}", pages.len));
+                        }
+                    }
+                    continue;
+                }
                 if table.len() * PAGE < pages.len {
                     return Err(format!("group {g}: {} pages for {}", table.len(), pages.len));
                 }
@@ -56,8 +73,8 @@ impl KvPool {
 
 const BIG: usize = 1 << 20;
 
-fn group(window: Option<usize>) -> KvGroup {
-    KvGroup { window, page_bytes: 100 }
+fn group(sees: impl Into<Sees>) -> KvGroup {
+    KvGroup { sees: sees.into(), page_bytes: 100 }
 }
 
 fn tokens(seed: u32, len: usize) -> Vec<u32> {
@@ -107,7 +124,7 @@ fn pages_for_a_window_is_the_most_that_a_sequence_holds() {
                 }
                 pool.release(&mut pages);
             }
-            let bound = pages_for(Some(window), 1000, chunk);
+            let bound = pages_for(Sees::Window(window), 1000, chunk);
             assert!(most <= bound, "window {window} chunk {chunk}: {most} > {bound}");
             if chunk == 1 {
                 assert_eq!(most, bound, "window {window}");
@@ -249,6 +266,100 @@ fn reserve_goes_as_far_as_pages_are_and_takes_no_more() {
     pool.check(&[&pages]).unwrap();
 }
 
+#[test]
+fn a_sequence_has_the_state_it_reads_and_the_one_it_writes() {
+    let mut pool = KvPool::new(&[group(None), group(Sees::State)], &[8, 3], true);
+    let a = tokens(1, 150);
+    let keys = keys(&a);
+    let mut pages = pool.adopt(&keys[..2]);
+    assert_eq!(pages.tables[1], [NO_PAGE]);
+    // The chunk ends with the last page that it fills, so that the state there can be found.
+    assert_eq!(pool.reserve(&mut pages, 150), 128);
+    assert_eq!(pages.tables[1].len(), 2);
+    let plan = pages.tables.clone();
+    assert_eq!((pool.reserve(&mut pages, 150), &plan), (128, &pages.tables), "planned again");
+    pool.commit(&mut pages, 128, &keys);
+    assert_eq!(pages.tables[1], plan[1][1..]);
+    assert_eq!(pool.reserve(&mut pages, 150), 150);
+    pool.commit(&mut pages, 150, &keys);
+    pool.check(&[&pages]).unwrap();
+    assert_eq!(pool.counts()[1], PageCount { total: 3, free: 1, cached: 1 });
+    // The same prompt goes on from 128, another that has 64 positions in common from none.
+    let mut b = pool.adopt(&keys[..2]);
+    assert_eq!((b.len(), &b.tables[1]), (128, &plan[1][1..].to_vec()));
+    pool.release(&mut b);
+    assert_eq!(pool.find(&keys[..1]), 0);
+    pool.release(&mut pages);
+    assert_eq!(pool.counts()[1], PageCount { total: 3, free: 2, cached: 1 });
+}
+
+#[test]
+fn where_prompts_part_the_third_finds_a_state() {
+    let mut pool = KvPool::new(&[group(None), group(Sees::State)], &[40, 8], true);
+    let prompt = |own| [tokens(1, 200), tokens(own, 300)].concat();
+    let mut found = Vec::new();
+    for own in 2..5 {
+        let tokens = prompt(own);
+        let keys = keys(&tokens);
+        let mut pages = pool.adopt(&keys[..(tokens.len() - 1) / PAGE]);
+        found.push(pages.len());
+        while pages.len() < tokens.len() {
+            let end = pool.reserve(&mut pages, tokens.len());
+            pool.commit(&mut pages, end, &keys);
+        }
+        pool.release(&mut pages);
+    }
+    assert_eq!(found, [0, 0, 192]);
+}
+
+#[test]
+fn a_prompt_of_whole_pages_is_found_before_its_last() {
+    let mut pool = KvPool::new(&[group(None), group(Sees::State)], &[8, 4], true);
+    let keys = keys(&tokens(1, 128));
+    let mut pages = pool.adopt(&keys[..1]);
+    for end in [64, 128] {
+        assert_eq!(pool.reserve(&mut pages, 128), end);
+        pool.commit(&mut pages, end, &keys);
+    }
+    assert_eq!(pool.adopt(&keys[..1]).len(), 64);
+}
+
+#[test]
+fn an_answer_leaves_its_last_state_and_the_prompt_its_own() {
+    let mut pool = KvPool::new(&[group(None), group(Sees::State)], &[8, 8], true);
+    let a = tokens(1, 330);
+    let keys = keys(&a);
+    let mut pages = pool.adopt(&keys[..1]);
+    let mut len = 0;
+    while len < 330 {
+        len = pool.reserve(&mut pages, if len < 100 { 100 } else { len + 1 });
+        pool.commit(&mut pages, len, &keys);
+        pool.check(&[&pages]).unwrap();
+    }
+    pool.release(&mut pages);
+    let found = |n: usize| pool.find(&keys[..n]);
+    assert_eq!((1..=5).map(found).collect::<Vec<_>>(), [1, 1, 1, 1, 5]);
+}
+
+#[test]
+fn one_sequence_needs_two_states() {
+    let groups = [group(None), group(Sees::State)];
+    assert_eq!(KvPool::new(&groups, &[4, 1], true).capacity(), 0);
+    let mut pool = KvPool::new(&groups, &[4, 3], true);
+    assert_eq!(pool.capacity(), 256);
+    let (mut a, mut b) = (run(&mut pool, &tokens(1, 60)), pool.adopt(&[]));
+    assert!(pool.has_room(&b, 60, 60));
+    assert_eq!(pool.reserve(&mut a, 61), 61);
+    assert!(!pool.has_room(&b, 60, 60));
+    assert_eq!((pool.reserve(&mut b, 60), pool.reserve(&mut b, 61)), (60, 61));
+    pool.commit(&mut b, 60, &[]);
+    pool.commit(&mut a, 61, &[]);
+    assert_eq!((pool.reserve(&mut b, 61), pool.reserve(&mut a, 62)), (61, 61), "none is left");
+    pool.check(&[&a, &b]).unwrap();
+    // Four for one sequence, and an eighth of what its 16 pages take.
+    assert_eq!(divide(&groups, u64::MAX, 1024, 64, 1), Some(vec![32, 2 * (4 + 2)]));
+}
+
 /// What a test sequence is: its tokens, its pages, their keys.
 struct Sequence {
     tokens: Vec<u32>,
@@ -269,6 +380,11 @@ enum Op {
         which: usize,
         by: usize,
     },
+    /// A step that was interrupted.
+    Lose {
+        which: usize,
+        by: usize,
+    },
     End {
         which: usize,
     },
@@ -278,19 +394,33 @@ fn ops() -> impl Strategy<Value = Vec<Op>> {
     let start = (0u32..3, 0usize..300, 0u32..2, 1usize..400)
         .prop_map(|(kind, common, own, len)| Op::Start { kind, common, own, len });
     let grow = (0usize..8, 1usize..150).prop_map(|(which, by)| Op::Grow { which, by });
+    let lose = (0usize..8, 1usize..150).prop_map(|(which, by)| Op::Lose { which, by });
     let end = (0usize..8).prop_map(|which| Op::End { which });
-    prop::collection::vec(prop_oneof![2 => start, 4 => grow, 1 => end], 1..60)
+    prop::collection::vec(prop_oneof![2 => start, 4 => grow, 1 => lose, 1 => end], 1..60)
+}
+
+fn sees() -> impl Strategy<Value = Sees> {
+    prop_oneof![
+        2 => Just(Sees::All),
+        2 => (1usize..200).prop_map(Sees::Window),
+        1 => Just(Sees::State),
+    ]
+}
+
+/// The state after these tokens.
+fn state(before: u32, tokens: &[u32]) -> u32 {
+    tokens.iter().fold(before, |state, token| state.wrapping_mul(31).wrapping_add(*token))
 }
 
 proptest! {
     #[test]
     fn every_sequence_reads_its_own_tokens(
         ops in ops(),
-        windows in prop::collection::vec(prop::option::of(1usize..200), 1..4),
+        sees in prop::collection::vec(sees(), 1..4),
         sizes in prop::collection::vec(1usize..14, 3),
         reuse in prop::bool::weighted(0.8),
     ) {
-        let groups: Vec<KvGroup> = windows.iter().map(|&window| group(window)).collect();
+        let groups: Vec<KvGroup> = sees.iter().map(|&sees| group(sees)).collect();
         let mut pool = KvPool::new(&groups, &sizes[..groups.len()], reuse);
         let mut memory = vec![vec![[u32::MAX; PAGE]; 14]; groups.len()];
         let mut parents: HashMap<Key, Key> = HashMap::new();
@@ -309,18 +439,31 @@ proptest! {
                     prop_assert!(reuse || pages.is_empty());
                     all.push(Sequence { tokens, pages, keys });
                 }
-                Op::Grow { which, by } if which < all.len() => {
+                Op::Grow { which, by } | Op::Lose { which, by } if which < all.len() => {
+                    let lost = matches!(op, Op::Lose { .. });
                     let s = &mut all[which];
                     let start = s.pages.len();
                     let want = (start + by).min(s.tokens.len());
                     let end = pool.reserve(&mut s.pages, want);
                     prop_assert!(start <= end && end <= want);
-                    for (table, memory) in s.pages.tables.iter().zip(&mut memory) {
+                    if end == start {
+                        continue;
+                    }
+                    for ((table, memory), g) in s.pages.tables.iter().zip(&mut memory).zip(&groups) {
+                        if g.sees == Sees::State {
+                            let read = if start == 0 { 7 } else { memory[table[0] as usize][0] };
+                            let after = state(read, &s.tokens[start..end]);
+                            memory[table[1] as usize][0] = if lost { 13 } else { after };
+                            continue;
+                        }
                         for i in start..end {
-                            memory[table[i / PAGE] as usize][i % PAGE] = s.tokens[i];
+                            let value = if lost { 13 } else { s.tokens[i] };
+                            memory[table[i / PAGE] as usize][i % PAGE] = value;
                         }
                     }
-                    pool.commit(&mut s.pages, end, &s.keys);
+                    if !lost {
+                        pool.commit(&mut s.pages, end, &s.keys);
+                    }
                 }
                 Op::End { which } if which < all.len() => {
                     pool.release(&mut all.remove(which).pages);
@@ -332,13 +475,21 @@ proptest! {
             for s in &all {
                 for (g, table) in s.pages.tables.iter().enumerate() {
                     let next = s.pages.len();
-                    let first = groups[g].window.map_or(0, |w| (next + 1).saturating_sub(w));
+                    let first = match groups[g].sees {
+                        Sees::All => 0,
+                        Sees::Window(w) => (next + 1).saturating_sub(w),
+                        Sees::State => {
+                            let state = state(7, &s.tokens[..next]);
+                            prop_assert!(next == 0 || memory[g][table[0] as usize][0] == state);
+                            continue;
+                        }
+                    };
                     for i in first..next {
                         prop_assert_eq!(memory[g][table[i / PAGE] as usize][i % PAGE], s.tokens[i]);
                     }
                 }
             }
-            for group in pool.groups.iter().filter(|g| g.window.is_none()) {
+            for group in pool.groups.iter().filter(|g| g.sees == Sees::All) {
                 for parent in group.by_key.keys().filter_map(|key| parents.get(key)) {
                     prop_assert!(group.by_key.contains_key(parent), "evicted before its child");
                 }

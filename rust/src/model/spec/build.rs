@@ -4,15 +4,15 @@
 use super::config::{Facts, Object, bad, shown};
 use super::family::{Family, Format};
 use super::ropes::Ropes;
-use super::{Act, Attention, Ffn, Layer, Mixer, Norms, Place, QkNorm, Spec};
+use super::{Act, Attention, Ffn, Gate, Layer, Mixer, Norms, Place, QkNorm, Spec};
 use crate::{Error, Result};
 use serde_json::Value;
 use std::path::Path;
 
 // No released model comes near these; they keep every product of two far below 2^64.
-const MAX_LAYERS: usize = 10_000;
+pub(super) const MAX_LAYERS: usize = 10_000;
 const MAX_WIDTH: usize = 1 << 20;
-const MAX_HEADS: usize = 1 << 14;
+pub(super) const MAX_HEADS: usize = 1 << 14;
 pub(super) const MAX_HEAD_DIM: usize = 1 << 14;
 pub(super) const MAX_FFN: usize = 1 << 22;
 const MAX_VOCAB: usize = 1 << 24;
@@ -96,9 +96,17 @@ impl Spec {
         let file_context = facts.need_count(&family.context_length, MAX_POSITIONS)?;
         let windows = windows(&family, facts)?;
         let positions = facts.count(&family.positions, MAX_POSITIONS)?;
-        let ropes = match positions {
-            Some(_) => Ropes::none(windows.len()),
-            None => Ropes::read(&family, facts, head_dim, file_context, &windows)?,
+        let rotates = match facts.read_text(&family.rotates)? {
+            Some("rope") => positions.is_none(),
+            Some("nope") | None => false,
+            Some(other) => {
+                let what = format!("config.json: positions of kind {other:?} are not supported");
+                return Err(Error::Unsupported(format!("{what}, only \"rope\" and \"nope\"")));
+            }
+        };
+        let ropes = match rotates {
+            false => Ropes::none(windows.len()),
+            true => Ropes::read(&family, facts, head_dim, file_context, &windows)?,
         };
         let scale_of = facts.number(&family.attn_scale_rsqrt_of, 1e-9, 1e9)?;
         let softcap =
@@ -114,6 +122,13 @@ impl Spec {
             return Err(Error::format(
                 format!("family of {architecture}"),
                 "found a bias on an rms norm, or a norm of outputs in a parallel layer, expected neither",
+            ));
+        }
+        let qkv_bias = facts.flag(&family.qkv_bias)?;
+        if qkv_bias && family.attn_gate != Gate::None || parallel && family.recurrent.is_some() {
+            return Err(Error::format(
+                format!("family of {architecture}"),
+                "found a bias on gated attention, or a state in a parallel layer, expected neither",
             ));
         }
         let scale =
@@ -137,12 +152,23 @@ impl Spec {
                     facts.need_count(&family.query_growth_every, MAX_POSITIONS)?,
                 )),
             },
+            gate: if facts.flag(&family.use_attn_gate)? { family.attn_gate } else { Gate::None },
             sinks: facts.flag(&family.sinks)?,
             rope_interleaved: facts.flag(&family.rope_interleaved)?,
         };
         let ffns = ffns(&family, facts, hidden, windows.len())?;
-        let layers = windows.into_iter().zip(ropes.of).zip(ffns).map(|((window, rope), ffn)| {
-            let mixer = Mixer::Attention(Attention { window, rope, ..attention });
+        let states = match &family.recurrent {
+            Some(recurrent) => recurrent.at(facts, &family, windows.len())?,
+            None => vec![false; windows.len()],
+        };
+        let recurrent = family.recurrent.as_ref().filter(|_| states.contains(&true));
+        let recurrent = recurrent.map(|r| r.read(facts, hidden)).transpose()?;
+        let kinds = windows.into_iter().zip(ropes.of).zip(states).zip(ffns);
+        let layers = kinds.map(|(((window, rope), state), ffn)| {
+            let mixer = match recurrent {
+                Some(recurrent) if state => Mixer::Recurrent(recurrent),
+                _ => Mixer::Attention(Attention { window, rope, ..attention }),
+            };
             Layer { mixer, ffn }
         });
         let layers: Vec<Layer> = layers.collect();
@@ -181,7 +207,9 @@ impl Spec {
                     )));
                 }
             },
-            qkv_bias: facts.flag(&family.qkv_bias)?,
+            transposed: family.transposed,
+            qkv_by_head: family.qkv_by_head,
+            qkv_bias,
             o_bias: facts.flag(&family.o_bias)?,
             mlp_bias: facts.flag(&family.mlp_bias)?,
             logit_scale: scale(&family.logit_scale)? / scale(&family.logit_divisor)?
@@ -269,6 +297,28 @@ fn only_known(family: &Family, architecture: &str, top: &Object<'_>) -> Result<(
     }
 }
 
+/// The width of a feed-forward network, if it is given: as it is, or two thirds of it, times a factor, rounded up.
+fn ffn_width(family: &Family, facts: &Facts<'_>, hidden: usize) -> Result<Option<usize>> {
+    let width = facts.count(&family.ffn, MAX_FFN)?;
+    let width = match facts.count(&family.ffn_per_hidden, 64)? {
+        Some(times) => width.or(Some(times * hidden)),
+        None => width,
+    };
+    let (Some(width), true) = (width, facts.flag(&family.ffn_two_thirds)?) else {
+        return Ok(width);
+    };
+    let width = 2 * width / 3;
+    let Some(factor) = facts.number(&family.ffn_factor, 1e-3, 1e3)? else {
+        return Ok(Some(width));
+    };
+    let multiple = facts.need_count(&family.ffn_multiple, MAX_FFN)?;
+    let width = ((factor * width as f64) as usize).next_multiple_of(multiple);
+    match width {
+        1..=MAX_FFN => Ok(Some(width)),
+        _ => Err(bad("the adjusted width", &width.to_string(), &format!("1 to {MAX_FFN}"))),
+    }
+}
+
 /// Checks that a description of MXFP4 weights says no more than that experts are so.
 fn only_experts(object: &Object<'_>, key: &str) -> Result<()> {
     let Some(said) = object.object(key)? else { return Ok(()) };
@@ -293,11 +343,7 @@ fn only_experts(object: &Object<'_>, key: &str) -> Result<()> {
 
 /// The feed-forward network of each layer.
 fn ffns(family: &Family, facts: &Facts<'_>, hidden: usize, layers: usize) -> Result<Vec<Ffn>> {
-    let width = facts.count(&family.ffn, MAX_FFN)?;
-    let width = match facts.count(&family.ffn_per_hidden, 64)? {
-        Some(times) => width.or(Some(times * hidden)),
-        None => width,
-    };
+    let width = ffn_width(family, facts, hidden)?;
     let (moe, has) = match &family.moe {
         None => (None, vec![false; layers]),
         Some(moe) => {
@@ -336,21 +382,27 @@ fn windows(family: &Family, facts: &Facts<'_>) -> Result<Vec<Option<usize>>> {
     {
         return Err(bad("layer_types", &format!("{} entries", types.len()), &format!("{count}")));
     }
+    let state = |name: &str| family.recurrent.as_ref().is_some_and(|r| r.is_type(name));
     (0..count)
         .map(|l| {
             let slides = match types.map(|t| &t[l]) {
-                Some(Value::String(t)) if t == "full_attention" => false,
+                Some(Value::String(t)) if t == "full_attention" || t == "attention" => false,
+                Some(Value::String(t)) if state(t) => false,
                 Some(Value::String(t)) if t == "sliding_attention" => {
                     if window.is_none() {
                         let label = format!("layer_types[{l}]");
-                        return Err(bad(&label, "\"sliding_attention\" without a window", "a window"));
+                        return Err(bad(
+                            &label,
+                            "\"sliding_attention\" without a window",
+                            "a window",
+                        ));
                     }
                     true
                 }
                 Some(other) => {
                     return Err(Error::Unsupported(format!(
-                        "config.json: layer_types[{l}]: {} is not supported, only full_attention and \
-                         sliding_attention",
+                        "config.json: layer_types[{l}]: {} is not supported, only full_attention, \
+                         sliding_attention and what the family says",
                         shown(other)
                     )));
                 }

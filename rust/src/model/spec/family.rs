@@ -2,7 +2,8 @@
 //! Knows no number of any model and no tensor; `Spec` applies a family to one `config.json`.
 
 use super::moe::MoeFacts;
-use super::{Norm, Place, QkNorm, RopeOn};
+use super::recurrent::RecurrentFacts;
+use super::{Gate, Norm, Place, QkNorm, RopeOn};
 use crate::{Error, Result};
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -37,10 +38,23 @@ families![
     "starcoder2",
     "arcee",
     "apertus",
+    "nemotron",
+    "phi",
+    "gpt2",
+    "gpt_neox",
+    "stablelm",
+    "cohere",
+    "cohere2",
+    "granitemoehybrid",
     "phi3",
     "glm4",
     "ernie45",
     "seed_oss",
+    "lfm2",
+    "lfm2_moe",
+    "qwen3_5_text",
+    "qwen3_5",
+    "qwen3_next",
 ];
 
 /// One string or a list of them.
@@ -127,6 +141,10 @@ pub(super) struct Family {
     pub(super) qk_norm: QkNorm,
     pub(super) use_qk_norm: Fact,
     pub(super) gated: bool,
+    #[serde(default)]
+    pub(super) transposed: bool,
+    #[serde(default)]
+    pub(super) qkv_by_head: bool,
     pub(super) embed_times_sqrt_hidden: bool,
     pub(super) hidden: Fact,
     pub(super) layers: Fact,
@@ -136,6 +154,12 @@ pub(super) struct Family {
     pub(super) ffn: Fact,
     #[serde(default)]
     pub(super) ffn_per_hidden: Fact,
+    #[serde(default)]
+    pub(super) ffn_two_thirds: Fact,
+    #[serde(default)]
+    pub(super) ffn_factor: Fact,
+    #[serde(default)]
+    pub(super) ffn_multiple: Fact,
     pub(super) vocab: Fact,
     pub(super) eps: Fact,
     pub(super) act: Fact,
@@ -168,6 +192,8 @@ pub(super) struct Family {
     pub(super) attn_scale_rsqrt_of: Fact,
     #[serde(default)]
     pub(super) attn_softcap: Fact,
+    pub(super) attn_gate: Gate,
+    pub(super) use_attn_gate: Fact,
     #[serde(default)]
     pub(super) sinks: Fact,
     #[serde(default)]
@@ -206,6 +232,8 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) query_growth_every: Fact,
     pub(super) rope_scaling: Fact,
+    pub(super) rotates: Fact,
+    pub(super) recurrent: Option<RecurrentFacts>,
     pub(super) moe: Option<MoeFacts>,
     #[serde(default)]
     pub(super) quantized: Vec<String>,
@@ -256,8 +284,8 @@ impl Family {
                 Some(other) => return Err(bad(format!("gguf: found {other}, expected a table"))),
             }
         }
-        let moe = table.get("moe").and_then(Value::as_object);
-        let facts = table.values().chain(moe.into_iter().flat_map(|moe| moe.values()));
+        let tables = ["moe", "recurrent"].iter().filter_map(|name| table.get(*name)?.as_object());
+        let facts = table.values().chain(tables.flat_map(|table| table.values()));
         let facts = facts.filter_map(|v| Fact::try_from(v.clone()).ok());
         let honoured = facts.flat_map(|fact| fact.key).collect();
         let mut family: Family =

@@ -8,6 +8,7 @@ pub mod gguf;
 mod moe;
 mod names;
 mod place;
+mod recurrent;
 mod rope;
 mod ropes;
 #[cfg(test)]
@@ -16,6 +17,7 @@ mod tests;
 pub use moe::{Moe, Shared, Stored};
 pub use names::{Names, Weight};
 pub use place::Slice;
+pub use recurrent::Recurrent;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 
@@ -116,6 +118,8 @@ pub struct Layer {
 pub enum Mixer {
     /// Softmax attention over cached keys and values.
     Attention(Attention),
+    /// A convolution and what follows it, over a state.
+    Recurrent(Recurrent),
 }
 
 /// What transforms each position in a layer.
@@ -151,6 +155,8 @@ pub struct Attention {
     /// Queries of position p are multiplied by `1 + growth * ln(1 + floor(p / every))` after rotation (Ministral 3,
     /// as Llama 4): `(growth, every)`.
     pub query_growth: Option<(f32, usize)>,
+    /// What the heads' outputs are multiplied by.
+    pub gate: Gate,
     /// One more score in each head's softmax, without a value: weight `sinks`, `[heads]` (gpt-oss).
     pub sinks: bool,
     /// Rotary pairs are neighbours: `2i` and `2i + 1` (GPT-J), not half a rotation apart (GPT-NeoX).
@@ -161,6 +167,14 @@ impl Attention {
     /// Width of all queries.
     pub fn q_width(&self) -> usize {
         self.heads * self.head_dim
+    }
+    /// Width of the gate.
+    pub fn gate_width(&self) -> usize {
+        match self.gate {
+            Gate::None => 0,
+            Gate::Head => self.heads,
+            Gate::Element => self.q_width(),
+        }
     }
     /// Width of all keys, and of all values.
     pub fn kv_width(&self) -> usize {
@@ -195,6 +209,18 @@ pub struct Long {
     pub after: usize,
 }
 
+/// What the output of attention is multiplied by: the sigmoid of a projection of its input, weight `attn_gate`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Gate {
+    /// Nothing.
+    None,
+    /// One number for each head: `[heads, hidden]` (LFM3).
+    Head,
+    /// One for each of its numbers: `[heads * head_dim, hidden]` (Qwen3-Next).
+    Element,
+}
+
 /// The layers that have rotary embedding at all.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -214,7 +240,7 @@ pub enum RopeOn {
 /// ```text
 /// x = embed[id] * embed_scale + positions?[position]
 /// each layer: a = norm?(x); q, k, v = a Wq + bq?, a Wk + bk?, a Wv + bv?; qk_norm?; clip?; rope?
-///             s = softcap?(attn_scale * q k); o = softmax(s over the window) v
+///             s = softcap?(attn_scale * q k); o = sigmoid(a Wg)? * softmax(s over the window) v
 ///             x = x + m norm?(o Wo + bo?);  x = x + m norm?(down(act(gate(b)) * up(b))), b = norm?(x)
 ///             in parallel: b = norm(x) of the layer's input, or a if there is no such norm; m = residual_scale
 /// logits = softcap?((norm(x) head + bias?) * logit_scale)          softcap(y) = cap * tanh(y / cap)
@@ -243,6 +269,11 @@ pub struct Spec {
     pub qk_norm: QkNorm,
     /// Activation of the feed-forward network.
     pub act: Act,
+    /// The matrices of layers are stored as `[in, out]` (GPT-2).
+    pub transposed: bool,
+    /// Queries, keys and values are one tensor `[kv_heads, heads / kv_heads + 2, head_dim]`: of each key/value head
+    /// its queries, its key, its value (GPT-NeoX).
+    pub qkv_by_head: bool,
     /// Biases on q, k, v.
     pub qkv_bias: bool,
     /// Bias on the attention's output projection.

@@ -1,7 +1,7 @@
 //! The weights that a model has, and what they are called in a checkpoint. Never reads a tensor.
 
 use super::config::bad;
-use super::{Act, Ffn, Mixer, Moe, QkNorm, Slice, Spec};
+use super::{Act, Ffn, Gate, Mixer, Moe, QkNorm, Slice, Spec};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, HashSet};
 
@@ -20,6 +20,7 @@ pub(super) const WEIGHTS: &[&str] = &[
     "q_norm",
     "k_norm",
     "sinks",
+    "attn_gate",
     "attn_after_norm",
     "ffn_norm",
     "gate",
@@ -42,6 +43,19 @@ pub(super) const WEIGHTS: &[&str] = &[
     "shared_up",
     "shared_down",
     "shared_router",
+    "mix_in",
+    "mix_q",
+    "mix_k",
+    "mix_v",
+    "mix_z",
+    "mix_b",
+    "mix_a",
+    "conv",
+    "a_log",
+    "dt",
+    "skip",
+    "mix_norm",
+    "mix_out",
 ];
 
 /// A weight that the model has.
@@ -49,8 +63,8 @@ pub(super) const WEIGHTS: &[&str] = &[
 pub struct Weight {
     /// Its short name here: `embed`, `q`, `q_bias`, ...
     pub what: &'static str,
-    /// Its shape: `[out, in]` for a matrix, `[n]` for a norm or a bias, none for a single number; those of experts with
-    /// the number of experts before it.
+    /// Its shape: `[out, in]` for a matrix, `[n]` for a norm or a bias, `[channels, 1, width]` for a convolution, none for
+    /// a single number; those of experts with the number of experts before it.
     pub shape: Vec<usize>,
 }
 
@@ -63,6 +77,10 @@ impl Spec {
         };
         if let Some(stem) = self.names.keys().find(|stem| !WEIGHTS.contains(&stem.as_str())) {
             return Err(bad_name(stem, "this name", "the name of a weight (models/README.md)"));
+        }
+        if self.qkv_by_head && ["k", "v"].iter().any(|&w| self.names.get(w) != self.names.get("q"))
+        {
+            return Err(bad_name("q", "other names than k and v have", "one tensor"));
         }
         let layers = (0..self.layers.len()).flat_map(|l| self.layer_weights(l));
         for Weight { what, shape } in self.model_weights().into_iter().chain(layers) {
@@ -129,8 +147,10 @@ impl Spec {
                     (normed, "q_norm", norm(a.heads)),
                     (normed, "k_norm", norm(a.kv_heads)),
                     (a.sinks, "sinks", vec![a.heads]),
+                    (a.gate != Gate::None, "attn_gate", vec![a.gate_width(), hidden]),
                 ])
             }
+            Mixer::Recurrent(recurrent) => recurrent.weights(hidden),
         });
         all.extend(match &layer.ffn {
             &Ffn::Dense(ffn) => existing([
@@ -181,7 +201,7 @@ impl Spec {
     pub fn names(&self, has: impl Fn(&str) -> bool) -> Names {
         let first = |what: &str, model: &str| {
             let mut names = self.names[what].0.iter().map(|n| n.replace("{model}", model));
-            // Layer 0 and expert 0 decide.
+            // Layer 0 and expert (or head) 0 decide.
             names.find(|n| has(&whole(&n.replace("{l}", "0").replace("{e}", "0"), ".weight")))
         };
         let model = self.model.iter().find(|m| first("embed", m).is_some());
@@ -215,7 +235,9 @@ impl Spec {
 }
 
 /// The weights of a table whose first column says that they exist.
-fn existing<const N: usize>(table: [(bool, &'static str, Vec<usize>); N]) -> Vec<Weight> {
+pub(super) fn existing<const N: usize>(
+    table: [(bool, &'static str, Vec<usize>); N],
+) -> Vec<Weight> {
     let weights = table.into_iter().filter(|(exists, ..)| *exists);
     weights.map(|(_, what, shape)| Weight { what, shape }).collect()
 }

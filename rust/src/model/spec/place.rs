@@ -50,16 +50,17 @@ impl Slice {
 }
 
 impl Spec {
-    /// Where weight `what` of layer `l` is, or that of expert `e`, if experts have it. Weights with one name are rows of
-    /// one tensor, in the order of [`Spec::layer_weights`] one below the other, or as [`Stored`] says. Panics if the
-    /// layer has no such weight.
+    /// Where weight `what` of layer `l` is, or that of expert `e`, if experts have it, or of head `e`, if each head's is a
+    /// tensor. Weights with one name are rows of one tensor, in the order of [`Spec::layer_weights`] one below the other,
+    /// or as [`Stored`] says. Panics if the layer has no such weight.
     pub fn place(&self, names: &Names, l: usize, what: &str, e: usize) -> Slice {
         let name = names.model(what);
         let (of_experts, stored) = match &self.layers[l].ffn {
             Ffn::Moe(moe) if what.starts_with("expert_") => (true, moe.stored),
             _ => (false, Stored::Rows),
         };
-        let outer = usize::from(of_experts); // the dimension of experts
+        let one_each = name.contains("{e}");
+        let outer = usize::from(of_experts || one_each); // the dimension of experts or heads
         let (mut shape, mut before, mut rows, mut index, mut count) = (Vec::new(), 0, 0, 0, 0);
         for weight in self.layer_weights(l) {
             if weight.what == what {
@@ -76,12 +77,13 @@ impl Spec {
         }
         let (experts, inner) = (&shape[..outer], &shape[outer + 1..]);
         let k: usize = inner.iter().product();
-        let turned = stored == Stored::Columns && !inner.is_empty();
+        let columns = stored == Stored::Columns || self.transposed && !of_experts;
+        let turned = columns && !inner.is_empty();
         // Alternating rows, or blocks of them.
         let (step, before) =
             if stored != Stored::Rows && count > 1 { (count, index) } else { (1, before) };
         let (row, column) = if turned { (1, rows) } else { (k, 1) };
-        let stacked = of_experts && !name.contains("{e}");
+        let stacked = of_experts && !one_each;
         let matrix = if turned { vec![k, rows] } else { [&[rows], inner].concat() };
         Slice {
             tensor: name.replace("{l}", &l.to_string()).replace("{e}", &e.to_string()),
@@ -93,12 +95,11 @@ impl Spec {
         }
     }
 
-    /// All places of weight `what` of layer `l`: one, or one for each expert.
+    /// All places of weight `what` of layer `l`: one, or one for each expert or head.
     pub fn places(&self, names: &Names, l: usize, what: &str) -> Vec<Slice> {
-        let experts = match &self.layers[l].ffn {
-            Ffn::Moe(moe) if what.starts_with("expert_") => moe.experts,
-            _ => 1,
-        };
-        (0..experts).map(|e| self.place(names, l, what, e)).collect()
+        let many = what.starts_with("expert_") || names.model(what).contains("{e}");
+        let weight = self.layer_weights(l).into_iter().find(|w| many && w.what == what);
+        let count = weight.map_or(1, |w| w.shape[0]);
+        (0..count).map(|e| self.place(names, l, what, e)).collect()
     }
 }

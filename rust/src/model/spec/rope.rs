@@ -87,7 +87,16 @@ impl Base<'_> {
             }
         };
         for key in params.keys() {
-            let known = ["rope_type", "type", "rope_theta", "partial_rotary_factor"].contains(&key)
+            // Those of `mrope` concern images: the positions of text have one part.
+            const COMMON: [&str; 6] = [
+                "rope_type",
+                "type",
+                "rope_theta",
+                "partial_rotary_factor",
+                "mrope_section",
+                "mrope_interleaved",
+            ];
+            let known = COMMON.contains(&key)
                 || own.contains(&key)
                 || self
                     .honoured

@@ -7,6 +7,8 @@ use super::*;
 use crate::backend::{Groups, Routing, Score};
 use serde_json::{Value, json};
 
+mod dense;
+
 fn config(architecture: &str, more: Value) -> Value {
     let mut config = json!({"architectures": [architecture], "hidden_size": 64, "intermediate_size": 112,
         "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 400});
@@ -23,7 +25,7 @@ fn error(architecture: &str, more: Value) -> String {
 }
 
 fn attention(layer: &Layer) -> Attention {
-    let Mixer::Attention(a) = layer.mixer;
+    let Mixer::Attention(a) = layer.mixer else { panic!("{:?}", layer.mixer) };
     a
 }
 
