@@ -221,3 +221,49 @@ fn block_sizes_divide_what_they_are_read_in() {
         assert_eq!(ferrule::quant::BLOCK % blocks.weights(), 0, "{}", blocks.name());
     }
 }
+
+/// What each type costs: bits of a weight in the file and in memory, and what the form in memory is off, as the root
+/// mean square difference over that of the weights. `models/README.md` has this table.
+#[test]
+fn the_readme_has_the_table_of_types() {
+    use ferrule::quant::{BLOCK, BlockQ4, BlockQ8, Kept};
+    let golden = Checkpoint::open(Path::new("tests/golden/gguf/blocks.safetensors")).unwrap();
+    let readme = fs::read_to_string("models/README.md").unwrap();
+    let mut table = String::from(
+        "| type | bits | kept as | bits | off | off as int4 |\n|---|---|---|---|---|---|\n",
+    );
+    for blocks in Blocks::ALL {
+        let bytes = golden.tensor(&format!("{}.raw", blocks.name())).unwrap().bytes;
+        let mut weights = vec![0.0f32; bytes.len() / blocks.bytes() * blocks.weights()];
+        blocks.decode(bytes, &mut weights);
+        let off = |read: &dyn Fn(usize, &[f32]) -> [f32; BLOCK]| {
+            let square = |x: f32| f64::from(x) * f64::from(x);
+            let (mut error, mut all) = (0.0, 0.0);
+            for (b, w) in weights.chunks(BLOCK).enumerate() {
+                error += w.iter().zip(read(b, w)).map(|(w, k)| square(w - k)).sum::<f64>();
+                all += w.iter().map(|w| square(*w)).sum::<f64>();
+            }
+            if error == 0.0 {
+                "0".to_owned()
+            } else {
+                format!("{:.1} %", 100.0 * (error / all).sqrt())
+            }
+        };
+        let int4 = |_: usize, w: &[f32]| BlockQ4::quantize(w).dequantize();
+        let int8 = |_: usize, w: &[f32]| BlockQ8::quantize(w).dequantize();
+        let exact = |b: usize, _: &[f32]| {
+            let bytes = &bytes[b * BLOCK / blocks.weights() * blocks.bytes()..];
+            blocks.ternary(&bytes[..blocks.bytes()]).unwrap().dequantize()
+        };
+        let (form, bits, off, off_int4) = match blocks.kept() {
+            Kept::Q8 => ("int8", 8.125, off(&int8), off(&int4)),
+            Kept::Q4 => ("int4", 4.5, off(&exact), off(&exact)),
+            // Whatever is asked for; `packed_weights_are_near_and_the_same_everywhere` runs it.
+            Kept::Mxfp4 => ("mxfp4", 4.25, "0".to_owned(), "0".to_owned()),
+        };
+        let stored = 8.0 * blocks.bytes() as f64 / blocks.weights() as f64;
+        let name = blocks.name();
+        table += &format!("| {name} | {stored} | {form} | {bits} | {off} | {off_int4} |\n");
+    }
+    assert!(readme.contains(&table), "models/README.md should have\n{table}");
+}
