@@ -1,6 +1,8 @@
 """The Rust core. Private: `ferrule` is the interface, except for the int4/int8 doors below."""
 
 from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, final
 
 import numpy as np
@@ -13,6 +15,8 @@ __all__ = [
     "QMatrix",
     "Request",
     "cpu_features",
+    "gguf_at",
+    "inspect",
     "kernel_set",
     "kernel_sets",
     "quantize_int4",
@@ -140,6 +144,8 @@ def quantize_int8(
     w: NDArray[np.float32], *, threads: int | None = None, isa: str | None = None
 ) -> QMatrix: ...
 def cpu_features() -> list[str]: ...
+def gguf_at(path: str | PathLike[str]) -> Path | None: ...
+def inspect(path: str | PathLike[str]) -> str: ...
 def kernel_set() -> str: ...
 def kernel_sets() -> list[str]: ...
 def threads() -> tuple[int, str]: ...

@@ -150,8 +150,8 @@ pub struct Header {
 /// The metadata of an open file.
 #[derive(Clone, Copy)]
 pub struct Metadata<'a> {
-    pub(super) items: &'a [Item],
-    pub(super) bytes: &'a [u8],
+    items: &'a [Item],
+    bytes: &'a [u8],
 }
 
 impl<'a> Metadata<'a> {

@@ -1,7 +1,10 @@
 //! Bytes on disk -> named, checked, memory-mapped tensors. Knows no model; never copies tensor data.
 
 pub mod gguf;
+mod inspect;
 pub mod safetensors;
+
+pub use inspect::inspect;
 
 use crate::quant::Blocks;
 use crate::{Error, Result};
@@ -125,8 +128,8 @@ struct Mapped {
     name: String,
     map: Mmap,
     modified: Option<SystemTime>,
-    /// A GGUF file's own metadata.
-    items: Option<Vec<gguf::Item>>,
+    /// What a GGUF file says about itself; its tensors are with the others.
+    gguf: Option<gguf::Header>,
 }
 
 impl Checkpoint {
@@ -174,9 +177,10 @@ impl Checkpoint {
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
         let map = map(&file).map_err(|e| Error::io(path, e))?;
         let wrong = |what: String| Error::format(path, what);
-        let (items, entries) = if named_gguf(path) || map.starts_with(b"GGUF") {
-            let header = gguf::parse(&map).map_err(wrong)?;
-            (Some(header.items), header.tensors)
+        let (gguf, entries) = if named_gguf(path) || map.starts_with(b"GGUF") {
+            let mut header = gguf::parse(&map).map_err(wrong)?;
+            let entries = std::mem::take(&mut header.tensors);
+            (Some(header), entries)
         } else {
             (None, safetensors::parse(&map).map_err(wrong)?)
         };
@@ -192,7 +196,7 @@ impl Checkpoint {
             self.tensors.push((self.files.len(), entry));
         }
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        self.files.push(Mapped { name, map, modified: meta.modified().ok(), items });
+        self.files.push(Mapped { name, map, modified: meta.modified().ok(), gguf });
         Ok(())
     }
 
@@ -407,8 +411,7 @@ fn nothing_to_open(folder: &Path) -> Result<Error> {
 
 impl Mapped {
     fn metadata(&self) -> Option<gguf::Metadata<'_>> {
-        let items = self.items.as_deref()?;
-        Some(gguf::Metadata { items, bytes: &self.map })
+        Some(gguf::Metadata::new(self.gguf.as_ref()?, &self.map))
     }
 }
 
