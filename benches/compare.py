@@ -13,6 +13,7 @@ import argparse
 import ctypes
 import datetime
 import json
+import math
 import mmap
 import os
 import platform
@@ -24,11 +25,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from random_model import head_dim, tensors
+from random_model import head_dim, stored
 
 ROOT = Path(__file__).parent.parent
 BITS = {"int4": 4.5, "int8": 8.125}  # of ferrule's forms, scales included
@@ -81,7 +82,7 @@ def ferrule(args: argparse.Namespace, config: dict[str, Any], quantization: str)
         found: list[float] = row["samples"]
         return found
 
-    read = matrix_parameters(config) * BITS[quantization] / 8
+    read = sum(n * (bits or BITS[quantization]) / 8 for n, bits in matrices(config))
     return Engine(f"ferrule {quantization}", read, command, samples, peer=False)
 
 
@@ -230,12 +231,21 @@ def _busy_s() -> float:
 # The bounds.
 
 
-def matrix_parameters(config: dict[str, Any]) -> int:
-    """Weights that one token meets in a matrix product: all but norms and untied embeddings."""
-    shapes = {name: shape for name, _, shape in tensors(config) if len(shape) == 2}
-    if not config["tie_word_embeddings"]:
-        del shapes["model.embed_tokens.weight"]
-    return sum(n * k for n, k in shapes.values())
+def matrices(config: dict[str, Any]) -> Iterator[tuple[float, float | None]]:
+    """Weights that one token meets in a matrix product, and their bits where these are fixed.
+
+    That is all but norms and untied embeddings; of experts those that a token uses.
+    """
+    tied = config["tie_word_embeddings"]
+    for name, _, shape in stored(config):
+        n = math.prod(shape)
+        if name.endswith("_blocks"):
+            used = config["num_experts_per_tok"] / config["num_local_experts"]
+            yield 2 * n * used, 4.25
+        elif ".router." in name:
+            yield n, 16
+        elif name.endswith(".weight") and len(shape) == 2 and (tied or "embed_tokens" not in name):
+            yield n, None
 
 
 def bound(
@@ -252,7 +262,7 @@ def bound(
     if tops is None:
         return None
     head = config["vocab_size"] * config["hidden_size"]
-    product = 2 * (matrix_parameters(config) - head)
+    product = 2 * (sum(n for n, _ in matrices(config)) - head)
     keys = test.depth + test.tokens / 2
     return tops * 1e12 / (product + 4 * layers * config["num_attention_heads"] * dim * keys)
 

@@ -11,9 +11,9 @@
 
 #![allow(unsafe_code)] // pinning, instruction peaks, raw memory
 
-use ferrule::kernels::layout::{Form, ROWS};
+use ferrule::kernels::layout::{Form, ROWS, pack_mxfp4};
 use ferrule::kernels::{self, Acts, Attend, Kernels, KvDtype, PAGE, scratch_len};
-use ferrule::quant::{BLOCK, GROUPS};
+use ferrule::quant::{BLOCK, BlockMxfp4, GROUPS};
 use std::hint::{black_box, spin_loop};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -476,6 +476,16 @@ fn matrices(set: &Kernels, form: Form) -> Memory {
     // Random row blocks to begin with, then copies of them: packing all would take long.
     let (some, rest) = matrix.get_mut().split_at_mut(8 * size);
     for out in some.chunks_exact_mut(form.row_block_bytes(BLOCK)) {
+        if form == Form::Mxfp4 {
+            let mut rows = [BlockMxfp4 { e: [120; GROUPS], ..BlockMxfp4::ZERO }; ROWS];
+            for row in &mut rows {
+                for (code, x) in row.q.iter_mut().zip(random.values(BLOCK)) {
+                    *code = (8.0 * x + 8.0) as u8;
+                }
+            }
+            pack_mxfp4(&rows, out);
+            continue;
+        }
         let mut rows = [[0.0; BLOCK]; ROWS];
         for row in &mut rows {
             row.copy_from_slice(&random.values(BLOCK));
@@ -527,7 +537,7 @@ fn products(
 
 /// One to four tokens: bytes of weights a second against what memory gives.
 fn gemv(set: &Kernels, threads: usize) {
-    for form in [Form::Q4, Form::Q8] {
+    for form in [Form::Q4, Form::Q8, Form::Mxfp4] {
         let memory = matrices(set, form);
         let limit = bandwidth(&memory, threads);
         for m in [1, 2, 4] {
@@ -542,7 +552,7 @@ fn gemv(set: &Kernels, threads: usize) {
 /// Many tokens: operations a second against what the set's instruction gives.
 fn gemm(set: &Kernels, threads: usize) {
     let limit = peak(set, threads);
-    for form in [Form::Q4, Form::Q8] {
+    for form in [Form::Q4, Form::Q8, Form::Mxfp4] {
         let memory = matrices(set, form);
         for m in [8, 32, 128, 512] {
             let ops = 2 * m * SIDE * SIDE;
@@ -573,7 +583,7 @@ fn attention(set: &Kernels, threads: usize) {
     const HEADS: usize = 8;
     const GROUP: usize = 4;
     for dtype in [KvDtype::F16, KvDtype::Int8] {
-        let page = dtype.page_bytes(D);
+        let page = dtype.page_bytes(D, true);
         let mut one = vec![0u8; page * CONTEXT / PAGE * HEADS];
         let mut random = Random(3);
         for page in one.chunks_exact_mut(page) {
@@ -592,6 +602,7 @@ fn attention(set: &Kernels, threads: usize) {
                 let a = Attend {
                     q: &q,
                     d: D,
+                    latent: None,
                     scale: 0.1,
                     softcap: None,
                     sinks: None,

@@ -14,10 +14,22 @@ type Cpu = ferrule::backend::cpu::Cpu;
 /// Golden folders of the supported families: those in the repository, and all if `FERRULE_SHARED` is set.
 fn goldens() -> Vec<PathBuf> {
     let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    let mut all: Vec<PathBuf> = ["llama31-a", "mistral-a", "qwen25-a", "qwen3-a", "gemma3-a"]
-        .iter()
-        .map(|name| own.join(name))
-        .collect();
+    let mut all: Vec<PathBuf> = [
+        "llama31-a",
+        "mistral-a",
+        "qwen25-a",
+        "qwen3-a",
+        "gemma3-a",
+        "phi4-mini-a",
+        "granite-swa-a",
+        "lfm3-a",
+        "qwen35-a",
+        "phi2-a",
+        "quant-gpt-oss-mxfp4-a",
+    ]
+    .iter()
+    .map(|name| own.join(name))
+    .collect();
     match std::env::var_os("FERRULE_SHARED") {
         Some(shared) => all.extend(
             [
@@ -32,14 +44,12 @@ fn goldens() -> Vec<PathBuf> {
                 "gemma2-a",
                 "gemma2-b",
                 "gemma3-mm-a",
-                "granite3-a",
                 "olmo2-a",
                 "starcoder2-a",
                 "arcee-a",
                 "apertus-a",
                 "granite4-dense-a",
                 "nemotron-a",
-                "phi2-a",
                 "gpt2-a",
                 "pythia-a",
                 "pythia-b",
@@ -57,14 +67,23 @@ fn goldens() -> Vec<PathBuf> {
                 "qwen3-moe-b",
                 "olmoe-a",
                 "gpt-oss-a",
-                "quant-gpt-oss-mxfp4-a",
                 "glm4-moe-a",
                 "granite3-moe-a",
+                "minicpm3-a",
+                "deepseek-v2-lite-a",
+                "deepseek-v3-a",
                 "lfm2-a",
                 "lfm2-moe-a",
                 "qwen3-next-a",
                 "granite4-h-a",
-                "qwen35-a",
+                "phi3-a",
+                "phi3-b",
+                "smollm3-a",
+                "exaone4-a",
+                "exaone4-b",
+                "hunyuan-dense-a",
+                "olmo3-a",
+                "ministral3-a",
             ]
             .iter()
             .map(|name| Path::new(&shared).join("goldens").join(name)),
@@ -107,6 +126,7 @@ struct Session<'a> {
     kv: <Model<Cpu> as Forward>::Kv,
     pages: Vec<Vec<u32>>,
     len: usize,
+    long: bool,
 }
 
 /// The tables of one sequence: these pages, and of states the first of them to read and the second to write.
@@ -116,12 +136,15 @@ fn tables(model: &Model<Cpu>, pages: &[u32]) -> Vec<Vec<u32>> {
 }
 
 impl<'a> Session<'a> {
-    fn new(model: &'a Model<Cpu>) -> Session<'a> {
+    /// For a prompt of so many tokens.
+    fn new(model: &'a Model<Cpu>, prompt: usize) -> Session<'a> {
         let pages = tables(model, &[3, 2, 1, 0]);
-        Session { model, kv: model.new_kv(&vec![4; pages.len()]).unwrap(), pages, len: 0 }
+        let long = model.long_after().is_some_and(|after| prompt > after);
+        Session { model, kv: model.new_kv(&vec![4; pages.len()]).unwrap(), pages, len: 0, long }
     }
     fn feed(&mut self, tokens: &[u32], wanted: Wanted) -> Vec<f32> {
-        let chunk = Chunk { tokens, start: self.len, pages: &self.pages, wanted };
+        let (start, pages) = (self.len, &self.pages);
+        let chunk = Chunk { tokens, start, long: self.long, pages, wanted };
         self.len += tokens.len();
         assert!(self.len <= 4 * PAGE);
         let logits = self.model.forward(&mut self.kv, &[chunk], &AtomicBool::new(false)).unwrap();
@@ -151,7 +174,7 @@ fn reference_logits_and_greedy_ids() {
             let ids = golden.ints(&format!("{prompt}.ids")).unwrap();
             let positions = golden.ints(&format!("{prompt}.positions")).unwrap();
             let expected = golden.floats(&format!("{prompt}.logits"));
-            let mut session = Session::new(&model);
+            let mut session = Session::new(&model, ids.len());
             let logits = session.feed(&ids, Wanted::All);
             let vocab = model.vocab();
             for (row, &position) in positions.iter().enumerate() {
@@ -173,14 +196,43 @@ fn reference_logits_and_greedy_ids() {
     }
 }
 
+/// LongRoPE: what transformers generates from its cache over the end of the first context is what one request gets
+/// here; what it generates without a cache is what requests get whose prompts hold all that was said.
+#[test]
+fn generation_over_the_end_of_the_first_context() {
+    for folder in goldens() {
+        let golden = Golden::open(&folder);
+        let Some(ids) = golden.ints("cross.ids") else { continue };
+        let model = load(&folder, options(Quantization::None)).unwrap();
+        let after = model.long_after().unwrap();
+        let cached = golden.ints("cross.greedy_hf_cached").unwrap();
+        assert!(ids.len() < after && after < ids.len() + cached.len());
+        let mut session = Session::new(&model, ids.len());
+        let mut next = argmax(&session.feed(&ids, Wanted::Last));
+        for (step, &expected) in cached.iter().enumerate() {
+            assert_eq!(next, expected, "{folder:?} cached, step {step}");
+            next = argmax(&session.feed(&[next], Wanted::Last));
+        }
+        let mut text = ids;
+        for (step, &expected) in golden.ints("cross.greedy_hf_uncached").unwrap().iter().enumerate()
+        {
+            let mut session = Session::new(&model, text.len());
+            let next = argmax(&session.feed(&text, Wanted::Last));
+            assert_eq!(next, expected, "{folder:?} uncached, step {step}");
+            text.push(next);
+        }
+    }
+}
+
 #[test]
 fn hidden_states_of_every_layer() {
     for folder in goldens() {
         let golden = Golden::open(&folder);
         let model = load(&folder, options(Quantization::None)).unwrap();
         let ids = golden.ints("p33.ids").unwrap();
-        let mut session = Session::new(&model);
-        let chunk = Chunk { tokens: &ids, start: 0, pages: &session.pages, wanted: Wanted::None };
+        let mut session = Session::new(&model, ids.len());
+        let pages = &session.pages;
+        let chunk = Chunk { tokens: &ids, start: 0, long: false, pages, wanted: Wanted::None };
         let states = model.hidden_states(&mut session.kv, &[chunk]).unwrap();
         assert_eq!(states.len(), model.spec.layers.len() + 1);
         for (i, found) in states.iter().enumerate() {
@@ -218,21 +270,28 @@ fn chunks_batches_threads_and_sets_do_not_change_a_bit() {
                 };
                 let sets: Vec<_> = kernels::available().map(|k| k.name()).collect();
                 let model = open(1, sets[0]);
-                let whole = bits(&Session::new(&model).feed(&ids, Wanted::All));
-                let mut session = Session::new(&model);
+                let whole = bits(&Session::new(&model, ids.len()).feed(&ids, Wanted::All));
+                let mut session = Session::new(&model, ids.len());
                 let single: Vec<u32> =
                     ids.iter().flat_map(|&id| bits(&session.feed(&[id], Wanted::All))).collect();
                 assert!(single == whole, "{folder:?} {quantization:?}: token by token");
-                let mut session = Session::new(&model);
+                let mut session = Session::new(&model, ids.len());
                 let parts: Vec<u32> =
                     ids.chunks(37).flat_map(|c| bits(&session.feed(c, Wanted::All))).collect();
                 assert!(parts == whole, "{folder:?} {quantization:?}: chunks of 37");
                 // Another sequence in the same batch, its pages among the first one's.
                 let (a, b) = (tables(&model, &[0, 2, 4, 6]), tables(&model, &[7, 5, 3, 1]));
                 let mut kv = model.new_kv(&vec![8; a.len()]).unwrap();
+                let long = model.long_after().is_some_and(|after| ids.len() > after);
                 let batch = [
-                    Chunk { tokens: &ids[3..40], start: 0, pages: &b, wanted: Wanted::Last },
-                    Chunk { tokens: &ids, start: 0, pages: &a, wanted: Wanted::All },
+                    Chunk {
+                        tokens: &ids[3..40],
+                        start: 0,
+                        long: false,
+                        pages: &b,
+                        wanted: Wanted::Last,
+                    },
+                    Chunk { tokens: &ids, start: 0, long, pages: &a, wanted: Wanted::All },
                 ];
                 let both = model.forward(&mut kv, &batch, &AtomicBool::new(false)).unwrap();
                 assert!(
@@ -241,14 +300,65 @@ fn chunks_batches_threads_and_sets_do_not_change_a_bit() {
                 );
                 for threads in [2, 3] {
                     let model = open(threads, sets[0]);
-                    let found = bits(&Session::new(&model).feed(&ids, Wanted::All));
+                    let found = bits(&Session::new(&model, ids.len()).feed(&ids, Wanted::All));
                     assert!(found == whole, "{folder:?} {quantization:?}: {threads} threads");
                 }
                 for set in &sets[1..] {
-                    let found = bits(&Session::new(&open(2, set)).feed(&ids[..40], Wanted::All));
+                    let found =
+                        bits(&Session::new(&open(2, set), ids.len()).feed(&ids[..40], Wanted::All));
                     assert!(found == whole[..found.len()], "{folder:?} {quantization:?}: {set}");
                 }
             }
+        }
+    }
+}
+
+#[test]
+fn positions_beyond_the_learned_ones_are_an_error() {
+    let Some(folder) = goldens().into_iter().find(|folder| folder.ends_with("gpt2-a")) else {
+        return; // no reference data: `goldens` has said so
+    };
+    let model = load(&folder, options(Quantization::Int8)).unwrap();
+    let last = model.context_length();
+    let mut session = Session::new(&model, 1);
+    let mut feed = |start, tokens| {
+        let chunk =
+            Chunk { tokens, start, long: false, pages: &session.pages, wanted: Wanted::Last };
+        model.forward(&mut session.kv, &[chunk], &AtomicBool::new(false))
+    };
+    assert!(feed(last - 2, &[1, 2]).is_ok());
+    let error = feed(last - 2, &[1, 2, 3]).unwrap_err().to_string();
+    assert!(error.contains("position") && error.contains("160 positions"), "{error}");
+}
+
+/// Softmax in f64.
+fn probabilities(logits: &[f32]) -> Vec<f64> {
+    let max = logits.iter().fold(f32::MIN, |a, &b| a.max(b));
+    let powers: Vec<f64> = logits.iter().map(|x| f64::from(x - max).exp()).collect();
+    let sum: f64 = powers.iter().sum();
+    powers.into_iter().map(|p| p / sum).collect()
+}
+
+#[test]
+fn quantized_weights_give_nearly_the_same_distribution() {
+    for folder in goldens() {
+        let ids = Golden::open(&folder).ints("p130.ids").unwrap();
+        let run = |quantization| -> Vec<Vec<f64>> {
+            let model = load(&folder, options(quantization)).unwrap();
+            let logits = Session::new(&model, ids.len()).feed(&ids, Wanted::All);
+            logits.chunks(model.vocab()).map(probabilities).collect()
+        };
+        let exact = run(Quantization::None);
+        // Kullback-Leibler divergence from the exact distribution, mean over positions. The weights are random: int4
+        // leaves more than on a trained model, a lost layer or a wrong scale still more.
+        for (quantization, most) in [(Quantization::Int8, 0.6), (Quantization::Int4, 6.0)] {
+            let rows = exact.iter().zip(run(quantization));
+            let of_row = |(p, q): (&Vec<f64>, Vec<f64>)| -> f64 {
+                p.iter().zip(q).filter(|(p, _)| **p > 0.0).map(|(p, q)| p * (p / q).ln()).sum()
+            };
+            let kl = rows.map(of_row).sum::<f64>() / ids.len() as f64;
+            println!("{}: {quantization:?} KL {kl:.4}", folder.display());
+            assert!(kl < most, "{folder:?} {quantization:?}: KL {kl}");
         }
     }
 }

@@ -84,7 +84,8 @@ fn try_out(folder: &Path, quantization: Quantization) -> Result<(), String> {
     let groups = model.kv_groups().len();
     let mut kv = model.new_kv(&vec![1; groups]).map_err(|e| e.to_string())?;
     let pages = vec![vec![0]; groups];
-    let chunk = Chunk { tokens: &[0, 1, 0], start: 0, pages: &pages, wanted: Wanted::Last };
+    let chunk =
+        Chunk { tokens: &[0, 1, 0], start: 0, long: false, pages: &pages, wanted: Wanted::Last };
     let logits =
         model.forward(&mut kv, &[chunk], &AtomicBool::new(false)).map_err(|e| e.to_string())?;
     assert_eq!(logits.len(), model.vocab());
@@ -224,7 +225,13 @@ fn the_packed_cache_survives_truncation_and_nonsense() {
         let model = load(&model, options).unwrap();
         let mut kv = model.new_kv(&[1]).unwrap();
         let pages = [vec![0]];
-        let chunk = Chunk { tokens: &[1, 2, 3], start: 0, pages: &pages, wanted: Wanted::Last };
+        let chunk = Chunk {
+            tokens: &[1, 2, 3],
+            start: 0,
+            long: false,
+            pages: &pages,
+            wanted: Wanted::Last,
+        };
         model.forward(&mut kv, &[chunk], &AtomicBool::new(false)).unwrap()
     };
     let expected = open();

@@ -27,6 +27,7 @@ pub(crate) enum Trouble {
 pub(crate) struct Fake {
     pub(crate) sees: Vec<Sees>,
     pub(crate) context: usize,
+    pub(crate) long_after: Option<usize>,
     /// (call, trouble): what goes wrong at which forward pass.
     pub(crate) trouble: Vec<(usize, Trouble)>,
     /// Sizes of the chunks of each call.
@@ -35,7 +36,8 @@ pub(crate) struct Fake {
 
 impl Fake {
     pub(crate) fn new(sees: &[Sees], context: usize) -> Fake {
-        Fake { sees: sees.to_vec(), context, trouble: Vec::new(), calls: Mutex::default() }
+        let sees = sees.to_vec();
+        Fake { sees, context, long_after: None, trouble: Vec::new(), calls: Mutex::default() }
     }
 }
 
@@ -56,6 +58,10 @@ impl Forward for Fake {
 
     fn context_length(&self) -> usize {
         self.context
+    }
+
+    fn long_after(&self) -> Option<usize> {
+        self.long_after
     }
 
     fn kv_groups(&self) -> Vec<KvGroup> {
@@ -86,6 +92,9 @@ impl Forward for Fake {
                 let mut state = 0;
                 for (g, pages) in chunk.pages.iter().enumerate() {
                     let mut value = mix(g as u64, u64::from(token));
+                    if chunk.long || self.long_after.is_some_and(|after| position >= after) {
+                        value = mix(value, 1);
+                    }
                     let first = match self.sees[g] {
                         Sees::All => 0,
                         Sees::Window(w) => (position + 1).saturating_sub(w),

@@ -30,6 +30,8 @@ fn company_cache_and_chunks_change_no_bit() {
         ("tests/golden/gemma3-a", Quantization::Int4, KvDtype::F16),
         ("tests/golden/mistral-a", Quantization::Int8, KvDtype::Int8),
         ("models/tales-1m", Quantization::Int4, KvDtype::F16),
+        ("tests/golden/lfm3-a", Quantization::Int8, KvDtype::F16),
+        ("tests/golden/qwen35-a", Quantization::Int4, KvDtype::Int8),
     ];
     for (folder, quantization, kv_dtype) in cases {
         let options =
@@ -51,14 +53,42 @@ fn company_cache_and_chunks_change_no_bit() {
             engine.submit(request(i)).unwrap();
         }
         let mut together = finish(&mut engine);
-        if folder == "models/tales-1m" {
-            assert!(together.iter().any(|outcome| outcome.cached > 0));
-            assert!(engine.stats().preemptions > 0);
+        if ["models/tales-1m", "tests/golden/qwen35-a"].contains(&folder) {
+            assert!(together.iter().any(|outcome| outcome.cached > 0), "{folder}");
+            assert!(engine.stats().preemptions > 0, "{folder}");
         }
         for (i, (alone, together)) in alone.iter().zip(&mut together).enumerate() {
             together.cached = 0;
             assert_eq!(alone, together, "{folder} {quantization:?} request {i}");
         }
+    }
+}
+
+#[test]
+fn states_survive_interrupts_in_the_middle_of_a_step() {
+    for folder in ["tests/golden/lfm3-a", "tests/golden/qwen35-a"] {
+        let options = LoadOptions { threads: Some(2), ..Default::default() };
+        let (model, tokenizer) = open(folder, options);
+        let answers = |interrupts: u32| {
+            let config = EngineConfig { chunk_tokens: 90, ..config() };
+            let mut engine = Engine::new(model.clone(), tokenizer.clone(), vec![], config).unwrap();
+            for i in 0..4 {
+                engine.submit(request(i)).unwrap();
+            }
+            let flag = engine.interrupt();
+            std::thread::scope(|scope| {
+                scope.spawn(move || {
+                    for i in 0..interrupts {
+                        std::thread::sleep(std::time::Duration::from_micros(
+                            u64::from(i) % 7 * 100,
+                        ));
+                        flag.store(true, Ordering::SeqCst);
+                    }
+                });
+                finish(&mut engine)
+            })
+        };
+        assert_eq!(answers(500), answers(0), "{folder}");
     }
 }
 

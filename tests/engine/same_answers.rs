@@ -105,15 +105,16 @@ fn sees() -> impl Strategy<Value = Vec<Sees>> {
     prop::collection::vec(sees, 1..4)
 }
 
-fn start(fake: Fake, config: EngineConfig) -> Engine<Fake> {
+fn start(mut fake: Fake, long_after: Option<usize>, config: EngineConfig) -> Engine<Fake> {
+    fake.long_after = long_after;
     Engine::new(Arc::new(fake), TOKENIZER.clone(), ENDS.collect(), config).unwrap()
 }
 
 /// The request by itself: no cache, no chunks.
-fn alone(sees: &[Sees], ask: &Ask) -> Outcome {
+fn alone(sees: &[Sees], long_after: Option<usize>, ask: &Ask) -> Outcome {
     let config =
         EngineConfig { chunk_tokens: CONTEXT, max_batch: 1, prefix_cache: false, ..config() };
-    let mut engine = start(Fake::new(sees, CONTEXT), config);
+    let mut engine = start(Fake::new(sees, CONTEXT), long_after, config);
     engine.submit(ask.request()).unwrap();
     finish(&mut engine).pop().unwrap()
 }
@@ -126,6 +127,7 @@ fn kv_bytes(sees: &[Sees], chunk: usize, extra: usize) -> u64 {
 
 fn same_answers(
     sees: &[Sees],
+    long_after: Option<usize>,
     mut asks: Vec<Ask>,
     config: EngineConfig,
     interrupts: &[usize],
@@ -133,7 +135,7 @@ fn same_answers(
     asks.sort_by_key(|ask| ask.step);
     let mut fake = Fake::new(sees, CONTEXT);
     fake.trouble = interrupts.iter().map(|&call| (call, Trouble::Interrupted)).collect();
-    let mut engine = start(fake, config);
+    let mut engine = start(fake, long_after, config);
     let mut outcomes = Outcomes::default();
     let mut arrivals = asks.iter().enumerate().peekable();
     for step in 0.. {
@@ -156,7 +158,7 @@ fn same_answers(
     prop_assert_eq!(outcomes.0.len(), asks.len());
     for (i, ask) in asks.iter().enumerate() {
         let found = &outcomes.0[&(i as RequestId)];
-        let mut expected = alone(sees, ask);
+        let mut expected = alone(sees, long_after, ask);
         prop_assert!(expected.error.is_none() && expected.reason.is_some());
         if found.reason == Some(FinishReason::Cancelled) {
             prop_assert!(ask.cancel.is_some());
@@ -178,6 +180,7 @@ proptest! {
     #[test]
     fn company_cache_chunks_and_interrupts_change_nothing(
         sees in sees(),
+        long_after in prop::option::of(1usize..400),
         asks in prop::collection::vec(ask(), 1..8),
         chunk in prop_oneof![1usize..20, 20usize..700],
         max_batch in 1usize..6,
@@ -187,7 +190,7 @@ proptest! {
     ) {
         let kv_bytes = kv_bytes(&sees, chunk, extra);
         let config = EngineConfig { max_batch, chunk_tokens: chunk, kv_bytes, prefix_cache, ..config() };
-        same_answers(&sees, asks, config, &interrupts)?;
+        same_answers(&sees, long_after, asks, config, &interrupts)?;
     }
 }
 
@@ -219,7 +222,8 @@ fn preemption_changes_nothing() {
             let kv_bytes = kv_bytes(&sees, 64, 10 * sees.len());
             let config =
                 EngineConfig { max_batch: 6, chunk_tokens: 64, kv_bytes, prefix_cache, ..config() };
-            let preemptions = same_answers(&sees, (0..6).map(ask).collect(), config, &[]).unwrap();
+            let asks = (0..6).map(ask).collect();
+            let preemptions = same_answers(&sees, None, asks, config, &[]).unwrap();
             assert!(preemptions > 0 || sees == [Sees::Window(130)], "{sees:?} {prefix_cache}");
         }
     }

@@ -52,7 +52,7 @@ impl<'a> Session<'a> {
         Session { model, kv: model.new_kv(&vec![4; groups]).unwrap(), pages, len: 0 }
     }
     fn feed(&mut self, tokens: &[u32], wanted: Wanted) -> Vec<f32> {
-        let chunk = Chunk { tokens, start: self.len, pages: &self.pages, wanted };
+        let chunk = Chunk { tokens, start: self.len, long: false, pages: &self.pages, wanted };
         self.len += tokens.len();
         assert!(self.len <= 4 * PAGE);
         self.model.forward(&mut self.kv, &[chunk], &AtomicBool::new(false)).unwrap()

@@ -33,8 +33,11 @@ pub struct Attention {
     pub heads: usize,
     /// Key/value heads.
     pub kv_heads: usize,
-    /// Dimensions of a head.
+    /// Dimensions of a query and of a key.
     pub head_dim: usize,
+    /// The values are the last so many numbers of the keys, and keys are all that is stored. `None`: values
+    /// stand beside the keys, as wide as they.
+    pub latent: Option<usize>,
     /// Multiplies scores.
     pub scale: f32,
     /// Queries, keys and values are clamped to plus or minus this, before rotation.
@@ -43,6 +46,8 @@ pub struct Attention {
     pub softcap: Option<f32>,
     /// Keys seen, the position itself included; `None` = all before.
     pub window: Option<usize>,
+    /// `(growth, every)`: queries of position p count `1 + growth * ln(1 + floor(p / every))` times.
+    pub query_growth: Option<(f32, usize)>,
     /// Rotary pairs are dimensions `2 i` and `2 i + 1`, not `i` and `i` + half of those that turn.
     pub rope_interleaved: bool,
 }
@@ -50,8 +55,47 @@ pub struct Attention {
 impl Attention {
     /// Width of a row that holds queries, keys and values side by side.
     pub fn qkv_width(&self) -> usize {
-        (self.heads + 2 * self.kv_heads) * self.head_dim
+        let values = if self.latent.is_some() { 0 } else { self.kv_heads };
+        (self.heads + self.kv_heads + values) * self.head_dim
     }
+
+    /// Dimensions of a value, and of what attention gives for a query.
+    pub fn value_dim(&self) -> usize {
+        self.latent.unwrap_or(self.head_dim)
+    }
+}
+
+/// What the pages of one layer hold.
+#[derive(Clone, Copy, Debug)]
+pub struct KvLayer {
+    /// Pages.
+    pub pages: usize,
+    /// Key/value heads.
+    pub heads: usize,
+    /// Dimensions of a key.
+    pub head_dim: usize,
+    /// Whether there are values beside the keys.
+    pub values: bool,
+}
+
+impl KvLayer {
+    /// Bytes of a page.
+    pub fn page_bytes(&self, dtype: KvDtype) -> usize {
+        self.heads * dtype.page_bytes(self.head_dim, self.values)
+    }
+}
+
+/// How queries and keys of latent attention are cut.
+#[derive(Clone, Copy, Debug)]
+pub struct Latent {
+    /// Query heads.
+    pub heads: usize,
+    /// Numbers of a query that meet the compressed key.
+    pub nope: usize,
+    /// Numbers of a query and of the key that carry the position.
+    pub rope: usize,
+    /// Numbers of the compressed key.
+    pub rank: usize,
 }
 
 /// How a position chooses its experts. With `s = score(logits)` and `c = s + correction`: of all experts, or of those
@@ -104,6 +148,8 @@ pub struct QkNorm<'a, R> {
     pub centred: bool,
     /// Over all heads together, not over each.
     pub full: bool,
+    /// After the rotation, not before it.
+    pub after_rope: bool,
     /// Added to the mean square or the variance.
     pub eps: f32,
 }
@@ -172,15 +218,15 @@ pub trait Backend: Send + Sync {
         form: Form,
         parts: &Parts<'_>,
     ) -> Result<std::result::Result<Self::Mat, NotFinite>>;
-    /// Pages for each layer: `(pages, kv_heads, head_dim)`.
-    fn kv(&self, dtype: KvDtype, layers: &[(usize, usize, usize)]) -> Result<Self::Kv>;
+    /// Pages for each layer.
+    fn kv(&self, dtype: KvDtype, layers: &[KvLayer]) -> Result<Self::Kv>;
 
     /// States for each layer: how many, and the f32 of each.
     fn states(&self, layers: &[(usize, usize)]) -> Result<Self::States>;
 
     /// `out[r] = scale * table[ids[r]]`.
     fn embed(&self, table: &Self::Mat, ids: &[u32], scale: f32, out: &mut Self::Buf);
-    /// `out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * gain`.
+    /// `out[r] = x[r] / sqrt(mean(x[r]^2) + eps) * gain`; if rows are longer than `gain`, of each piece as long as it.
     fn rms_norm(&self, x: &Self::Buf, gain: &Self::Row, eps: f32, out: &mut Self::Buf);
     /// `out[r] = (x[r] - mean(x[r])) / sqrt(variance(x[r]) + eps) * gain + bias`.
     fn layer_norm(
@@ -212,6 +258,32 @@ pub trait Backend: Send + Sync {
         x: &Self::Buf,
         out: &mut Self::Buf,
     );
+    /// `out = act(x w^T + bias)`.
+    fn activated(
+        &self,
+        w: &Self::Mat,
+        bias: Option<&Self::Row>,
+        act: Activation,
+        x: &Self::Buf,
+        out: &mut Self::Buf,
+    );
+    /// `out = x` times a matrix for each head: rows of `x` and of `out`, and the rows of `w`, are cut into
+    /// `heads` equal parts; part h of `out` is part h of `w` times part h of `x`. A part of `w` has a multiple
+    /// of 16 rows.
+    fn linear_heads(&self, w: &Self::Mat, heads: usize, x: &Self::Buf, out: &mut Self::Buf);
+    /// Queries and key of latent attention (DeepSeek-AI 2024, "absorbed": the matrix that would expand the key
+    /// is applied to the query). `q` is `[heads][nope + rope]`, `kv` `[rank + rope]`; `out` is
+    /// `[heads + 1][rope + rank]`: of each query its `rope` numbers and, as in [`Backend::linear_heads`], `w_h`
+    /// times its `nope` numbers; of the key its `rope` numbers and the RMS norm of the rest.
+    fn latent_qk(
+        &self,
+        w: &Self::Mat,
+        norm: (&Self::Row, f32),
+        how: &Latent,
+        q: &Self::Buf,
+        kv: &Self::Buf,
+        out: &mut Self::Buf,
+    );
     /// `out[t] = sum of p_e expert_e(x[t])` over the experts that row `t` of `logits` chooses with the weights `p_e`:
     /// fused multiply-adds from zero on, experts ascending. `logits` are left as scores.
     fn moe(
@@ -227,21 +299,38 @@ pub trait Backend: Send + Sync {
     );
     /// `out[r] = fma(sigmoid(gate[r]), y[r], out[r])`; `gate` has one column.
     fn add_gated(&self, gate: &mut Self::Buf, y: &Self::Buf, out: &mut Self::Buf);
-    /// `out = act(x w^T + bias)`.
-    fn activated(
+    /// `x = act(x) * y[.., from..from + width of x]`.
+    fn gate_with(&self, x: &mut Self::Buf, act: Activation, y: &Self::Buf, from: usize);
+    /// `out = act(max(0, gate - mean(gate) - times * deviation(gate))) * up` (Gemma 3n's sparse layers), `width`
+    /// columns, of gate and up interleaved as [`Backend::linear`] gives them.
+    fn cut_and_gate(
         &self,
-        w: &Self::Mat,
-        bias: Option<&Self::Row>,
-        act: Activation,
         x: &Self::Buf,
+        times: f32,
+        act: Activation,
+        width: usize,
         out: &mut Self::Buf,
     );
+    /// AltUp (Baykal et al. 2023), before a layer: with n streams, `streams[i] += sum over j of
+    /// coefficients[n i + j] * streams[j]`, all of the streams as they were.
+    fn altup_predict(&self, coefficients: &Self::Buf, streams: &mut [Self::Buf]);
+    /// After it: `streams[i] += (1 + coefficients[i]) * (seen - streams[0])`, with `streams[0]` as it was.
+    fn altup_correct(&self, coefficients: &Self::Buf, seen: &Self::Buf, streams: &mut [Self::Buf]);
+    /// `x[r] *= sqrt(mean(to[r]^2) / max(mean(x[r]^2), least))`.
+    fn match_power(&self, x: &mut Self::Buf, to: &Self::Buf, least: f32);
     /// `x += y`.
     fn add(&self, x: &mut Self::Buf, y: &Self::Buf);
     /// `x = fma(scale, y, x)`.
     fn add_scaled(&self, x: &mut Self::Buf, scale: f32, y: &Self::Buf);
-    /// Cosines, then sines, of `position * inv_freq`, times `scale`, for each position.
-    fn rope_table(&self, positions: &[u32], inv_freq: &[f32], scale: f32) -> Self::Buf;
+    /// Cosines, then sines, of `position * inv_freq`, times `scale`, for each position; with the second `inv_freq`
+    /// where `long` says so.
+    fn rope_table(
+        &self,
+        positions: &[u32],
+        long: &[bool],
+        inv_freq: [&[f32]; 2],
+        scale: f32,
+    ) -> Self::Buf;
     /// Of each row of `qkv`: norms of queries and keys, if given; clamped, if asked for; then rotation of the first
     /// dimensions of a head, as many as `table` is wide, by its row, if there is a table; then keys and values go into
     /// the pages of `layer`.
@@ -255,7 +344,7 @@ pub trait Backend: Send + Sync {
         layer: usize,
         spans: &[Span<'_>],
     );
-    /// `out[r] = softmax(softcap(scale * q k)) v` over the positions that row `r` sees, for each head. `sinks`
+    /// `out[r] = softmax(softcap(scale * growth(r) * q k)) v` over the positions that row `r` sees, for each head. `sinks`
     /// holds for each head one more score of that softmax, whose value is zero.
     fn attend(
         &self,

@@ -75,7 +75,8 @@ impl<M: Forward> Engine<M> {
             })?;
         let kv = model.new_kv(&pages)?;
         let pool = KvPool::new(&groups, &pages, config.prefix_cache);
-        let scheduler = Scheduler::new(pool, config.max_batch, chunk);
+        let mut scheduler = Scheduler::new(pool, config.max_batch, chunk);
+        scheduler.long_after = model.long_after();
         Ok(Engine {
             model,
             tokenizer,
@@ -178,7 +179,7 @@ impl<M: Forward> Engine<M> {
                 false => Wanted::None,
             };
             let (tokens, start) = (&slot.tokens[work.start..work.end], work.start);
-            Chunk { tokens, start, pages: slot.pages.tables(), wanted }
+            Chunk { tokens, start, long: slot.long, pages: slot.pages.tables(), wanted }
         };
         let batch: Vec<Chunk<'_>> = plan.iter().map(chunk).collect();
         let rows = |chunk: &Chunk<'_>| match chunk.wanted {

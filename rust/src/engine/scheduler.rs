@@ -25,6 +25,8 @@ pub(super) struct Slot<T> {
     /// Prompt and answer.
     pub(super) tokens: Vec<u32>,
     pub(super) pages: Pages,
+    /// The prompt has more than [`Scheduler::long_after`] tokens.
+    pub(super) long: bool,
     pub(super) running: bool,
     /// No prefix is looked up: the logits of all positions are wanted.
     pub(super) computes_all: bool,
@@ -49,25 +51,36 @@ pub(super) struct Scheduler<T> {
     /// The oldest first.
     pub(super) slots: Vec<Slot<T>>,
     pub(super) preemptions: u64,
+    /// Sequences with longer prompts share no pages with others.
+    pub(super) long_after: Option<usize>,
     max_batch: usize,
     chunk_tokens: usize,
 }
 
 impl<T> Scheduler<T> {
     pub(super) fn new(pool: KvPool, max_batch: usize, chunk_tokens: usize) -> Scheduler<T> {
-        Scheduler { pool, slots: Vec::new(), preemptions: 0, max_batch, chunk_tokens }
+        Scheduler {
+            pool,
+            slots: Vec::new(),
+            preemptions: 0,
+            long_after: None,
+            max_batch,
+            chunk_tokens,
+        }
     }
 
     /// Adds a sequence; ids rise.
     pub(super) fn push(&mut self, id: RequestId, tokens: Vec<u32>, computes_all: bool, data: T) {
         let mut keys = Vec::new();
+        let long = self.long_after.is_some_and(|after| tokens.len() > after);
         if self.pool.reuses() {
-            extend_keys(&mut keys, &tokens);
+            extend_keys(&mut keys, &tokens, long);
         }
         self.slots.push(Slot {
             id,
             tokens,
             pages: Pages::default(),
+            long,
             running: false,
             computes_all,
             cached: None,
@@ -126,7 +139,7 @@ impl<T> Scheduler<T> {
     pub(super) fn commit(&mut self, work: &Work) {
         let slot = &mut self.slots[work.slot];
         if self.pool.reuses() {
-            extend_keys(&mut slot.keys, &slot.tokens);
+            extend_keys(&mut slot.keys, &slot.tokens, slot.long);
         }
         self.pool.commit(&mut slot.pages, work.end, &slot.keys);
     }

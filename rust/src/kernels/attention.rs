@@ -7,11 +7,14 @@
 //! int8   K: 4 x [d][16] | V: [64][dp] | f32 K scale [64] | f32 V scale [64]
 //! ```
 //!
+//! Where the values are a part of the keys (latent attention), V and its scales are left out.
+//!
 //! A lane is a key while scores are made and a dimension while values are summed, so nothing is added
 //! across lanes. The order, whatever the tile, the batch or the chunk of a prompt: keys in chunks of
 //! [`CHUNK`] by absolute position; a score is one chain of fused multiply-adds over the dimensions; the
-//! sum of a chunk's weights is by key modulo 16 and a tree; its values are one chain over keys; chunks
-//! are merged in ascending order (Milakov & Gimelshein 2018; Dao et al. 2022), a sink last.
+//! sum of a chunk's weights is by key modulo 16 and a tree; its values are one chain over keys (values that
+//! are a part of the keys: by key modulo 16 and a tree); chunks are merged in ascending order (Milakov &
+//! Gimelshein 2018; Dao et al. 2022), a sink last.
 
 use super::float::{exp, softcap, tree};
 use super::simd::F32x16;
@@ -37,13 +40,13 @@ pub enum KvDtype {
 }
 
 impl KvDtype {
-    /// Bytes of one head's page.
-    pub fn page_bytes(self, d: usize) -> usize {
-        let values = PAGE * (d + d.next_multiple_of(16));
+    /// Bytes of one head's page; `values`: it has values beside the keys.
+    pub fn page_bytes(self, d: usize, values: bool) -> usize {
+        let numbers = PAGE * (d + if values { d.next_multiple_of(16) } else { 0 });
         match self {
-            KvDtype::F32 => 4 * values,
-            KvDtype::F16 => 2 * values,
-            KvDtype::Int8 => values + 2 * 4 * PAGE,
+            KvDtype::F32 => 4 * numbers,
+            KvDtype::F16 => 2 * numbers,
+            KvDtype::Int8 => numbers + (1 + usize::from(values)) * 4 * PAGE,
         }
     }
 }
@@ -52,8 +55,10 @@ impl KvDtype {
 pub struct Attend<'a> {
     /// `[rows, d]`, at most [`MAX_ROWS`] rows.
     pub q: &'a [f32],
-    /// Dimensions of a head.
+    /// Dimensions of a key.
     pub d: usize,
+    /// The values are the last so many numbers of the keys. `None`: they stand beside them, `d` wide.
+    pub latent: Option<usize>,
     /// Multiplies each score.
     pub scale: f32,
     /// `cap * tanh(score / cap)`.
@@ -73,7 +78,14 @@ pub struct Attend<'a> {
     pub head_offset: usize,
 }
 
-/// Floats of scratch that a call needs for `rows` rows.
+impl Attend<'_> {
+    /// Width of a row of the output: dimensions of a value, rounded up to 16.
+    pub fn out_width(&self) -> usize {
+        self.latent.unwrap_or(self.d).next_multiple_of(16)
+    }
+}
+
+/// Floats of scratch that a call needs for `rows` rows of values of at most `d` dimensions.
 pub fn scratch_len(rows: usize, d: usize) -> usize {
     rows * (CHUNK + d.next_multiple_of(16))
 }
@@ -127,11 +139,12 @@ struct Page<'a> {
 #[inline(always)]
 fn page<'a, S: Stored>(a: &Attend<'a>, index: usize) -> Page<'a> {
     let start = |index: usize| a.table[index] as usize * a.page_stride + a.head_offset;
-    let bytes = &a.kv[start(index)..][..S::DTYPE.page_bytes(a.d)];
+    let bytes = &a.kv[start(index)..][..S::DTYPE.page_bytes(a.d, a.latent.is_none())];
     let next = a.kv.as_ptr().wrapping_add(start((index + 1).min(a.table.len() - 1)));
     let (keys, rest) = bytes.split_at(PAGE * a.d * S::WIDTH);
-    let (values, scales) = rest.split_at(PAGE * a.d.next_multiple_of(16) * S::WIDTH);
-    let (key_scales, value_scales) = scales.split_at(scales.len() / 2);
+    let values = if a.latent.is_none() { PAGE * a.d.next_multiple_of(16) * S::WIDTH } else { 0 };
+    let (values, scales) = rest.split_at(values);
+    let (key_scales, value_scales) = scales.split_at(scales.len().min(4 * PAGE));
     Page { next, keys, values, key_scales, value_scales }
 }
 
@@ -173,7 +186,7 @@ pub(super) unsafe fn attend<V: F32x16, S: Stored>(
     softmax: unsafe fn(&mut [f32], Range<usize>, Option<f32>) -> (f32, f32),
 ) {
     let rows = a.seen.len();
-    let dp = a.d.next_multiple_of(16);
+    let dp = a.out_width();
     let (scores, sums) = scratch.split_at_mut(rows * CHUNK);
     let mut max = [f32::NEG_INFINITY; MAX_ROWS];
     let mut total = [0.0f32; MAX_ROWS];
@@ -209,7 +222,12 @@ pub(super) unsafe fn attend<V: F32x16, S: Stored>(
             // SAFETY: the caller's set, whose features the CPU has.
             (chunk_max[r], chunk_total[r]) = unsafe { softmax(row, seen, a.softcap) };
         }
-        let mut r = 0;
+        let mut r = if a.latent.is_some() {
+            latent_sum::<V, S>(a, scores, sums, &blocks, chunk);
+            rows
+        } else {
+            0
+        };
         while r < rows {
             r += match rows - r {
                 4.. if V::WIDE => sum::<V, S, 4>(a, r, scores, sums, start..end, chunk),
@@ -393,10 +411,87 @@ fn strips<V: F32x16, S: Stored, const R: usize, const N: usize>(
     16 * N
 }
 
-/// Writes the key and value of one position and head, `[d]` each, into slot `slot` of a head's page.
+/// Weighted sums, for all rows, of values that are the last numbers of the keys in the blocks of a chunk. A lane
+/// is a key, as in [`keys`]. A block may reach beyond the keys that are there: their weights are 0, and what
+/// stands in a page is finite.
+#[inline(always)]
+fn latent_sum<V: F32x16, S: Stored>(
+    a: &Attend<'_>,
+    scores: &[f32],
+    sums: &mut [f32],
+    blocks: &Range<usize>,
+    chunk: usize,
+) {
+    let (rows, dv) = (a.seen.len(), a.latent.unwrap_or(a.d));
+    let mut i = 0;
+    while i < dv {
+        // Rows inside: the lines of a few dimensions stay in L1 for all of them.
+        let wide = dv - i >= 4;
+        let mut r = 0;
+        while r < rows {
+            r += match rows - r {
+                4.. if V::WIDE && wide => lines::<V, S, 4, 4>(a, r, scores, sums, blocks, chunk, i),
+                2.. if wide => lines::<V, S, 2, 4>(a, r, scores, sums, blocks, chunk, i),
+                _ if wide => lines::<V, S, 1, 4>(a, r, scores, sums, blocks, chunk, i),
+                _ => lines::<V, S, 1, 1>(a, r, scores, sums, blocks, chunk, i),
+            };
+        }
+        i += if wide { 4 } else { 1 };
+    }
+}
+
+/// Dimensions `first..first + N` of the values of [`latent_sum`] for rows `r..r + R`. Gives `R`.
+#[inline(always)]
+fn lines<V: F32x16, S: Stored, const R: usize, const N: usize>(
+    a: &Attend<'_>,
+    r: usize,
+    scores: &[f32],
+    sums: &mut [f32],
+    blocks: &Range<usize>,
+    chunk: usize,
+    first: usize,
+) -> usize {
+    let (dv, dp) = (a.latent.unwrap_or(a.d), a.out_width());
+    let line = 16 * S::WIDTH;
+    let mut acc = [[V::splat(0.0); N]; R];
+    let mut key = blocks.start;
+    while key < blocks.end {
+        let page = page::<S>(a, (chunk + key) / PAGE);
+        let last = blocks.end.min((chunk + key) / PAGE * PAGE + PAGE - chunk);
+        while key < last {
+            let block = (chunk + key) % PAGE / 16;
+            let keys = &page.keys[(block * a.d + a.d - dv + first) * line..][..N * line];
+            let mut w = [V::splat(0.0); R];
+            for i in 0..R {
+                w[i] = V::load(array(scores, (r + i) * CHUNK + key));
+                if S::DTYPE == KvDtype::Int8 {
+                    w[i] = w[i].mul(scales(page.key_scales, block));
+                }
+            }
+            for n in 0..N {
+                let v: V = S::load(&keys[n * line..][..line]);
+                for i in 0..R {
+                    acc[i][n] = v.fma(w[i], acc[i][n]);
+                }
+            }
+            key += 16;
+        }
+    }
+    for i in 0..R {
+        for n in 0..N {
+            let mut lanes = [0.0; 16];
+            acc[i][n].store(&mut lanes);
+            sums[(r + i) * dp + first + n] = tree(lanes);
+        }
+    }
+    R
+}
+
+/// Writes the key and value of one position and head, `[d]` each, into slot `slot` of a head's page. `v` may be
+/// empty: keys only.
 #[inline(always)]
 pub(super) fn write_f16<V: F32x16>(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
-    let (d, dp) = (k.len(), k.len().next_multiple_of(16));
+    let (d, dp) = (k.len(), v.len().next_multiple_of(16));
     let (keys, values) = page.split_at_mut(PAGE * d * 2);
     let lines = &mut keys[slot / 16 * d * 32..][..d * 32];
     let row = &mut values[slot * dp * 2..][..dp * 2];
@@ -408,6 +503,9 @@ pub(super) fn write_f16<V: F32x16>(k: &[f32], v: &[f32], slot: usize, page: &mut
         V::load(&lanes).store_f16(&mut half);
         for (j, half) in half[..n].iter().enumerate() {
             lines[((i + j) * 16 + slot % 16) * 2..][..2].copy_from_slice(&half.to_le_bytes());
+        }
+        if v.is_empty() {
+            continue;
         }
         lanes = [0.0; 16];
         lanes[..n].copy_from_slice(&v[i..i + n]);
@@ -421,7 +519,7 @@ pub(super) fn write_f16<V: F32x16>(k: &[f32], v: &[f32], slot: usize, page: &mut
 /// As [`write_f16`], in f32.
 #[inline(always)]
 pub(super) fn write_f32(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
-    let (d, dp) = (k.len(), k.len().next_multiple_of(16));
+    let (d, dp) = (k.len(), v.len().next_multiple_of(16));
     let (keys, values) = page.split_at_mut(PAGE * d * 4);
     for (i, x) in k.iter().enumerate() {
         let at = ((slot / 16 * d + i) * 16 + slot % 16) * 4;
@@ -437,7 +535,7 @@ pub(super) fn write_f32(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
 /// As [`write_f16`], in int8.
 #[inline(always)]
 pub(super) fn write_i8(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
-    let (d, dp) = (k.len(), k.len().next_multiple_of(16));
+    let (d, dp) = (k.len(), v.len().next_multiple_of(16));
     let (keys, rest) = page.split_at_mut(PAGE * d);
     let (values, scales) = rest.split_at_mut(PAGE * dp);
     let (key_scales, value_scales) = scales.split_at_mut(PAGE * 4);
@@ -445,6 +543,9 @@ pub(super) fn write_i8(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
     key_scales[slot * 4..][..4].copy_from_slice(&scale.to_le_bytes());
     for (i, &x) in k.iter().enumerate() {
         keys[(slot / 16 * d + i) * 16 + slot % 16] = (x * inv).round_ties_even() as i8 as u8;
+    }
+    if v.is_empty() {
+        return;
     }
     let (inv, scale) = int8_scale(v);
     value_scales[slot * 4..][..4].copy_from_slice(&scale.to_le_bytes());

@@ -6,9 +6,9 @@
 //! Orders that every set keeps: a dot product is one chain of fused multiply-adds, k ascending, one chain
 //! per output; a sum over a row is 16 partial sums by index modulo 16, ascending, then a tree 8-4-2-1.
 
-use super::layout::{self, Form, ROWS};
+use super::layout::{self, ROWS};
 use super::simd::F32x16;
-use crate::quant::{self, BLOCK, BlockMxfp4, BlockQ4, BlockQ8, GROUP, GROUPS};
+use crate::quant::{self, BLOCK, BlockQ4, BlockQ8, GROUP, GROUPS};
 
 /// The activation of a feed-forward layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -61,6 +61,8 @@ pub(super) struct Floats {
     pub(super) pack_q4: unsafe fn(&[[f32; BLOCK]; ROWS], usize, &mut [u8]),
     pub(super) pack_q8: unsafe fn(&[[f32; BLOCK]; ROWS], usize, &mut [u8]),
     pub(super) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
+    pub(super) mean_square: unsafe fn(&[f32]) -> f32,
+    pub(super) cut: unsafe fn(&mut [f32], f32),
     pub(super) layer_norm: unsafe fn(&[f32], &[f32], Option<&[f32]>, f32, &mut [f32]),
     pub(super) rope: unsafe fn(&mut [f32], &[f32], bool),
     pub(super) gate: unsafe fn(Activation, &mut [f32], &[f32]),
@@ -102,7 +104,7 @@ macro_rules! instantiate {
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn gemm_mxfp4(w: &[u8], k: usize, x: &[f32], y: &mut [f32]) {
-                float::gemm_mxfp4::<$v>(w, k, x, y)
+                crate::kernels::mxfp4::gemm::<$v>(w, k, x, y)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn quantize(x: &[f32], q: &mut [i8], sums: &mut [i16; GROUPS]) -> (f32, i32) {
@@ -119,6 +121,14 @@ macro_rules! instantiate {
             $(#[target_feature(enable = $features)])?
             unsafe fn rms_norm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) {
                 float::rms_norm(x, gain, eps, out)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn mean_square(x: &[f32]) -> f32 {
+                float::mean_square(x)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn cut(x: &mut [f32], times: f32) {
+                float::cut(x, times)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn layer_norm(
@@ -214,6 +224,8 @@ macro_rules! instantiate {
                 pack_q4,
                 pack_q8,
                 rms_norm,
+                mean_square,
+                cut,
                 layer_norm,
                 rope,
                 gate,
@@ -332,85 +344,6 @@ fn tile<V: F32x16, S: Stored, const M: usize, const R: usize>(
     }
 }
 
-/// As [`gemm`], for MXFP4 weights: 16 rows by [`BLOCK`] inputs become f32, then meet all tokens.
-#[inline(always)]
-pub(super) fn gemm_mxfp4<V: F32x16>(w: &[u8], k: usize, x: &[f32], y: &mut [f32]) {
-    let form = Form::Mxfp4Float;
-    let size = form.row_block_bytes(k);
-    let (width, m) = (w.len() / size * ROWS, x.len() / k);
-    let mut panel = [[0.0f32; ROWS]; BLOCK];
-    for (rb, row_block) in w.chunks_exact(size).enumerate() {
-        for (b, block) in layout::blocks(form, row_block).enumerate() {
-            let len = BLOCK.min(k - b * BLOCK);
-            dequantize(block, &mut panel);
-            let mut t = 0;
-            while t < m {
-                let (x, y) = (&x[t * k + b * BLOCK..], &mut y[t * width + rb * ROWS..]);
-                let tile = (&panel[..len], x, k, y, width, b == 0);
-                t += match m - t {
-                    4.. => chain::<V, 4>(tile),
-                    _ => chain::<V, 1>(tile),
-                };
-            }
-        }
-    }
-}
-
-/// The weights of an MXFP4 block of 16 rows.
-#[inline(always)]
-fn dequantize(block: &[u8], panel: &mut [[f32; ROWS]; BLOCK]) {
-    let (header, lines) = block.split_at(layout::MXFP4_HEADER);
-    for (t, lines) in lines.chunks_exact(512).enumerate() {
-        for half in 0..2 {
-            let mut scale = [0.0; ROWS];
-            for (scale, &e) in scale.iter_mut().zip(&header[16 * (2 * t + half)..]) {
-                *scale = 0.5 * BlockMxfp4::scale(e);
-            }
-            for (j, line) in lines.as_chunks::<64>().0.iter().enumerate() {
-                let mut lanes = [0; ROWS];
-                for (lane, bytes) in lanes.iter_mut().zip(line.as_chunks().0) {
-                    *lane = u32::from_le_bytes(*bytes) >> (4 * half);
-                }
-                for i in 0..4 {
-                    let out = &mut panel[64 * t + 32 * half + 4 * j + i];
-                    for r in 0..ROWS {
-                        // TWICE as arithmetic, for vectors.
-                        let code = (lanes[r] >> (8 * i)) as i32;
-                        let (mantissa, exponent) = (code & 1, code >> 1 & 3);
-                        let twice = (mantissa | 2) << (exponent.max(1) - 1);
-                        let twice = if exponent == 0 { mantissa } else { twice };
-                        let sign = 1 - (code >> 2 & 2);
-                        out[r] = (sign * twice) as f32 * scale[r];
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// `M` tokens `k` apart against a panel, on top of the sums in `y`, whose rows are `width` apart. Gives `M`.
-#[inline(always)]
-fn chain<V: F32x16, const M: usize>(
-    (panel, x, k, y, width, first): (&[[f32; ROWS]], &[f32], usize, &mut [f32], usize, bool),
-) -> usize {
-    let mut acc = [V::splat(0.0); M];
-    if !first {
-        for t in 0..M {
-            acc[t] = V::load(super::array(y, t * width));
-        }
-    }
-    for (i, w) in panel.iter().enumerate() {
-        let w = V::load(w);
-        for t in 0..M {
-            acc[t] = w.fma(V::splat(x[t * k + i]), acc[t]);
-        }
-    }
-    for t in 0..M {
-        acc[t].store(super::array_mut(y, t * width));
-    }
-    M
-}
-
 /// Quantizes at most [`BLOCK`] activations: `s = amax / 127`, `q = rne(x * (127 / amax))`. `q` may be
 /// longer than `x`; the rest becomes zero. Gives the scale and the sum of all `q`; `sums` are by group.
 #[inline(always)]
@@ -468,20 +401,53 @@ pub(super) fn tree(mut a: [f32; 16]) -> f32 {
     a[0]
 }
 
-/// `out = x / sqrt(mean(x^2) + eps) * gain` (Zhang & Sennrich 2019).
+/// `mean((x - from)^2)`.
 #[inline(always)]
-pub(super) fn rms_norm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) {
+fn mean_square_from(x: &[f32], from: f32) -> f32 {
     let mut sums = [0.0f32; 16];
     let (chunks, rest) = x.as_chunks::<16>();
     for x in chunks {
         for i in 0..16 {
-            sums[i] = x[i].mul_add(x[i], sums[i]);
+            sums[i] = (x[i] - from).mul_add(x[i] - from, sums[i]);
         }
     }
     for (sum, &x) in sums.iter_mut().zip(rest) {
-        *sum = x.mul_add(x, *sum);
+        *sum = (x - from).mul_add(x - from, *sum);
     }
-    let inv = 1.0 / (tree(sums) / x.len() as f32 + eps).sqrt();
+    tree(sums) / x.len() as f32
+}
+
+/// `mean(x^2)`.
+#[inline(always)]
+pub(super) fn mean_square(x: &[f32]) -> f32 {
+    mean_square_from(x, 0.0)
+}
+
+/// `x = max(0, x - mean(x) - times * sqrt(mean((x - mean(x))^2)))`: of normally distributed numbers, what stands out
+/// (Gemma 3n).
+#[inline(always)]
+pub(super) fn cut(x: &mut [f32], times: f32) {
+    let mut sums = [0.0f32; 16];
+    let (chunks, rest) = x.as_chunks::<16>();
+    for x in chunks {
+        for i in 0..16 {
+            sums[i] += x[i];
+        }
+    }
+    for (sum, &x) in sums.iter_mut().zip(rest) {
+        *sum += x;
+    }
+    let mean = tree(sums) / x.len() as f32;
+    let bar = mean_square_from(x, mean).sqrt().mul_add(times, mean);
+    for x in x {
+        *x = (*x - bar).max(0.0);
+    }
+}
+
+/// `out = x / sqrt(mean(x^2) + eps) * gain` (Zhang & Sennrich 2019).
+#[inline(always)]
+pub(super) fn rms_norm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) {
+    let inv = 1.0 / (mean_square(x) + eps).sqrt();
     for ((out, &x), &gain) in out.iter_mut().zip(x).zip(gain) {
         *out = x * inv * gain;
     }

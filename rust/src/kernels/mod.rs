@@ -10,6 +10,7 @@ mod arm;
 mod attention;
 mod float;
 pub mod layout;
+mod mxfp4;
 mod recurrent;
 mod scalar;
 mod simd;
@@ -217,6 +218,18 @@ impl Kernels {
         unsafe { (self.float.rms_norm)(x, gain, eps, out) }
     }
 
+    /// `mean(x^2)`.
+    pub fn mean_square(&self, x: &[f32]) -> f32 {
+        // SAFETY: see above.
+        unsafe { (self.float.mean_square)(x) }
+    }
+
+    /// `x = max(0, x - mean(x) - times * sqrt(mean((x - mean(x))^2)))`.
+    pub fn cut(&self, x: &mut [f32], times: f32) {
+        // SAFETY: see above.
+        unsafe { (self.float.cut)(x, times) }
+    }
+
     /// `out = (x - mean(x)) / sqrt(variance(x) + eps) * gain + bias`.
     pub fn layer_norm(
         &self,
@@ -273,11 +286,11 @@ impl Kernels {
     }
 
     /// Attention of some rows of queries over the pages of one head; see [`Attend`].
-    /// `out`: `[rows, d rounded up to 16]`.
+    /// `out`: `[rows, a.out_width()]`.
     pub fn attend(&self, dtype: KvDtype, a: &Attend<'_>, out: &mut [f32], scratch: &mut [f32]) {
         let rows = a.seen.len();
         assert!(rows <= MAX_ROWS && a.q.len() == rows * a.d);
-        assert!(out.len() == rows * a.d.next_multiple_of(16));
+        assert!(out.len() == rows * a.out_width() && a.latent.is_none_or(|dv| dv <= a.d));
         assert!(a.sinks.is_none_or(|sinks| sinks.len() == rows));
         let offsets = a.kv.as_ptr().addr() | a.page_stride | a.head_offset;
         assert!(offsets.is_multiple_of(4), "pages hold f32 scales");
@@ -290,9 +303,10 @@ impl Kernels {
         unsafe { attend(a, out, &mut scratch[..scratch_len(rows, a.d)]) }
     }
 
-    /// Writes one position's key and value into slot `slot` of a head's page.
+    /// Writes one position's key and value (`v` empty: the key only) into slot `slot` of a head's page.
     pub fn write_kv(&self, dtype: KvDtype, k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
-        assert!(k.len() == v.len() && slot < PAGE && page.len() == dtype.page_bytes(k.len()));
+        assert!((v.is_empty() || k.len() == v.len()) && slot < PAGE);
+        assert!(page.len() == dtype.page_bytes(k.len(), !v.is_empty()));
         let write = match dtype {
             KvDtype::F32 => self.float.write_f32,
             KvDtype::F16 => self.float.write_f16,

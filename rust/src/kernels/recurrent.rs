@@ -6,7 +6,6 @@
 //! `(0 + 1) + (2 + 3)`.
 
 use super::simd::F32x16;
-use super::{array, array_mut};
 
 /// One position of one head's recurrence, for 16 columns of its state `S`, `[k.len(), 16]`.
 #[derive(Clone, Copy)]
@@ -55,24 +54,25 @@ pub(super) fn conv(
 #[inline(always)]
 pub(super) fn recur<V: F32x16>(r: &Recur<'_>, state: &mut [f32], out: &mut [f32; 16]) {
     let (mut u, decay) = (V::load(r.v), V::splat(r.decay));
+    let fours = state.as_chunks_mut().0.as_chunks_mut().0;
+    let (ks, qs) = (r.k.as_chunks::<4>().0, r.q.as_chunks::<4>().0);
     if r.delta {
         let mut sums = [V::splat(0.0); 4];
-        for i in (0..r.k.len()).step_by(4) {
+        for (rows, k) in fours.iter().zip(ks) {
             for j in 0..4 {
-                let s = V::load(array(state, 16 * (i + j)));
-                sums[j] = s.fma(V::splat(r.k[i + j]), sums[j]);
+                sums[j] = V::load(&rows[j]).fma(V::splat(k[j]), sums[j]);
             }
         }
         u = total(sums).fma(V::splat(-r.decay), u);
     }
     u = u.mul(V::splat(r.beta));
     let mut sums = [V::splat(0.0); 4];
-    for i in (0..r.k.len()).step_by(4) {
+    for ((rows, k), q) in fours.iter_mut().zip(ks).zip(qs) {
+        let rows: &mut [[f32; 16]; 4] = rows;
         for j in 0..4 {
-            let at = array_mut(state, 16 * (i + j));
-            let s = V::splat(r.k[i + j]).fma(u, V::load(at).mul(decay));
-            s.store(at);
-            sums[j] = s.fma(V::splat(r.q[i + j]), sums[j]);
+            let s = V::splat(k[j]).fma(u, V::load(&rows[j]).mul(decay));
+            s.store(&mut rows[j]);
+            sums[j] = s.fma(V::splat(q[j]), sums[j]);
         }
     }
     total(sums).store(out);

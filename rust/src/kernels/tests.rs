@@ -339,6 +339,9 @@ proptest! {
                 set.score(score, &mut z);
                 all.extend_from_slice(&z);
             }
+            all.push(set.mean_square(&z));
+            set.cut(&mut z, 0.5);
+            all.extend_from_slice(&z);
             all
         };
         let expected = run(&scalar::KERNELS);
@@ -420,16 +423,21 @@ proptest! {
 
     #[test]
     fn attention(rows in 1usize..=MAX_ROWS, d in 1usize..20, len in 1usize..1200, window in 1u32..1500,
-                 kind in 0usize..3, cap: bool, sink: bool, seed: u64) {
+                 kind in 0usize..3, cap: bool, keys_only: bool, sink: bool, seed: u64) {
         let d = 8 * d;
         let dtype = [KvDtype::F32, KvDtype::F16, KvDtype::Int8][kind];
         let mut random = Random(seed);
         let pages = len.div_ceil(PAGE);
-        let stride = 2 * dtype.page_bytes(d);
+        // Of latent attention the values are the last numbers of the keys.
+        let latent = keys_only.then_some(d - d / 3);
+        let stride = 2 * dtype.page_bytes(d, !keys_only);
         // Pages lie in reverse order, every second record belongs to another head.
         let table: Vec<u32> = (0..pages as u32).rev().collect();
         let mut mild = |n| -> Vec<f32> { random.values(n).iter().map(|x| x.clamp(-1.0, 1.0)).collect() };
-        let (k, v, q) = (mild(len * d), mild(len * d), mild(rows * d));
+        let (k, mut v, q) = (mild(len * d), mild(len * d), mild(rows * d));
+        if keys_only {
+            v.clear();
+        }
         let sinks = mild(rows);
         let seen: Vec<(u32, u32)> = (0..rows).map(|_| {
             let to = 1 + (random.next() % len as u64) as u32;
@@ -440,7 +448,8 @@ proptest! {
             for p in 0..len {
                 let start = table[p / PAGE] as usize * stride + stride / 2;
                 let page = &mut kv.get_mut()[start..][..stride / 2];
-                set.write_kv(dtype, &k[p * d..][..d], &v[p * d..][..d], p % PAGE, page);
+                let v = if keys_only { &[][..] } else { &v[p * d..][..d] };
+                set.write_kv(dtype, &k[p * d..][..d], v, p % PAGE, page);
             }
             kv
         };
@@ -449,6 +458,7 @@ proptest! {
             let a = Attend {
                 q: &q[rows.start * d..rows.end * d],
                 d,
+                latent,
                 scale: 0.2,
                 softcap: cap.then_some(50.0),
                 sinks: sink.then_some(&sinks[rows.clone()]),
@@ -458,7 +468,7 @@ proptest! {
                 page_stride: stride,
                 head_offset: stride / 2,
             };
-            let mut out = vec![0.0; rows.len() * d.next_multiple_of(16)];
+            let mut out = vec![0.0; rows.len() * a.out_width()];
             let mut scratch = vec![f32::NAN; scratch_len(rows.len(), d)];
             set.attend(dtype, &a, &mut out, &mut scratch);
             out
@@ -469,7 +479,8 @@ proptest! {
             prop_assert_eq!(bits(&attend(set, 0..rows)), bits(&expected), "{}", set.name);
         }
         // A row's result does not depend on the rows beside it.
-        let dp = d.next_multiple_of(16);
+        let dv = latent.unwrap_or(d);
+        let dp = dv.next_multiple_of(16);
         for r in 0..rows {
             let alone = attend(available().next().unwrap(), r..r + 1);
             prop_assert_eq!(bits(&alone), bits(&expected[r * dp..][..dp]));
@@ -485,7 +496,7 @@ proptest! {
                 })
             }).collect()
         };
-        let (k, v) = (stored(&k), stored(&v));
+        let (k, v) = (stored(&k), stored(if keys_only { &k } else { &v }));
         for (r, &(from, to)) in seen.iter().enumerate().take(2) {
             let q = &q[r * d..][..d];
             let scores: Vec<f64> = (from as usize..to as usize).map(|p| {
@@ -495,9 +506,9 @@ proptest! {
             let max = scores.iter().fold(f64::MIN, |a, &b| a.max(b));
             let extra = if sink { (f64::from(sinks[r]) - max).exp() } else { 0.0 };
             let total: f64 = scores.iter().map(|s| (s - max).exp()).sum::<f64>() + extra;
-            for i in 0..d {
+            for i in 0..dv {
                 let o: f64 = scores.iter().zip(from as usize..)
-                    .map(|(s, p)| (s - max).exp() / total * v[p * d + i]).sum();
+                    .map(|(s, p)| (s - max).exp() / total * v[p * d + d - dv + i]).sum();
                 let e = (o - f64::from(expected[r * dp + i])).abs();
                 // A value halfway between two int8 steps may round the other way in f32.
                 prop_assert!(e <= if dtype == KvDtype::Int8 { 1e-2 } else { 1e-4 }, "{e}");
@@ -601,4 +612,18 @@ fn a_forced_set_must_exist() {
     assert_eq!(choose(Some("scalar")).unwrap().name(), "scalar");
     let error = choose(Some("sse9")).unwrap_err().to_string();
     assert!(error.contains("sse9") && error.contains("scalar"), "{error}");
+}
+
+#[test]
+fn a_cut_keeps_what_stands_out() {
+    let x = Random(7).values(1000);
+    let mean = x.iter().map(|&x| f64::from(x)).sum::<f64>() / 1000.0;
+    let variance = x.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / 1000.0;
+    let mut y = x.clone();
+    scalar::KERNELS.cut(&mut y, 1.5);
+    for (x, y) in x.iter().zip(&y) {
+        let expected = (f64::from(*x) - mean - 1.5 * variance.sqrt()).max(0.0);
+        assert!((f64::from(*y) - expected).abs() < 1e-5, "{x}: {y}, {expected}");
+    }
+    assert!(y.iter().any(|&y| y > 0.0));
 }

@@ -4,7 +4,7 @@
 use super::spec::{self, Gate, QkNorm};
 use super::weights::{self, Dense, Ffn, Layer, Mixer, Moe, Norm};
 use super::{Chunk, Forward, KvGroup, PAGE, Sees, Wanted};
-use crate::backend::{self, Backend, KvDtype, Span};
+use crate::backend::{self, Backend, KvDtype, KvLayer, Span};
 use crate::model::spec::Spec;
 use crate::{Error, Result};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -49,6 +49,9 @@ impl<B: Backend> Model<B> {
             (spec::Mixer::Attention(how), Mixer::Attention(attn)) => {
                 self.attend(l, how, w, attn, kv, step);
             }
+            (spec::Mixer::Latent(how), Mixer::Latent(latent)) => {
+                self.attend_latent(l, how, w, latent, kv, step);
+            }
             (spec::Mixer::Recurrent(how), Mixer::Recurrent(recurrent)) => {
                 self.recur(l, how, w, recurrent, kv, step.spans);
             }
@@ -76,15 +79,24 @@ impl<B: Backend> Model<B> {
             heads: how.heads,
             kv_heads: how.kv_heads,
             head_dim: how.head_dim,
+            latent: None,
             scale: how.scale,
             clip: how.clip,
             softcap: how.softcap,
             window: how.window,
+            query_growth: how.query_growth,
             rope_interleaved: how.rope_interleaved,
         };
         let (centred, full) = (s.norm.centred(), s.qk_norm == QkNorm::Full);
         let norms = w.qk_norms.as_ref();
-        let norms = norms.map(|(q, k)| backend::QkNorm { q, k, centred, full, eps: s.eps });
+        let norms = norms.map(|(q, k)| backend::QkNorm {
+            q,
+            k,
+            centred,
+            full,
+            after_rope: s.qk_norm_after_rope,
+            eps: s.eps,
+        });
         let table = how.rope.map(|rope| &step.tables[rope]);
         let Kv { pages, x, a, wide, out, after, .. } = kv;
         let input = self.normed(layer.attn_norm.as_ref(), x, a);
@@ -99,6 +111,50 @@ impl<B: Backend> Model<B> {
             self.normed(layer.ffn_norm.as_ref(), x, a);
         }
         self.residual(&w.o, w.o_bias.as_ref(), layer.attn_after_norm.as_ref(), [out, x, a, after]);
+    }
+
+    /// As `attend`, over what keys and values are made from; the formula is at [`spec::Latent`].
+    fn attend_latent(
+        &self,
+        l: usize,
+        how: &spec::Latent,
+        layer: &Layer<B::Mat, B::Row>,
+        w: &weights::Latent<B::Mat, B::Row>,
+        kv: &mut Kv<B>,
+        step: &Step<'_, B>,
+    ) {
+        let b = &self.backend;
+        let cut =
+            backend::Latent { heads: how.heads, nope: how.nope, rope: how.turned, rank: how.rank };
+        let shape = backend::Attention {
+            heads: how.heads,
+            kv_heads: 1,
+            head_dim: how.key_dim(),
+            latent: Some(how.rank),
+            scale: how.scale,
+            clip: None,
+            softcap: None,
+            window: None,
+            query_growth: None,
+            rope_interleaved: how.rope_interleaved,
+        };
+        let Kv { pages, x, a, wide, out, after, .. } = kv;
+        let input = self.normed(layer.attn_norm.as_ref(), x, a);
+        b.linear(&w.kv_a, None, input, after);
+        match &w.q_a {
+            None => b.linear(&w.q, None, input, out),
+            Some((q_a, gain)) => {
+                b.linear(q_a, None, input, wide);
+                b.rms_norm(wide, gain, how.eps, a);
+                b.linear(&w.q, None, a, out);
+            }
+        }
+        b.latent_qk(&w.keys, (&w.kv_norm, how.eps), &cut, out, after, wide);
+        let table = how.rope.map(|rope| &step.tables[rope]);
+        b.rotate_and_store(wide, &shape, None, table, pages, l, step.spans);
+        b.attend(wide, &shape, None, pages, l, step.spans, out);
+        b.linear_heads(&w.values, how.heads, out, wide);
+        self.residual(&w.o, None, layer.attn_after_norm.as_ref(), [wide, x, a, after]);
     }
 
     /// `x += recurrence?(convolution(norm(x)))`.
@@ -256,10 +312,14 @@ impl<B: Backend> Forward for Model<B> {
         self.spec.context_length
     }
 
+    fn long_after(&self) -> Option<usize> {
+        self.spec.long_after()
+    }
+
     fn kv_groups(&self) -> Vec<KvGroup> {
-        let layer = |l: usize| match &self.spec.layers[l].mixer {
-            spec::Mixer::Attention(how) => how.kv_heads * self.kv_dtype.page_bytes(how.head_dim),
-            spec::Mixer::Recurrent(how) => how.shape.state() * size_of::<f32>(),
+        let layer = |l: usize| {
+            let (paged, (_, state)) = self.kv_layer(l, 1);
+            paged.pages * paged.page_bytes(self.kv_dtype) + state * size_of::<f32>()
         };
         let group = |(g, &sees): (usize, &Sees)| KvGroup {
             sees,
@@ -273,11 +333,7 @@ impl<B: Backend> Forward for Model<B> {
 
     fn new_kv(&self, pages: &[usize]) -> Result<Kv<B>> {
         let b = &self.backend;
-        let layers =
-            self.spec.layers.iter().zip(&self.group_of).map(|(layer, &g)| match &layer.mixer {
-                spec::Mixer::Attention(how) => ((pages[g], how.kv_heads, how.head_dim), (0, 0)),
-                spec::Mixer::Recurrent(how) => ((0, 0, 0), (pages[g], how.shape.state())),
-            });
+        let layers = self.group_of.iter().enumerate().map(|(l, &g)| self.kv_layer(l, pages[g]));
         let (paged, states): (Vec<_>, Vec<_>) = layers.unzip();
         Ok(Kv {
             pages: b.kv(self.kv_dtype, &paged)?,
@@ -301,6 +357,16 @@ impl<B: Backend> Forward for Model<B> {
 }
 
 impl<B: Backend> Model<B> {
+    /// What `pages` pages of layer `l` hold: keys and values, or states and their size.
+    fn kv_layer(&self, l: usize, pages: usize) -> (KvLayer, (usize, usize)) {
+        let (pages, heads, head_dim, values, states) = match &self.spec.layers[l].mixer {
+            spec::Mixer::Attention(how) => (pages, how.kv_heads, how.head_dim, true, (0, 0)),
+            spec::Mixer::Latent(how) => (pages, 1, how.key_dim(), false, (0, 0)),
+            spec::Mixer::Recurrent(how) => (0, 1, 0, false, (pages, how.shape.state())),
+        };
+        (KvLayer { pages, heads, head_dim, values }, states)
+    }
+
     /// The hidden states of every position of a batch, f32 `[rows, hidden]` each: the first layer's input, then
     /// each layer's output after its residual sums. For tests and evaluation.
     pub fn hidden_states(&self, kv: &mut Kv<B>, batch: &[Chunk<'_>]) -> Result<Vec<Vec<f32>>> {
@@ -320,10 +386,12 @@ impl<B: Backend> Model<B> {
         let (b, s) = (&self.backend, &self.spec);
         let (mut ids, mut positions, mut wanted) = (Vec::new(), Vec::new(), Vec::new());
         let mut spans: Vec<Vec<Span<'_>>> = vec![Vec::new(); self.groups.len()];
+        let (mut long, long_after) = (Vec::new(), s.long_after().unwrap_or(usize::MAX));
         for chunk in batch {
             let (first_row, len) = (ids.len(), chunk.tokens.len());
             ids.extend_from_slice(chunk.tokens);
             positions.extend((chunk.start..chunk.start + len).map(|p| p as u32));
+            long.extend((chunk.start..chunk.start + len).map(|p| chunk.long || p >= long_after));
             match chunk.wanted {
                 Wanted::None => {}
                 Wanted::Last => wanted.push(first_row + len - 1),
@@ -337,7 +405,10 @@ impl<B: Backend> Model<B> {
                 spans.push(Span { first_row, len, start: chunk.start, table });
             }
         }
-        let rope = |r: &spec::Rope| b.rope_table(&positions, &r.inv_freq, r.scale);
+        let rope = |r: &spec::Rope| {
+            let second = r.long.as_ref().map_or(&r.inv_freq, |long| &long.inv_freq);
+            b.rope_table(&positions, &long, [&r.inv_freq, second], r.scale)
+        };
         let tables: Vec<_> = s.ropes.iter().map(rope).collect();
 
         b.embed(&self.weights.embed, &ids, s.embed_scale, &mut kv.x);

@@ -24,14 +24,16 @@
 use super::{KvGroup, NO_PAGE, PAGE, Sees};
 use std::collections::{BTreeMap, HashMap};
 
-/// Names the content of a full page: a hash of all tokens from position 0 to its end.
+/// Names the content of a full page: a hash of all tokens from position 0 to its end, and of whether they belong to
+/// a long request ([`Forward::long_after`](super::Forward::long_after)).
 pub type Key = [u8; 16];
 
 /// Appends the keys of the full pages of `tokens` that `keys` lacks.
-pub fn extend_keys(keys: &mut Vec<Key>, tokens: &[u32]) {
+pub fn extend_keys(keys: &mut Vec<Key>, tokens: &[u32], long: bool) {
+    let first: &[u8] = if long { b"long" } else { b"" };
     for page in tokens.chunks_exact(PAGE).skip(keys.len()) {
         let mut hasher = blake3::Hasher::new();
-        hasher.update(keys.last().map_or(&[], |parent| parent.as_slice()));
+        hasher.update(keys.last().map_or(first, |parent| parent.as_slice()));
         for token in page {
             hasher.update(&token.to_le_bytes());
         }

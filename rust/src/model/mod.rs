@@ -53,6 +53,8 @@ pub struct Chunk<'a> {
     pub tokens: &'a [u32],
     /// Position of `tokens[0]`.
     pub start: usize,
+    /// The prompt of its request has more than [`Forward::long_after`] tokens.
+    pub long: bool,
     /// For each group: page ids of positions 64*i .. 64*i + 64, `NO_PAGE` where freed. For a group of states two:
     /// of the state before `start` (`NO_PAGE` where that is 0), and of the one that the last token leaves.
     pub pages: &'a [Vec<u32>],
@@ -79,6 +81,11 @@ pub trait Forward {
     fn vocab(&self) -> usize;
     /// Positions the model was made for.
     fn context_length(&self) -> usize;
+    /// Requests whose prompts have more tokens than this are computed otherwise from the first on
+    /// (see [`spec::Long`]), and share no pages with others.
+    fn long_after(&self) -> Option<usize> {
+        None
+    }
     /// Its page tables.
     fn kv_groups(&self) -> Vec<KvGroup>;
     /// Memory for this many pages of each group.
@@ -179,6 +186,7 @@ pub fn load(folder: &Path, mut options: LoadOptions) -> Result<Model<Cpu>> {
     let group_of = spec.layers.iter().map(|layer| {
         let sees = match &layer.mixer {
             spec::Mixer::Attention(how) => how.window.into(),
+            spec::Mixer::Latent(_) => Sees::All,
             spec::Mixer::Recurrent(_) => Sees::State,
         };
         groups.iter().position(|known| *known == sees).unwrap_or_else(|| {

@@ -1,5 +1,6 @@
 //! From a checkpoint's tensors to packed weights. Formats and checkpoint names end here.
 
+mod latent;
 mod recurrent;
 
 use super::cache;
@@ -41,17 +42,8 @@ pub(super) struct Layer<M, V> {
 /// As [`spec::Mixer`].
 pub(super) enum Mixer<M, V> {
     Attention(Attention<M, V>),
+    Latent(Latent<M, V>),
     Recurrent(Recurrent<M, V>),
-}
-
-impl<M, V> Mixer<M, V> {
-    /// All matrices.
-    pub(super) fn mats(&self) -> [&M; 2] {
-        match self {
-            Mixer::Attention(a) => [&a.qkv, &a.o],
-            Mixer::Recurrent(r) => [&r.input, &r.out],
-        }
-    }
 }
 
 /// As [`spec::Ffn`].
@@ -69,6 +61,20 @@ pub(super) struct Attention<M, V> {
     pub(super) sinks: Option<V>,
     pub(super) o: M,
     pub(super) o_bias: Option<V>,
+}
+
+/// The weights of latent attention, see [`spec::Latent`].
+pub(super) struct Latent<M, V> {
+    pub(super) q_a: Option<(M, V)>,
+    /// From the input, or from `q_a`'s output.
+    pub(super) q: M,
+    pub(super) kv_a: M,
+    pub(super) kv_norm: V,
+    pub(super) o: M,
+    /// For each head `[rank, nope]`: what the released `kv_b` makes keys with, transposed.
+    pub(super) keys: M,
+    /// For each head `[value, rank]`: what it makes values with.
+    pub(super) values: M,
 }
 
 /// The weights of a mixer with a state.
@@ -119,6 +125,21 @@ impl<M, V> Weights<M, V> {
             .iter()
             .flat_map(|layer| layer.mixer.mats().into_iter().chain(layer.ffn.mats()));
         layers.chain([&self.embed]).chain(&self.positions).chain(&self.head)
+    }
+}
+
+impl<M, V> Mixer<M, V> {
+    /// All matrices.
+    fn mats(&self) -> Vec<&M> {
+        match self {
+            Mixer::Attention(a) => vec![&a.qkv, &a.o],
+            Mixer::Recurrent(r) => vec![&r.input, &r.out],
+            Mixer::Latent(a) => {
+                let mut mats = vec![&a.q, &a.kv_a, &a.o, &a.keys, &a.values];
+                mats.extend(a.q_a.as_ref().map(|(q_a, _)| q_a));
+                mats
+            }
+        }
     }
 }
 
@@ -175,17 +196,23 @@ struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    fn new(folder: &'a Path, checkpoint: &'a Checkpoint, spec: &'a Spec) -> Result<Reader<'a>> {
+    fn new(folder: &'a Path, checkpoint: &'a Checkpoint, spec: &'a Spec) -> Reader<'a> {
         let names = spec.names(|name| checkpoint.get(name).is_some());
-        let unused = spec.unused(&names, checkpoint.names());
-        if let Some(first) = unused.first() {
-            return Err(Error::Unsupported(format!(
+        Reader { folder, checkpoint, spec, names }
+    }
+
+    /// An error if there are tensors that are no weights of the model. After `plans`: these have found every weight, so
+    /// their number is bounded by the file.
+    fn refuse_unused(&self) -> Result<()> {
+        let unused = self.spec.unused(&self.names, self.checkpoint.names());
+        match unused.first() {
+            None => Ok(()),
+            Some(first) => Err(Error::Unsupported(format!(
                 "the checkpoint has {} tensors that {} does not have here, `{first}` first",
                 unused.len(),
-                spec.architecture
-            )));
+                self.spec.architecture
+            ))),
         }
-        Ok(Reader { folder, checkpoint, spec, names })
     }
 
     /// A tensor, its shape checked.
@@ -451,6 +478,7 @@ impl<'a> Reader<'a> {
                     o_bias: bias(s.o_bias, "o_bias", s.hidden)?,
                 })
             }
+            spec::Mixer::Latent(a) => Mixer::Latent(self.latent(l, a, row, mat)?),
         };
         let ffn = match &s.layers[l].ffn {
             spec::Ffn::Moe(moe) => Ffn::Moe(self.moe(l, moe, row, mat)?),
@@ -596,8 +624,9 @@ pub(super) fn load(
     cpu: &Cpu,
     options: &mut LoadOptions,
 ) -> Result<Weights<Mat, Vec<f32>>> {
-    let reader = Reader::new(folder, checkpoint, spec)?;
+    let reader = Reader::new(folder, checkpoint, spec);
     let plans = reader.plans(options.quantization)?;
+    reader.refuse_unused()?;
     let joined = |mats: Vec<Mat>| {
         let mut mats = mats.into_iter();
         reader.weights(|values| cpu.row(values), |_| mats.next().ok_or(Error::Closed))

@@ -1,7 +1,7 @@
 //! The pages of keys and values, and attention cut into pieces for the threads.
 
 use super::memory::Disjoint;
-use super::{Attention, Buf, Bytes, Cpu, KvDtype, QkNorm, Span};
+use super::{Attention, Buf, Bytes, Cpu, KvDtype, KvLayer, QkNorm, Span};
 use crate::Result;
 use crate::kernels::{Attend, MAX_ROWS, PAGE, scratch_len};
 
@@ -20,13 +20,11 @@ struct Layer {
 }
 
 impl Kv {
-    /// `layers`: pages, key/value heads, dimensions of a head.
-    pub(super) fn new(dtype: KvDtype, layers: &[(usize, usize, usize)]) -> Result<Kv> {
-        let layer = |&(pages, heads, d): &(usize, usize, usize)| {
-            let head = dtype.page_bytes(d);
-            let stride = heads * head;
-            let bytes = Bytes::zeroed(pages * stride, "pages of keys and values")?;
-            Ok(Layer { bytes, head, stride })
+    pub(super) fn new(dtype: KvDtype, layers: &[KvLayer]) -> Result<Kv> {
+        let layer = |l: &KvLayer| {
+            let stride = l.page_bytes(dtype);
+            let bytes = Bytes::zeroed(l.pages * stride, "pages of keys and values")?;
+            Ok(Layer { bytes, head: stride / l.heads, stride })
         };
         Ok(Kv { dtype, layers: layers.iter().map(layer).collect::<Result<_>>()? })
     }
@@ -46,10 +44,8 @@ impl Cpu {
         self.each(rows, 4, |r| {
             // SAFETY: each row is claimed by one thread.
             let row = unsafe { values.part(r * width..(r + 1) * width) };
-            if let Some(norms) = norms {
-                let (q, rest) = row.split_at_mut(how.heads * d);
-                self.norm_heads(norms, norms.q, d, q);
-                self.norm_heads(norms, norms.k, d, &mut rest[..how.kv_heads * d]);
+            if let Some(norms) = norms.filter(|norms| !norms.after_rope) {
+                self.norm_heads(norms, how, row);
             }
             if let Some(clip) = how.clip {
                 row.iter_mut().for_each(|x| *x = x.clamp(-clip, clip));
@@ -59,19 +55,26 @@ impl Cpu {
                     self.kernels.rope(head, table.row(r), how.rope_interleaved);
                 }
             }
+            if let Some(norms) = norms.filter(|norms| norms.after_rope) {
+                self.norm_heads(norms, how, row);
+            }
         });
     }
 
-    /// Norms the heads of one position in place.
-    fn norm_heads(&self, how: &QkNorm<'_, Vec<f32>>, gain: &[f32], d: usize, heads: &mut [f32]) {
-        let width = if how.full { heads.len() } else { d };
-        let mut normed = vec![0.0; width];
-        for (x, gain) in heads.chunks_exact_mut(width).zip(gain.chunks_exact(width).cycle()) {
-            match how.centred {
-                false => self.kernels.rms_norm(x, gain, how.eps, &mut normed),
-                true => self.kernels.layer_norm(x, gain, None, how.eps, &mut normed),
+    /// Norms the query and key heads of one position in place.
+    fn norm_heads(&self, norms: &QkNorm<'_, Vec<f32>>, how: &Attention, row: &mut [f32]) {
+        let (q, rest) = row.split_at_mut(how.heads * how.head_dim);
+        let k = &mut rest[..how.kv_heads * how.head_dim];
+        for (heads, gain) in [(q, norms.q), (k, norms.k)] {
+            let width = if norms.full { heads.len() } else { how.head_dim };
+            let mut normed = vec![0.0; width];
+            for (x, gain) in heads.chunks_exact_mut(width).zip(gain.chunks_exact(width).cycle()) {
+                match norms.centred {
+                    false => self.kernels.rms_norm(x, gain, norms.eps, &mut normed),
+                    true => self.kernels.layer_norm(x, gain, None, norms.eps, &mut normed),
+                }
+                x.copy_from_slice(&normed);
             }
-            x.copy_from_slice(&normed);
         }
     }
 
@@ -101,7 +104,10 @@ impl Cpu {
                 for position in span.start.max(page * PAGE)..end {
                     let row = qkv.row(span.first_row + position - span.start);
                     let k = &row[(how.heads + h) * d..][..d];
-                    let v = &row[(how.heads + how.kv_heads + h) * d..][..d];
+                    let v = match how.latent {
+                        Some(_) => &[][..],
+                        None => &row[(how.heads + how.kv_heads + h) * d..][..d],
+                    };
                     self.kernels.write_kv(dtype, k, v, position % PAGE, bytes);
                 }
             });
@@ -120,9 +126,10 @@ impl Cpu {
         out: &mut Buf,
     ) {
         let Layer { bytes, head, stride } = &kv.layers[layer];
-        let (d, dp) = (how.head_dim, how.head_dim.next_multiple_of(16));
+        let (d, dv) = (how.head_dim, how.value_dim());
+        let dp = dv.next_multiple_of(16);
         let group = how.heads / how.kv_heads;
-        let width = how.heads * d;
+        let width = how.heads * dv;
         out.shape(qkv.rows, width);
         let values = Disjoint::new(out.values_mut());
         // Query heads of a piece, and positions of a piece.
@@ -151,8 +158,14 @@ impl Cpu {
             let mut sink = Vec::new();
             for i in tile.clone() {
                 let row = qkv.row(span.first_row + i);
+                let before = q.len();
                 q.extend_from_slice(&row[first_head * d..][..heads * d]);
                 let to = span.start + i + 1;
+                if let Some((growth, every)) = how.query_growth {
+                    let log = libm::log((1 + (to - 1) / every) as f64) as f32;
+                    let times = 1.0 + growth * log;
+                    q[before..].iter_mut().for_each(|x| *x *= times);
+                }
                 let from = how.window.map_or(0, |w| to.saturating_sub(w));
                 seen.extend(std::iter::repeat_n((from as u32, to as u32), heads));
                 sink.extend_from_slice(sinks.map_or(&[], |s| &s[first_head..first_head + heads]));
@@ -160,6 +173,7 @@ impl Cpu {
             let attend = Attend {
                 q: &q,
                 d,
+                latent: how.latent,
                 scale: how.scale,
                 softcap: how.softcap,
                 sinks: sinks.map(|_| &sink[..]),
@@ -173,11 +187,11 @@ impl Cpu {
             let mut scratch = vec![0.0; scratch_len(rows, d)];
             self.kernels.attend(kv.dtype, &attend, &mut result, &mut scratch);
             for (row, i) in tile.enumerate() {
-                let at = (span.first_row + i) * width + first_head * d;
+                let at = (span.first_row + i) * width + first_head * dv;
                 // SAFETY: these heads of this row belong to the claimed piece.
-                let out = unsafe { values.part(at..at + heads * d) };
-                for (j, out) in out.chunks_exact_mut(d).enumerate() {
-                    out.copy_from_slice(&result[(row * heads + j) * dp..][..d]);
+                let out = unsafe { values.part(at..at + heads * dv) };
+                for (j, out) in out.chunks_exact_mut(dv).enumerate() {
+                    out.copy_from_slice(&result[(row * heads + j) * dp..][..dv]);
                 }
             }
         };

@@ -3,10 +3,12 @@
 
 mod attention;
 mod exact;
+mod latent;
 mod memory;
 mod moe;
 mod pool;
 mod recurrent;
+mod streams;
 pub mod topology;
 
 pub use attention::Kv;
@@ -14,8 +16,8 @@ pub use memory::Bytes;
 pub use recurrent::States;
 
 use super::{
-    Activation, Attention, Backend, Expert, HeadRows, KvDtype, NotFinite, Part, Parts, QkNorm,
-    Recurrent, Routing, Score, Span,
+    Activation, Attention, Backend, Expert, HeadRows, KvDtype, KvLayer, Latent, NotFinite, Part,
+    Parts, QkNorm, Recurrent, Routing, Score, Span,
 };
 use crate::kernels::{Acts, Form, Kernels, layout};
 use crate::quant::{BLOCK, GROUPS};
@@ -40,6 +42,7 @@ pub struct Cpu {
     pool: Pool,
     acts: Mutex<ActBuf>,
     moe: Mutex<moe::Scratch>,
+    heads: Mutex<latent::Scratch>,
 }
 
 /// Quantized activations of the operation that runs.
@@ -137,9 +140,14 @@ impl Mat {
     }
 }
 
-/// A matrix against some rows of the activations; the same rows of the output take the product.
+/// A matrix, or some of its row blocks, against some rows of the activations; the same rows of the output take
+/// the product.
 struct Job<'a> {
     w: &'a Mat,
+    /// First row block.
+    block: usize,
+    /// Rows from there on.
+    n: usize,
     bias: Option<&'a Vec<f32>>,
     /// At most [`TOKENS`].
     rows: Range<usize>,
@@ -167,6 +175,7 @@ impl Cpu {
             pool,
             acts: Mutex::default(),
             moe: Mutex::default(),
+            heads: Mutex::default(),
         })
     }
 
@@ -236,15 +245,15 @@ impl Cpu {
         }
         for t in (0..x.rows).step_by(TOKENS) {
             let rows = t..x.rows.min(t + TOKENS);
-            self.products(&[Job { w, bias, rows }], x, into, out);
+            self.products(&[Job { w, block: 0, n: w.n, bias, rows }], x, into, out);
         }
     }
 
     /// Matrix products side by side. All matrices have one shape; the rows of the jobs follow each other.
     fn products(&self, jobs: &[Job<'_>], x: &Buf, into: Into, out: &mut Buf) {
-        let Some(Job { w, .. }) = jobs.first() else { return };
-        assert!(jobs.iter().all(|job| job.w.n == w.n && job.w.k == x.width));
-        let (n, width) = (w.n, out.width);
+        let Some(&Job { w, n, .. }) = jobs.first() else { return };
+        assert!(jobs.iter().all(|job| job.n == n && job.w.k == x.width));
+        let width = out.width;
         let first = jobs[0].rows.start;
         let mut acts = self.acts.lock().unwrap_or_else(|e| e.into_inner());
         if jobs.iter().any(|job| job.w.form.is_quantized()) {
@@ -267,10 +276,12 @@ impl Cpu {
                     let (job, start) = (&jobs[piece / pairs], piece % pairs);
                     let end = pairs.min(start + run.end - piece);
                     piece += end - start;
-                    let (m, columns) = (job.rows.len(), (end - start) * 2 * ROWS);
+                    let blocks = start * 2..(end * 2).min(n.div_ceil(ROWS));
+                    let (m, columns) = (job.rows.len(), blocks.len() * ROWS);
                     tile.resize(m * columns, 0.0);
                     let size = job.w.form.row_block_bytes(job.w.k);
-                    let weights = &job.w.bytes()[start * 2 * size..end * 2 * size];
+                    let weights = &job.w.bytes()[job.block * size..];
+                    let weights = &weights[blocks.start * size..blocks.end * size];
                     if job.w.form.is_quantized() {
                         let acts = acts.of(job.rows.start - first, m, x.width);
                         self.kernels.gemm(job.w.form, weights, &acts, &mut tile);
@@ -445,7 +456,7 @@ impl Backend for Cpu {
         Mat::new(form, n, k, bytes).map(Ok)
     }
 
-    fn kv(&self, dtype: KvDtype, layers: &[(usize, usize, usize)]) -> Result<Kv> {
+    fn kv(&self, dtype: KvDtype, layers: &[KvLayer]) -> Result<Kv> {
         Kv::new(dtype, layers)
     }
 
@@ -464,13 +475,17 @@ impl Backend for Cpu {
     }
 
     fn rms_norm(&self, x: &Buf, gain: &Vec<f32>, eps: f32, out: &mut Buf) {
+        assert!(x.width.is_multiple_of(gain.len()));
         out.shape(x.rows, x.width);
         let width = x.width;
         let values = Disjoint::new(out.values_mut());
         self.each(x.rows, 4, |r| {
             // SAFETY: each row is claimed by one thread.
             let out = unsafe { values.part(r * width..(r + 1) * width) };
-            self.kernels.rms_norm(x.row(r), gain, eps, out);
+            let pieces = x.row(r).chunks_exact(gain.len());
+            for (x, out) in pieces.zip(out.chunks_exact_mut(gain.len())) {
+                self.kernels.rms_norm(x, gain, eps, out);
+            }
         });
     }
 
@@ -513,6 +528,22 @@ impl Backend for Cpu {
         self.product(w, bias, x, Into::Gate(act, width), out);
     }
 
+    fn linear_heads(&self, w: &Mat, heads: usize, x: &Buf, out: &mut Buf) {
+        self.product_heads(w, heads, x, out);
+    }
+
+    fn latent_qk(
+        &self,
+        w: &Mat,
+        norm: (&Vec<f32>, f32),
+        how: &Latent,
+        q: &Buf,
+        kv: &Buf,
+        out: &mut Buf,
+    ) {
+        self.latent(w, norm, how, q, kv, out);
+    }
+
     fn moe(
         &self,
         how: &Routing,
@@ -539,6 +570,26 @@ impl Backend for Cpu {
         });
     }
 
+    fn gate_with(&self, x: &mut Buf, act: Activation, y: &Buf, from: usize) {
+        self.gate_rows(x, act, y, from);
+    }
+
+    fn cut_and_gate(&self, x: &Buf, times: f32, act: Activation, width: usize, out: &mut Buf) {
+        self.cut_rows(x, times, act, width, out);
+    }
+
+    fn altup_predict(&self, coefficients: &Buf, streams: &mut [Buf]) {
+        self.predict(coefficients, streams);
+    }
+
+    fn altup_correct(&self, coefficients: &Buf, seen: &Buf, streams: &mut [Buf]) {
+        self.correct(coefficients, seen, streams);
+    }
+
+    fn match_power(&self, x: &mut Buf, to: &Buf, least: f32) {
+        self.match_rows(x, to, least);
+    }
+
     fn activated(&self, w: &Mat, bias: Option<&Vec<f32>>, act: Activation, x: &Buf, out: &mut Buf) {
         self.product(w, bias, x, Into::Act(act), out);
     }
@@ -562,15 +613,21 @@ impl Backend for Cpu {
         });
     }
 
-    fn rope_table(&self, positions: &[u32], inv_freq: &[f32], scale: f32) -> Buf {
-        let half = inv_freq.len();
+    fn rope_table(
+        &self,
+        positions: &[u32],
+        long: &[bool],
+        inv_freq: [&[f32]; 2],
+        scale: f32,
+    ) -> Buf {
+        let half = inv_freq[0].len();
         let mut out = Buf::default();
         out.shape(positions.len(), 2 * half);
         let values = Disjoint::new(out.values_mut());
         self.each(positions.len(), 4, |r| {
             // SAFETY: each row is claimed by one thread.
             let row = unsafe { values.part(r * 2 * half..(r + 1) * 2 * half) };
-            for (i, &f) in inv_freq.iter().enumerate() {
+            for (i, &f) in inv_freq[usize::from(long[r])].iter().enumerate() {
                 // The product is rounded to f32, as in the models' own code; sine and cosine are the
                 // `libm` crate's, the same on every machine.
                 let (sin, cos) = libm::sincos(f64::from(positions[r] as f32 * f));

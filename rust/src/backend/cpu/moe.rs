@@ -80,7 +80,13 @@ impl Cpu {
             for (expert, &end) in experts.iter().zip(&*ends) {
                 let (w, bias) = w(expert);
                 for from in (start..end).step_by(TOKENS) {
-                    jobs.push(Job { w, bias, rows: from..end.min(from + TOKENS) });
+                    jobs.push(Job {
+                        w,
+                        block: 0,
+                        n: w.n,
+                        bias,
+                        rows: from..end.min(from + TOKENS),
+                    });
                 }
                 start = end;
             }

@@ -59,6 +59,7 @@ impl Open<'_> {
     ///
     /// # Safety
     /// While it is used, no other thread has a part of that state that overlaps it.
+    #[allow(clippy::mut_from_ref)] // as `Disjoint::part`
     unsafe fn write(&self, span: &Span<'_>, at: usize, len: usize) -> &mut [f32] {
         let at = span.table[1] as usize * self.size + at;
         // SAFETY: spans write states of their own (`of` has checked); the rest is the caller's promise.

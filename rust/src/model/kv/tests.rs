@@ -83,7 +83,7 @@ fn tokens(seed: u32, len: usize) -> Vec<u32> {
 
 fn keys(tokens: &[u32]) -> Vec<Key> {
     let mut keys = Vec::new();
-    extend_keys(&mut keys, tokens);
+    extend_keys(&mut keys, tokens, false);
     keys
 }
 
@@ -104,7 +104,7 @@ fn keys_name_the_whole_prefix() {
     assert_eq!(keys(&a)[0], keys(&b)[0]);
     assert!(keys(&a)[1] != keys(&b)[1] && keys(&a)[2] != keys(&b)[2]);
     let mut grown = keys(&a[..100]);
-    extend_keys(&mut grown, &a);
+    extend_keys(&mut grown, &a, false);
     assert_eq!(grown, keys(&a));
 }
 

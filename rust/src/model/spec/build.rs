@@ -4,14 +4,14 @@
 use super::config::{Facts, Object, bad, shown};
 use super::family::{Family, Format};
 use super::ropes::Ropes;
-use super::{Act, Attention, Ffn, Gate, Layer, Mixer, Norms, Place, QkNorm, Spec};
+use super::{Act, Attention, Ffn, Gate, Latent, Layer, Mixer, Norms, Place, QkNorm, Spec};
 use crate::{Error, Result};
 use serde_json::Value;
 use std::path::Path;
 
 // No released model comes near these; they keep every product of two far below 2^64.
 pub(super) const MAX_LAYERS: usize = 10_000;
-const MAX_WIDTH: usize = 1 << 20;
+pub(super) const MAX_WIDTH: usize = 1 << 20;
 pub(super) const MAX_HEADS: usize = 1 << 14;
 pub(super) const MAX_HEAD_DIM: usize = 1 << 14;
 pub(super) const MAX_FFN: usize = 1 << 22;
@@ -49,7 +49,7 @@ impl Spec {
             return Err(top.bad("architectures", found, "a list with the model's class name"));
         };
         let family = match family {
-            None => Family::of(architecture, format)?,
+            None => Family::of(architecture, top.map, format)?,
             Some(text) => {
                 let family = Family::parse(text, "given", format)?;
                 if !family.architectures.iter().any(|a| a == architecture) {
@@ -116,13 +116,18 @@ impl Spec {
         let norms = norms.unwrap_or(&family.norms);
         let has = |place| norms.contains(&place);
         let norm_bias = facts.flag(&family.norm_bias)?;
-        if norm_bias && !family.norm.centred()
-            || parallel && (has(Place::AttnAfter) || has(Place::FfnAfter))
+        let unknown = if norm_bias && !family.norm.centred() {
+            Some("found biases on rms norms, expected none")
+        } else if parallel && norms.iter().any(|p| [Place::AttnAfter, Place::FfnAfter].contains(p))
         {
-            return Err(Error::format(
-                format!("family of {architecture}"),
-                "found a bias on an rms norm, or a norm of outputs in a parallel layer, expected neither",
-            ));
+            Some("found a norm of outputs in parallel layers, expected none")
+        } else if parallel && norms.is_empty() {
+            Some("found parallel layers without a norm, expected one or two")
+        } else {
+            None
+        };
+        if let Some(what) = unknown {
+            return Err(Error::format(format!("family of {architecture}"), what));
         }
         let qkv_bias = facts.flag(&family.qkv_bias)?;
         if qkv_bias && family.attn_gate != Gate::None || parallel && family.recurrent.is_some() {
@@ -156,17 +161,19 @@ impl Spec {
             sinks: facts.flag(&family.sinks)?,
             rope_interleaved: facts.flag(&family.rope_interleaved)?,
         };
+        let latent = Latent::read(&family, facts, (hidden, heads, head_dim))?;
         let ffns = ffns(&family, facts, hidden, windows.len())?;
         let states = match &family.recurrent {
             Some(recurrent) => recurrent.at(facts, &family, windows.len())?,
             None => vec![false; windows.len()],
         };
         let recurrent = family.recurrent.as_ref().filter(|_| states.contains(&true));
-        let recurrent = recurrent.map(|r| r.read(facts, hidden)).transpose()?;
+        let recurrent = recurrent.map(|r| r.read(facts, &family, hidden)).transpose()?;
         let kinds = windows.into_iter().zip(ropes.of).zip(states).zip(ffns);
         let layers = kinds.map(|(((window, rope), state), ffn)| {
-            let mixer = match recurrent {
-                Some(recurrent) if state => Mixer::Recurrent(recurrent),
+            let mixer = match (recurrent, latent) {
+                (Some(recurrent), _) if state => Mixer::Recurrent(recurrent),
+                (_, Some(latent)) => Mixer::Latent(Latent { rope, ..latent }),
                 _ => Mixer::Attention(Attention { window, rope, ..attention }),
             };
             Layer { mixer, ffn }
@@ -192,6 +199,7 @@ impl Spec {
             norm_bias,
             parallel,
             residual_scale: scale(&family.residual_scale)? * depth as f32,
+            qk_norm_after_rope: family.qk_norm_after_rope,
             qk_norm: if facts.flag(&family.use_qk_norm)? { family.qk_norm } else { QkNorm::None },
             act: match facts.need_text(&family.act)? {
                 "silu" | "swish" => Act::Silu,
@@ -323,7 +331,7 @@ fn ffn_width(family: &Family, facts: &Facts<'_>, hidden: usize) -> Result<Option
 fn only_experts(object: &Object<'_>, key: &str) -> Result<()> {
     let Some(said) = object.object(key)? else { return Ok(()) };
     let kept = said.get("modules_to_not_convert").and_then(Value::as_array);
-    let modules = kept.into_iter().flatten().filter_map(Value::as_str);
+    let modules: Vec<&str> = kept.into_iter().flatten().filter_map(Value::as_str).collect();
     let mut strange =
         said.keys().filter(|k| !["quant_method", "modules_to_not_convert"].contains(k));
     if let Some(strange) = strange.next() {
@@ -332,7 +340,7 @@ fn only_experts(object: &Object<'_>, key: &str) -> Result<()> {
             said.label(strange)
         )));
     }
-    for module in modules.filter(|module| module.contains("experts")).take(1) {
+    if let Some(module) = modules.into_iter().find(|module| module.contains("experts")) {
         return Err(Error::Unsupported(format!(
             "config.json: {}: {module:?} is expected to be MXFP4",
             said.label("modules_to_not_convert")

@@ -130,7 +130,8 @@ impl<'a> Facts<'a> {
         let label = fact
             .key
             .first()
-            .map_or_else(|| "the family's fact".to_owned(), |key| self.place(key).0.label(key));
+            .map(|key| self.place(key))
+            .map_or_else(|| "the family's fact".to_owned(), |(object, key)| object.label(key));
         Ok((label, fact.default.as_ref()))
     }
 

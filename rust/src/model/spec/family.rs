@@ -50,8 +50,19 @@ families![
     "glm4",
     "ernie45",
     "seed_oss",
+    "smollm3",
+    "exaone4",
+    "hunyuan_dense",
+    "olmo3",
+    "ministral3",
+    "ministral3_mm",
+    "granite_swa",
+    "minicpm3",
+    "deepseek_v2",
+    "deepseek_v3",
     "lfm2",
     "lfm2_moe",
+    "lfm3",
     "qwen3_5_text",
     "qwen3_5",
     "qwen3_next",
@@ -140,6 +151,8 @@ pub(super) struct Family {
     pub(super) parallel: Fact,
     pub(super) qk_norm: QkNorm,
     pub(super) use_qk_norm: Fact,
+    #[serde(default)]
+    pub(super) qk_norm_after_rope: bool,
     pub(super) gated: bool,
     #[serde(default)]
     pub(super) transposed: bool,
@@ -190,6 +203,16 @@ pub(super) struct Family {
     pub(super) attn_clip: Fact,
     #[serde(default)]
     pub(super) attn_scale_rsqrt_of: Fact,
+    #[serde(default)]
+    pub(super) latent_rank: Fact,
+    #[serde(default)]
+    pub(super) latent_q_rank: Fact,
+    #[serde(default)]
+    pub(super) latent_nope: Fact,
+    #[serde(default)]
+    pub(super) latent_value: Fact,
+    #[serde(default)]
+    pub(super) latent_eps: Fact,
     #[serde(default)]
     pub(super) attn_softcap: Fact,
     pub(super) attn_gate: Gate,
@@ -247,17 +270,29 @@ pub(super) struct Family {
 }
 
 impl Family {
-    /// The family of `architecture`, or an error that names it and the nearest known ones.
-    pub(super) fn of(architecture: &str, format: Format) -> Result<Family> {
+    /// The family of `architecture`, and of the text model's type where several share a wrapper; or an error that
+    /// names it and the nearest known ones.
+    pub(super) fn of(
+        architecture: &str,
+        config: &Map<String, Value>,
+        format: Format,
+    ) -> Result<Family> {
+        let mut other = None;
         let mut near = Vec::new();
         for (name, text) in FAMILIES {
             let family = Family::parse(text, name, format)?;
             for known in &family.architectures {
                 if known == architecture {
-                    return Ok(family);
+                    if family.fits(config) {
+                        return Ok(family);
+                    }
+                    other.get_or_insert_with(|| family.clone()); // to say which types it has
                 }
                 near.push((distance(known, architecture), known.clone()));
             }
+        }
+        if let Some(family) = other {
+            return Ok(family);
         }
         near.sort();
         let near: Vec<_> = near.into_iter().take(3).map(|(_, name)| name).collect();
@@ -266,6 +301,14 @@ impl Family {
              your own can be given as TOML (family=, models/README.md)",
             near.join(", ")
         )))
+    }
+
+    /// Whether the text model has a type of this family, or none is said.
+    fn fits(&self, config: &Map<String, Value>) -> bool {
+        let section = self.section.as_ref().and_then(|key| config.get(key)?.as_object());
+        let kind = section.unwrap_or(config).get("model_type").and_then(Value::as_str);
+        let types = &self.model_types;
+        kind.is_none_or(|kind| types.is_empty() || types.iter().any(|t| t == kind))
     }
 
     /// Parses a family, merging its base in; `source` names the text in errors. Only one that ships and is not known

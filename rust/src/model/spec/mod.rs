@@ -5,6 +5,7 @@ mod build;
 mod config;
 mod family;
 pub mod gguf;
+mod latent;
 mod moe;
 mod names;
 mod place;
@@ -14,6 +15,7 @@ mod ropes;
 #[cfg(test)]
 mod tests;
 
+pub use latent::Latent;
 pub use moe::{Moe, Shared, Stored};
 pub use names::{Names, Weight};
 pub use place::Slice;
@@ -118,6 +120,8 @@ pub struct Layer {
 pub enum Mixer {
     /// Softmax attention over cached keys and values.
     Attention(Attention),
+    /// The same over what keys and values are made from.
+    Latent(Latent),
     /// A convolution and what follows it, over a state.
     Recurrent(Recurrent),
 }
@@ -267,6 +271,8 @@ pub struct Spec {
     pub residual_scale: f32,
     /// Norm of queries and keys.
     pub qk_norm: QkNorm,
+    /// The norm of queries and keys comes after the rotation (Hunyuan), not before it.
+    pub qk_norm_after_rope: bool,
     /// Activation of the feed-forward network.
     pub act: Act,
     /// The matrices of layers are stored as `[in, out]` (GPT-2).
@@ -301,4 +307,11 @@ pub struct Spec {
     model: Vec<String>,
     names: BTreeMap<String, family::Names>,
     ignore: Vec<String>,
+}
+
+impl Spec {
+    /// Where sequences begin to be long: [`Long::after`].
+    pub fn long_after(&self) -> Option<usize> {
+        self.ropes.iter().find_map(|rope| rope.long.as_ref()).map(|long| long.after)
+    }
 }

@@ -126,7 +126,7 @@ impl MoeFacts {
             Some("columns") => Stored::Columns,
             Some(other) => return Err(bad("moe.stored", other, "rows or columns")),
         };
-        if mxfp4 && (hidden % 32 != 0 || width % 32 != 0) {
+        if mxfp4 && !(hidden.is_multiple_of(32) && width.is_multiple_of(32)) {
             let found = format!("experts of {hidden} inputs and width {width}");
             return Err(bad("quantization_config", &found, "multiples of 32 for MXFP4"));
         }

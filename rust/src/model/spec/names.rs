@@ -16,6 +16,12 @@ pub(super) const WEIGHTS: &[&str] = &[
     "q",
     "k",
     "v",
+    "q_a",
+    "q_a_norm",
+    "q_b",
+    "kv_a",
+    "kv_a_norm",
+    "kv_b",
     "o",
     "q_norm",
     "k_norm",
@@ -150,6 +156,7 @@ impl Spec {
                     (a.gate != Gate::None, "attn_gate", vec![a.gate_width(), hidden]),
                 ])
             }
+            Mixer::Latent(latent) => latent.weights(hidden),
             Mixer::Recurrent(recurrent) => recurrent.weights(hidden),
         });
         all.extend(match &layer.ffn {

@@ -85,7 +85,18 @@ impl RecurrentFacts {
     }
 
     /// The mixer of those layers.
-    pub(super) fn read(&self, facts: &Facts<'_>, hidden: usize) -> Result<Recurrent> {
+    pub(super) fn read(
+        &self,
+        facts: &Facts<'_>,
+        family: &Family,
+        hidden: usize,
+    ) -> Result<Recurrent> {
+        let act = facts.need_text(&family.act)?;
+        if self.kind != Kind::Gated && !["silu", "swish"].contains(&act) {
+            return Err(Error::Unsupported(format!(
+                "config.json: activation {act:?} is not supported in layers with a state, only silu"
+            )));
+        }
         let core = match self.kind {
             Kind::Gated => Core::Gated(hidden),
             Kind::DeltaNet => Core::DeltaNet(self.heads(facts)?),
@@ -109,11 +120,11 @@ impl RecurrentFacts {
             key_dim: facts.need_count(&self.key_dim, MAX_HEAD_DIM)?,
             value_dim: facts.need_count(&self.value_dim, MAX_HEAD_DIM)?,
         };
-        if h.heads % h.groups != 0 {
+        if !h.heads.is_multiple_of(h.groups) {
             let found = format!("{} heads in {} groups", h.heads, h.groups);
             return Err(bad("recurrent layers", &found, "a divisor of the heads"));
         }
-        if h.key_dim % 4 != 0 || h.value_dim % 16 != 0 {
+        if !h.key_dim.is_multiple_of(4) || !h.value_dim.is_multiple_of(16) {
             return Err(Error::Unsupported(format!(
                 "config.json: recurrent layers with heads of {} x {} are not supported, only multiples of 4 x 16",
                 h.key_dim, h.value_dim

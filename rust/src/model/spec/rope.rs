@@ -52,7 +52,7 @@ impl Base<'_> {
         };
         let own: &[&str] = match kind {
             "default" => &[],
-            "linear" => &["factor"],
+            "linear" | "proportional" => &["factor"],
             "divisors" => &["divisors"],
             "dynamic" => &["factor", "alpha", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"],
             "longrope" | "su" => &[
@@ -80,8 +80,8 @@ impl Base<'_> {
             ],
             _ => {
                 return Err(Error::Unsupported(format!(
-                    "config.json: {}: {kind:?} is not supported, only default, linear, dynamic, llama3, yarn, \
-                     longrope",
+                    "config.json: {}: {kind:?} is not supported, only default, linear, proportional, \
+                     dynamic, llama3, yarn, longrope",
                     params.label("rope_type")
                 )));
             }
@@ -120,6 +120,14 @@ impl Base<'_> {
             }
             // Of a GGUF file: one number for each frequency.
             "divisors" => self.divided(params, "divisors")?,
+            // Pairs of the whole head, of which those beyond a part have no frequency.
+            "proportional" => {
+                let factor = positive("factor")?.unwrap_or(1.0) as f32;
+                let part = params.number_in("partial_rotary_factor", 0.0, 1.0)?.unwrap_or(1.0);
+                let turning = (part * self.dim as f64 / 2.0) as usize;
+                let turns = |(i, f)| if i < turning { f / factor } else { 0.0 };
+                self.plain().into_iter().enumerate().map(turns).collect()
+            }
             "dynamic" => {
                 // With alpha (Hunyuan): a larger base from the start. Without: the base grows beyond the context.
                 let factor = need("factor")?;
@@ -132,7 +140,7 @@ impl Base<'_> {
                 Base { theta, ..*self }.plain()
             }
             "longrope" | "su" => {
-                let inside = positive("original_max_position_embeddings")?;
+                let inside = params.number_in("original_max_position_embeddings", 1.0, 1e9)?;
                 let original = match (inside, self.original) {
                     (Some(a), Some(b)) if a != b as f64 => {
                         let expected = format!("{b}, as outside");
@@ -205,20 +213,15 @@ impl Base<'_> {
     /// Each frequency divided by a factor of its own, from a list.
     fn divided(&self, params: &Object<'_>, key: &str) -> Result<Vec<f32>> {
         let powers = self.powers();
-        let list = params.get(key).ok_or_else(|| params.missing(key))?;
+        let bad = |found| params.bad(key, found, &format!("{} positive numbers", powers.len()));
+        let list = params.get(key).ok_or_else(|| bad("nothing".to_owned()))?;
         let factors = list.as_array().filter(|list| list.len() == powers.len());
-        let factors = factors.and_then(|list| {
-            let positive = |v: &serde_json::Value| v.as_f64().filter(|x| *x > 0.0 && *x < 1e9);
-            list.iter().map(positive).collect::<Option<Vec<f64>>>()
+        let factors = factors.ok_or_else(|| bad(shown(list)))?.iter().zip(&powers);
+        let divided = factors.map(|(factor, power)| {
+            let factor = factor.as_f64().filter(|x| *x > 0.0 && *x < 1e9);
+            factor.map(|factor| 1.0 / (factor as f32 * power)).ok_or_else(|| bad(shown(list)))
         });
-        match factors {
-            Some(factors) => {
-                Ok(factors.iter().zip(powers).map(|(f, p)| 1.0 / (*f as f32 * p)).collect())
-            }
-            None => {
-                Err(params.bad(key, shown(list), &format!("{} positive numbers", powers.len())))
-            }
-        }
+        divided.collect()
     }
 
     /// YaRN (Peng et al. 2023): low frequencies are divided by `factor`, high ones kept, with a ramp between.
@@ -247,6 +250,20 @@ impl Base<'_> {
         };
         Ok(self.powers().iter().enumerate().map(bend).collect())
     }
+}
+
+/// What YaRN multiplies the scores of latent attention by, beside its factor on cos and sin: `m(mscale_all_dim)^2`.
+pub(super) fn latent_scale(params: &Object<'_>) -> Result<f64> {
+    let yarn = [params.text("rope_type")?, params.text("type")?].contains(&Some("yarn"));
+    let given = |key: &str| params.number_in(key, 0.0, 1e9);
+    let (factor, all) = (given("factor")?, given("mscale_all_dim")?);
+    Ok(match (factor, all) {
+        (Some(factor), Some(all)) if yarn && factor > 1.0 => {
+            let m = 0.1 * all * libm::log(factor) + 1.0;
+            m * m
+        }
+        _ => 1.0,
+    })
 }
 
 /// YaRN's factor on cos and sin: `attention_factor`, else `m(mscale) / m(mscale_all_dim)` if both are given and

@@ -204,6 +204,11 @@ fn rotary_dim(
     head_dim: usize,
 ) -> Result<usize> {
     const KEY: &str = "partial_rotary_factor";
+    if let Some(params) = params
+        && params.text("rope_type")? == Some("proportional")
+    {
+        return Ok(head_dim); // the factor is one of frequencies
+    }
     let outside = facts.number(&family.rotary_factor, f64::MIN_POSITIVE, 1.0)?;
     let inside = match params {
         Some(params) => params.number_in(KEY, f64::MIN_POSITIVE, 1.0)?,

@@ -3,11 +3,13 @@
 use super::family::{FAMILIES, Family, Format};
 use super::moe::MoeFacts;
 use super::names::{WEIGHTS, matches};
+use super::recurrent::RecurrentFacts;
 use super::*;
 use crate::backend::{Groups, Routing, Score};
 use serde_json::{Value, json};
 
 mod dense;
+mod recurrent;
 
 fn config(architecture: &str, more: Value) -> Value {
     let mut config = json!({"architectures": [architecture], "hidden_size": 64, "intermediate_size": 112,
@@ -41,7 +43,7 @@ fn close(found: &[f32], expected: &[f64]) {
 }
 
 #[test]
-fn every_file_is_a_family_and_no_architecture_is_claimed_twice() {
+fn every_file_is_a_family_and_no_model_type_of_an_architecture_is_claimed_twice() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/models/families");
     let mut files: Vec<String> = std::fs::read_dir(folder)
         .unwrap()
@@ -51,10 +53,14 @@ fn every_file_is_a_family_and_no_architecture_is_claimed_twice() {
     files.sort();
     listed.sort();
     assert_eq!(files, listed);
-    let all = FAMILIES
-        .iter()
-        .flat_map(|(n, t)| Family::parse(t, n, Format::Config).unwrap().architectures);
-    let mut all: Vec<String> = all.collect();
+    let pairs = |family: Family| -> Vec<(String, String)> {
+        let pair = |a: &String, t: &String| (a.clone(), t.clone());
+        let types = |a| family.model_types.iter().map(move |t| pair(a, t));
+        family.architectures.iter().flat_map(types).collect()
+    };
+    let all =
+        FAMILIES.iter().flat_map(|(n, t)| pairs(Family::parse(t, n, Format::Config).unwrap()));
+    let mut all: Vec<(String, String)> = all.collect();
     all.sort();
     let count = all.len();
     all.dedup();
@@ -67,6 +73,8 @@ fn the_readme_lists_every_field_and_every_weight() {
     let readme = std::fs::read_to_string(readme).unwrap();
     let mut unknown = serde_json::from_value::<Family>(json!({"": 0})).unwrap_err().to_string();
     unknown += &serde_json::from_value::<MoeFacts>(json!({"": 0})).unwrap_err().to_string();
+    let recurrent = serde_json::from_value::<RecurrentFacts>(json!({"": 0}));
+    unknown += &recurrent.unwrap_err().to_string();
     let fields = unknown.split('`').skip(3).step_by(2).filter(|field| !field.is_empty());
     let mut count = 0;
     for name in fields.chain(WEIGHTS.iter().copied()).chain(["base"]) {
@@ -294,6 +302,57 @@ fn experts_of_each_family() {
 }
 
 #[test]
+fn gpt_oss_in_both_layouts() {
+    let sizes = |more: Value| {
+        let mut sizes = json!({"num_local_experts": 8, "intermediate_size": 96, "head_dim": 16});
+        sizes.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        sizes
+    };
+    let kept = json!(["model.layers.*.self_attn", "lm_head"]);
+    let said = json!({"quant_method": "mxfp4", "modules_to_not_convert": kept});
+    let released = json!({"quantization_config": said});
+    for (more, stored) in [(json!({}), Stored::Columns), (released, Stored::Mxfp4)] {
+        let spec = spec("GptOssForCausalLM", sizes(more));
+        let Ffn::Moe(moe) = &spec.layers[1].ffn else { panic!() };
+        assert_eq!((moe.stored, moe.width, moe.routing.top_k), (stored, 96, 4));
+        assert_eq!((spec.act, windows(&spec)[0]), (Act::ClampedSwiglu, Some(128)));
+        let names = spec.names(|n| n == "model.embed_tokens.weight");
+        let up = spec.place(&names, 3, "expert_up", 5);
+        // Number (7, 11) of up is in row 15 (or column 15) of gate and up together.
+        let index = if stored == Stored::Columns { [5, 11, 15] } else { [5, 15, 11] };
+        assert_eq!(up.index(7, 11), index);
+        let tensors: Vec<String> = up.tensors().into_iter().map(|(name, _)| name).collect();
+        let stem = "model.layers.3.mlp.experts.gate_up_proj";
+        match stored {
+            Stored::Mxfp4 => {
+                assert_eq!(tensors, [format!("{stem}_blocks"), format!("{stem}_scales")])
+            }
+            _ => assert_eq!(tensors, [stem]),
+        }
+        let bias = spec.place(&names, 3, "expert_gate_bias", 5);
+        assert_eq!((bias.tensor, bias.shape), (format!("{stem}_bias"), vec![8, 192]));
+        assert_eq!((bias.first, bias.row), (5 * 192, 2));
+    }
+    for (value, expected) in [
+        (json!({"quant_method": "gptq"}), "checkpoints quantized with \"gptq\""),
+        (json!({"quant_method": "mxfp4", "bits": 4}), "quantization_config.bits: not known"),
+        (
+            json!({"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.1.mlp.experts"]}),
+            "\"model.layers.1.mlp.experts\" is expected to be MXFP4",
+        ),
+    ] {
+        let e = error("GptOssForCausalLM", sizes(json!({"quantization_config": value})));
+        assert!(e.contains(expected), "{e}");
+    }
+    let narrow = sizes(json!({"intermediate_size": 80, "quantization_config": said}));
+    assert!(error("GptOssForCausalLM", narrow).contains("multiples of 32"));
+    let limit = sizes(json!({"swiglu_limit": 8.0}));
+    assert!(error("GptOssForCausalLM", limit).contains("swiglu_limit: 8.0"));
+    let other = json!({"quantization_config": {"quant_method": "mxfp4"}});
+    assert!(error("LlamaForCausalLM", other).contains("checkpoints quantized with \"mxfp4\""));
+}
+
+#[test]
 fn a_wrapper_reads_its_text_part() {
     let config = json!({"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3",
         "vision_config": {}, "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 34,
@@ -371,8 +430,8 @@ fn errors_say_what_where_and_what_was_expected() {
         ),
         (json!({"rope_theta": -1.0}), "config.json: rope_theta: found -1.0, expected"),
         (
-            json!({"rope_scaling": {"type": "su"}}),
-            "config.json: rope_scaling.rope_type: \"su\" is not supported",
+            json!({"rope_scaling": {"type": "ntk"}}),
+            "config.json: rope_scaling.rope_type: \"ntk\" is not supported",
         ),
         (
             json!({"rope_scaling": {"type": "linear"}}),
@@ -424,9 +483,9 @@ fn errors_say_what_where_and_what_was_expected() {
     assert!(error("LlamaForCausalLM", sliding.clone()).contains("layer_types[0]: found \"sliding"));
     assert!(error("MistralForCausalLM", sliding).contains("layer_types"));
     assert!(error("Qwen2ForCausalLM", json!({"attention_bias": true})).contains("attention_bias"));
-    let two = json!({"hidden_activation": "silu", "hidden_act": "gelu_new"});
+    let two = json!({"sliding_window": 16, "sliding_window_size": 32});
     assert!(
-        error("Gemma2ForCausalLM", two).contains("hidden_act: found \"gelu_new\", expected what")
+        error("Gemma2ForCausalLM", two).contains("sliding_window_size: found 32, expected what")
     );
     assert!(Spec::new(&json!([]), None).is_err());
     let fine = json!({"partial_rotary_factor": 1.0, "num_experts": null, "sliding_window": null,
@@ -467,4 +526,138 @@ fn patterns() {
             && !matches("a", "ab")
     );
     assert!(!matches("ab*b", "ab"));
+}
+
+#[test]
+fn longrope_has_two_sets_of_frequencies() {
+    let factors = |f: f64| -> Vec<f64> { (0..6).map(|i| f + f64::from(i)).collect() };
+    let config = |more: Value| {
+        let mut config = json!({"max_position_embeddings": 256, "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 64, "rope_scaling":
+            {"type": "longrope", "short_factor": factors(1.0), "long_factor": factors(3.0)}});
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        config
+    };
+    let model = spec("Phi3ForCausalLM", config(json!({})));
+    let rope = &model.ropes[0];
+    let by = |f: f64| -> Vec<f64> {
+        let one = |i: i32| 10000f64.powf(-f64::from(i) / 6.0) / (f + f64::from(i));
+        (0..6).map(one).collect()
+    };
+    close(&rope.inv_freq, &by(1.0));
+    let long = rope.long.as_ref().unwrap();
+    close(&long.inv_freq, &by(3.0));
+    assert_eq!((long.after, model.long_after(), model.context_length), (64, Some(64), 256));
+    assert_eq!(rope.scale, (1.0 + 4f64.ln() / 64f64.ln()).sqrt() as f32);
+    // One set where both are the same; errors where they don't fit.
+    let same = json!({"type": "su", "short_factor": factors(1.0), "long_factor": factors(1.0)});
+    let same = spec("Phi3ForCausalLM", config(json!({"rope_scaling": same})));
+    assert_eq!((same.long_after(), same.ropes[0].scale), (None, rope.scale));
+    let e = error("Phi3ForCausalLM", config(json!({"partial_rotary_factor": 1.0})));
+    assert!(e.contains("rope_scaling.short_factor: found [") && e.contains("8 positive"), "{e}");
+    let e = error("Phi3ForCausalLM", config(json!({"partial_rotary_factor": 0.1})));
+    assert!(e.contains("1 rotating dimensions of 16"), "{e}");
+    let inside = json!({"type": "longrope", "short_factor": factors(1.0), "long_factor":
+        factors(3.0), "original_max_position_embeddings": 32});
+    let e = error("Phi3ForCausalLM", config(json!({"rope_scaling": inside})));
+    assert!(e.contains("original_max_position_embeddings: found 32, expected 64"), "{e}");
+}
+
+#[test]
+fn dynamic_scaling_is_a_larger_base_with_alpha_and_nothing_within_the_context_without() {
+    let plain = spec("HunYuanDenseV1ForCausalLM", json!({}));
+    assert!(plain.qk_norm_after_rope);
+    let dynamic = |params: Value| json!({"rope_scaling": params});
+    let alpha = dynamic(json!({"type": "dynamic", "alpha": 1000.0, "factor": 1.0, "mscale": 1.0}));
+    let alpha = spec("HunYuanDenseV1ForCausalLM", alpha);
+    let base = 10000.0 * 1000f64.powf(16.0 / 14.0);
+    let expected: Vec<f64> = (0..8).map(|i| base.powf(-f64::from(i) / 8.0)).collect();
+    close(&alpha.ropes[0].inv_freq, &expected);
+    let ntk = spec("LlamaForCausalLM", dynamic(json!({"type": "dynamic", "factor": 4.0})));
+    assert_eq!((&ntk.ropes, ntk.context_length), (&plain.ropes, 2048));
+    let both = dynamic(json!({"type": "dynamic", "alpha": 1000.0, "factor": 2.0}));
+    let e = error("HunYuanDenseV1ForCausalLM", both);
+    assert!(e.contains("rope_scaling.factor: found 2 beside alpha, expected 1"), "{e}");
+}
+
+#[test]
+fn layers_with_and_without_positions() {
+    let ropes = |spec: &Spec| -> Vec<Option<usize>> {
+        spec.layers.iter().map(|layer| attention(layer).rope).collect()
+    };
+    let smollm3 = |more: Value| spec("SmolLM3ForCausalLM", more);
+    assert_eq!(ropes(&smollm3(json!({}))), [Some(0), Some(0), Some(0), None]);
+    let list = json!({"no_rope_layers": [0, 1, 0, 1, 1], "no_rope_layer_interval": 4});
+    assert_eq!(ropes(&smollm3(list)), [None, Some(0), None, Some(0)]);
+    let e = error("SmolLM3ForCausalLM", json!({"no_rope_layers": [0, 1, 2, 1]}));
+    assert!(e.contains("found 2, expected 0 or 1"), "{e}");
+    let e = error("SmolLM3ForCausalLM", json!({"no_rope_layers": [0, 1]}));
+    assert!(e.contains("found 2 entries"), "{e}");
+
+    let types = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"];
+    let exaone = |more: Value| spec("Exaone4ForCausalLM", more);
+    let hybrid = exaone(json!({"sliding_window": 8, "layer_types": types,
+        "sliding_window_pattern": "LG"}));
+    assert_eq!(ropes(&hybrid), [Some(0), None, Some(0), None]);
+    let window = exaone(json!({"sliding_window": 8, "layer_types": vec!["full_attention"; 4]}));
+    assert_eq!(ropes(&window), [None; 4]);
+    let full = exaone(json!({"sliding_window": null, "sliding_window_pattern": null}));
+    assert_eq!((ropes(&full), windows(&full)), (vec![Some(0); 4], vec![None; 4]));
+
+    let granite = |more: Value| spec("GraniteSWAForCausalLM", more);
+    let own = granite(json!({"layer_rope_theta": [0, 1e4, 5e5, 1e4], "rope_theta": 7.0}));
+    assert_eq!(ropes(&own), [None, Some(0), Some(1), Some(0)]);
+    assert_eq!(windows(&own), [None, Some(128), Some(128), Some(128)]);
+    close(&own.ropes[1].inv_freq[1..2], &[5e5f64.powf(-1.0 / 8.0)]);
+    assert_eq!(ropes(&granite(json!({}))), [Some(0); 4]);
+    assert!(attention(&own.layers[0]).sinks);
+    let e = error("GraniteSWAForCausalLM", json!({"layer_rope_theta": [0, 0.5, 1, 1]}));
+    assert!(e.contains("the base of layer 1: found 0.5, expected 0 or"), "{e}");
+    let e = error("GraniteSWAForCausalLM", json!({"layer_rope_theta": [1]}));
+    assert!(e.contains("found 1 bases"), "{e}");
+}
+
+#[test]
+fn a_part_of_the_head_rotates() {
+    let dims = |architecture: &str, more: Value| {
+        let spec = spec(architecture, more);
+        let rope = &spec.ropes[0];
+        (2 * rope.inv_freq.len(), attention(&spec.layers[0]).rope_interleaved)
+    };
+    assert_eq!(dims("Glm4ForCausalLM", json!({})), (64, true));
+    assert_eq!(dims("Glm4ForCausalLM", json!({"partial_rotary_factor": 0.25})), (32, true));
+    let inside = |factor: f64| {
+        json!({"rope_parameters": {"rope_type": "default",
+        "rope_theta": 1e4, "partial_rotary_factor": factor}})
+    };
+    assert_eq!(dims("Glm4ForCausalLM", inside(0.25)), (32, true));
+    assert_eq!(dims("LlamaForCausalLM", inside(1.0)), (16, false));
+    let e = error("LlamaForCausalLM", inside(0.5));
+    assert!(e.contains("rope_parameters.partial_rotary_factor: found 0.5, but 1 of each"), "{e}");
+    let mut both = inside(0.25);
+    both["partial_rotary_factor"] = json!(0.5);
+    assert!(error("Glm4ForCausalLM", both).contains("found 0.25, but 0.5 of each head"));
+}
+
+#[test]
+fn a_wrapper_may_hold_models_of_several_types() {
+    let wrapper = |text: Value| {
+        Spec::new(
+            &json!({"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3",
+                "text_config": config("", text)}),
+            None,
+        )
+    };
+    let yarn = json!({"rope_type": "yarn", "rope_theta": 1e6, "factor": 16.0, "mscale": 1.0,
+        "mscale_all_dim": 1.0, "original_max_position_embeddings": 64, "llama_4_scaling_beta": 0.1});
+    let three = wrapper(json!({"model_type": "ministral3", "rope_parameters": yarn})).unwrap();
+    assert_eq!(attention(&three.layers[0]).query_growth, Some((0.1, 64)));
+    let small = wrapper(json!({"model_type": "mistral"})).unwrap();
+    assert_eq!(attention(&small.layers[0]).query_growth, None);
+    let e = wrapper(json!({"model_type": "mistral", "rope_parameters": yarn})).unwrap_err();
+    assert!(e.to_string().contains("llama_4_scaling_beta is not supported"), "{e}");
+    let e = wrapper(json!({"model_type": "ministral3"})).unwrap_err().to_string();
+    assert!(e.contains("text_config.rope_parameters.llama_4_scaling_beta: found nothing"), "{e}");
+    let e = wrapper(json!({"model_type": "ministral4"})).unwrap_err().to_string();
+    assert!(e.contains("found \"ministral4\""), "{e}");
 }

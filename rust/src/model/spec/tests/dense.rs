@@ -52,10 +52,13 @@ fn norms_and_their_biases() {
     let text = "base = 'llama'\narchitectures = ['MyForCausalLM']\nnorm_bias = true";
     let config = config("MyForCausalLM", json!({}));
     let e = Spec::new(&config, Some(text)).unwrap_err().to_string();
-    assert!(e.contains("bias on an rms norm"), "{e}");
+    assert!(e.contains("found biases on rms norms"), "{e}");
     let text = format!("{text}\nnorm = 'layer'\nparallel = true\nnorms = ['attn', 'attn_after']");
     let e = Spec::new(&config, Some(&text)).unwrap_err().to_string();
-    assert!(e.contains("norm of outputs in a parallel layer"), "{e}");
+    assert!(e.contains("a norm of outputs in parallel layers"), "{e}");
+    let text = text.replace("['attn', 'attn_after']", "[]");
+    let e = Spec::new(&config, Some(&text)).unwrap_err().to_string();
+    assert!(e.contains("parallel layers without a norm"), "{e}");
 }
 
 #[test]
@@ -103,6 +106,53 @@ fn activations() {
     }
     let e = error("Starcoder2ForCausalLM", json!({"hidden_act": "xielu"}));
     assert!(e.contains("names.xielu_alpha_p: found nothing"), "{e}");
+}
+
+#[test]
+fn learned_positions() {
+    let config = json!({"architectures": ["GPT2LMHeadModel"], "n_positions": 96, "n_ctx": 96,
+        "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 400});
+    let gpt2 = Spec::new(&config, None).unwrap();
+    assert_eq!((gpt2.positions, gpt2.context_length, gpt2.ropes.len()), (Some(96), 96, 0));
+    assert_eq!((attention(&gpt2.layers[0]).rope, &gpt2.layers[0].ffn), (None, &Ffn::Plain(256)));
+    let mut wide = config.clone();
+    wide["n_inner"] = json!(100);
+    assert_eq!(Spec::new(&wide, None).unwrap().layers[0].ffn, Ffn::Plain(100));
+    let mut other = config;
+    other["scale_attn_by_inverse_layer_idx"] = json!(true);
+    assert!(Spec::new(&other, None).unwrap_err().to_string().contains("scale_attn_by_inverse"));
+
+    // Released files have no prefix, others do; the matrices are [in, out], q, k, v side by side.
+    for prefix in ["", "transformer."] {
+        let names = gpt2.names(|n| n == format!("{prefix}wte.weight"));
+        assert_eq!(names.model("positions"), format!("{prefix}wpe.weight"));
+        let tensor = format!("{prefix}h.1.attn.c_attn.weight");
+        let (shape, column) = (vec![64, 192], 192);
+        let whole = Slice { row: 1, column, ..Slice::whole(tensor, shape) };
+        let key = gpt2.place(&names, 1, "k", 0);
+        assert_eq!(key, Slice { first: 64, ..whole });
+        assert_eq!(key.index(3, 5), [5, 67]);
+        let bias = gpt2.place(&names, 1, "v_bias", 0);
+        assert_eq!((bias.first, bias.row, bias.shape), (128, 1, vec![192]));
+        let there = ["wpe.weight", "h.0.attn.bias", "h.0.attn.c_attn.bias", "h.0.attn.x.bias"];
+        let there: Vec<String> = there.iter().map(|n| format!("{prefix}{n}")).collect();
+        assert_eq!(gpt2.unused(&names, there.iter().map(String::as_str)), [&there[3][..]]);
+    }
+}
+
+#[test]
+fn norms_of_each_head_are_one_tensor_or_many() {
+    let cohere = spec("CohereForCausalLM", json!({"use_qk_norm": true}));
+    let names = cohere.names(|n| n == "model.embed_tokens.weight");
+    let one = "model.layers.1.self_attn.q_norm.weight".to_owned();
+    assert_eq!(cohere.places(&names, 1, "q_norm"), [Slice::whole(one, vec![4, 16])]);
+    let lm = spec("StableLmForCausalLM", json!({"qk_layernorm": true, "num_key_value_heads": 2}));
+    let names = lm.names(|n| n == "model.embed_tokens.weight");
+    let each = |h| {
+        let name = format!("model.layers.1.self_attn.k_layernorm.norms.{h}.weight");
+        Slice::whole(name, vec![16])
+    };
+    assert_eq!(lm.places(&names, 1, "k_norm"), [each(0), each(1)]);
 }
 
 #[test]

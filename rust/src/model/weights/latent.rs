@@ -1,0 +1,47 @@
+//! Reads the weights of latent attention: the stored `kv_b` holds, for each head, rows that make a key and rows that
+//! make a value; here each is a matrix of its own, in the direction in which the forward pass applies it.
+
+use super::{Latent, Reader, Source};
+use crate::Result;
+use crate::model::spec::{self, Slice};
+
+impl Reader<'_> {
+    pub(super) fn latent<M, V>(
+        &self,
+        l: usize,
+        a: &spec::Latent,
+        row: &impl Fn(&[f32]) -> V,
+        mat: &mut impl FnMut(Source) -> Result<M>,
+    ) -> Result<Latent<M, V>> {
+        let hidden = self.spec.hidden;
+        let place = |what: &str| self.spec.place(&self.names, l, what, 0);
+        let norm = |what: &str, n| Ok(row(&self.norm(&place(what), n, 1)?));
+        let plain = |parts, k| Source { parts, k, interleaved: false, exact: false };
+        let mut whole = |what: &str, n, k| mat(plain(vec![(place(what), n)], k));
+        let q = a.heads * (a.nope + a.turned);
+        let (q_a, q) = match a.q_rank {
+            None => (None, whole("q", q, hidden)?),
+            Some(rank) => {
+                let q_a = whole("q_a", rank, hidden)?;
+                (Some((q_a, norm("q_a_norm", rank)?)), whole("q_b", q, rank)?)
+            }
+        };
+        let kv_a = whole("kv_a", a.rank + a.turned, hidden)?;
+        let o = whole("o", hidden, a.heads * a.value)?;
+        // Of each head, from row `at` of its part on.
+        let kv_b = place("kv_b");
+        let first = |h: usize, at: usize| (h * (a.nope + a.value) + at) * a.rank;
+        let key =
+            |h| (Slice { first: first(h, 0), row: 1, column: a.rank, ..kv_b.clone() }, a.rank);
+        let value = |h| (Slice { first: first(h, a.nope), ..kv_b.clone() }, a.value);
+        Ok(Latent {
+            q_a,
+            q,
+            kv_a,
+            kv_norm: norm("kv_a_norm", a.rank)?,
+            o,
+            keys: mat(plain((0..a.heads).map(key).collect(), a.nope))?,
+            values: mat(plain((0..a.heads).map(value).collect(), a.rank))?,
+        })
+    }
+}
