@@ -6,7 +6,7 @@ use std::path::Path;
 /// Module -> modules it may use besides `error`.
 const MAY_USE: &[(&str, &[&str])] = &[
     ("error", &[]),
-    ("file", &[]),
+    ("file", &["quant"]),
     ("quant", &[]),
     ("kernels", &["quant"]),
     ("backend", &["kernels", "quant"]),

@@ -41,6 +41,9 @@ def test_a_path_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("tales-1m", True),
         ("Qwen/Qwen3-0.6B", True),
+        ("Qwen/Qwen3-0.6B-GGUF:Q4_K_M", True),
+        ("Qwen/Qwen3: a model", False),
+        ("Qwen:Q4_K_M", False),
         (".", True),
         ("Once upon a time", False),
         ("and/or?", False),
@@ -55,7 +58,21 @@ def test_what_reads_as_a_model(text: str, is_model: bool) -> None:
     assert hub.is_model_name(text) == is_model
 
 
-@pytest.mark.parametrize("name", ["nothing", "a/b/c", "../up/x", "a b/c", "/no/where", "", "a\0b"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nothing",
+        "a/b/c",
+        "../up/x",
+        "a b/c",
+        "/no/where",
+        "",
+        "a\0b",
+        "a/b:",
+        "a/b:c/d",
+        "a/b.gguf/",
+    ],
+)
 def test_not_found(name: str) -> None:
     with pytest.raises(ferrule.ModelNotFoundError):
         hub.resolve(name)
@@ -69,6 +86,7 @@ def test_what_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    (tmp_path / "model.safetensors").touch()
     assert hub.resolve("org/repo", revision="v1", offline=True) == tmp_path
     assert asked["name"] == "org/repo"
     assert asked["revision"] == "v1"
@@ -85,6 +103,93 @@ def test_what_is_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
     )
     assert list(chosen) == ["config.json", "model.safetensors", "chat_template.jinja"]
+
+
+FILES = [
+    "README.md",
+    "mmproj-F16.gguf",
+    "model-Q4_K_M.gguf",
+    "model-Q4_K_S.gguf",
+    "model-q8_0.gguf",
+    "model-IQ4_XS.gguf",
+    "model-UD-Q6_K_XL.gguf",
+    "BF16/model-BF16-00001-of-00002.gguf",
+    "BF16/model-BF16-00002-of-00002.gguf",
+]
+
+
+@pytest.fixture
+def repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """A stand-in for the hub: what it holds; downloads appear in a folder, empty."""
+    files = list(FILES)
+
+    def download(_: str, *, allow_patterns: list[str], **options: Any) -> str:
+        chosen = huggingface_hub.utils.filter_repo_objects(
+            files, allow_patterns=allow_patterns, ignore_patterns=options["ignore_patterns"]
+        )
+        for name in chosen:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            if not options["local_files_only"]:
+                (tmp_path / name).touch()
+        return str(tmp_path)
+
+    def listed(_self: Any, _: str, **_options: Any) -> list[str]:
+        return files
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", listed)
+    return files
+
+
+@pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        ("Q4_K_M", "model-Q4_K_M.gguf"),
+        ("q4_k_s", "model-Q4_K_S.gguf"),
+        ("Q8_0", "model-q8_0.gguf"),
+        ("IQ4_XS", "model-IQ4_XS.gguf"),
+        ("UD-Q6_K_XL", "model-UD-Q6_K_XL.gguf"),
+        ("Q6_K_XL", "model-UD-Q6_K_XL.gguf"),
+        ("BF16", "BF16/model-BF16-00001-of-00002.gguf"),
+        ("model-q8_0", "model-q8_0.gguf"),
+        ("model-q8_0.gguf", "model-q8_0.gguf"),
+    ],
+)
+def test_a_file_of_a_gguf_repository(
+    repository: list[str], tmp_path: Path, kind: str, file: str
+) -> None:
+    path = hub.resolve(f"org/repo:{kind}")
+    assert path == tmp_path / file
+    there = sorted(p.name for p in tmp_path.rglob("*.gguf"))
+    assert there == (sorted(p.name for p in path.parent.iterdir()) if "-of-" in file else [file])
+    # What is there already needs no network.
+    repository.clear()
+    repository.extend(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.gguf"))
+    assert hub.resolve(f"org/repo:{kind}", offline=True) == path
+
+
+def test_a_gguf_repository_with_one_model(repository: list[str], tmp_path: Path) -> None:
+    repository[:] = ["config.json", "m-Q8_0.gguf", "mmproj-m.gguf"]
+    assert hub.resolve("org/repo") == tmp_path / "m-Q8_0.gguf"
+    repository[:] = ["config.json", "model.safetensors", "m-Q8_0.gguf"]
+    assert hub.resolve("org/repo") == tmp_path
+    assert hub.resolve("org/repo:Q8_0") == tmp_path / "m-Q8_0.gguf"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("org/repo", "6 GGUF files"),
+        ("org/repo:Q4_K", "no GGUF file for 'Q4_K'"),
+        ("org/repo:Q2_K", "there are: model-BF16, model-IQ4_XS, model-Q4_K_M"),
+        ("org/repo:model", "6 GGUF files for 'model'"),
+        ("org/repo:F16", "no GGUF file for 'F16'"),
+        ("org/repo:.", "no GGUF file"),
+    ],
+)
+def test_which_gguf_file_is_meant(repository: list[str], name: str, text: str) -> None:
+    with pytest.raises(ferrule.ModelNotFoundError, match=text):
+        hub.resolve(name)
 
 
 def test_offline_and_unreachable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

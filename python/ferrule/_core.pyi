@@ -1,6 +1,8 @@
 """The Rust core. Private: `ferrule` is the interface, except for the int4/int8 doors below."""
 
 from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, final
 
 import numpy as np
@@ -14,6 +16,8 @@ __all__ = [
     "Request",
     "cpu_features",
     "describe",
+    "gguf_at",
+    "inspect",
     "kernel_set",
     "kernel_sets",
     "quantize_int4",
@@ -144,6 +148,8 @@ def describe(
     folder: str, *, quantization: str, kv_cache_dtype: str, family: str | None
 ) -> dict[str, Any]: ...
 def cpu_features() -> list[str]: ...
+def gguf_at(path: str | PathLike[str]) -> Path | None: ...
+def inspect(path: str | PathLike[str]) -> str: ...
 def kernel_set() -> str: ...
 def kernel_sets() -> list[str]: ...
 def threads() -> tuple[int, str]: ...

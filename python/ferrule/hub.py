@@ -8,19 +8,21 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from . import _core
 from .errors import DownloadError, ModelNotFoundError
 
 EMBEDDED = ("tales-4m", "tales-1m")
 """Models that ship inside this package."""
 
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# After the colon: which of a repository's GGUF files.
+_REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 _FILES = ["*.json", "*.safetensors", "*.jinja"]
 # Sub-folders and consolidated.* hold the same weights once more, in the author's own format.
 _NOT_FILES = ["*/*", "consolidated*"]
 
 
 def is_model_name(text: str) -> bool:
-    """Whether `text` reads as a model: a path that is there, an embedded name, or org/repo."""
+    """Whether `text` reads as a model: a path that is there, an embedded name, org/repo[:kind]."""
     return (
         text in EMBEDDED
         or _REPOSITORY.fullmatch(text) is not None
@@ -35,21 +37,29 @@ def resolve(
     offline: bool = False,
     progress: bool = True,
 ) -> Path:
-    """The folder of `model`: a path if it exists, an embedded name, else a hub repository."""
+    """The folder or GGUF file of `model`: an existing path, an embedded name, else on the hub."""
     name = os.fspath(model)
     path = Path(name).expanduser()
     if path.exists():
-        if not (path / "config.json").is_file():
-            raise ModelNotFoundError(f"{path}: no config.json in it, expected a model folder")
-        return path
+        return _core.gguf_at(path) or _folder(path)
     if name in EMBEDDED:
         return _embedded(name)
-    if not isinstance(model, str) or _REPOSITORY.fullmatch(name) is None:
+    repository = _REPOSITORY.fullmatch(name) if isinstance(model, str) else None
+    if repository is None:
         raise ModelNotFoundError(
             f"{name!r}: no such file or folder, and not the name of an embedded model "
-            f"({', '.join(EMBEDDED)}) or of a hub repository ('org/repo')"
+            f"({', '.join(EMBEDDED)}) or of a hub repository ('org/repo', or 'org/repo:Q4_K_M' "
+            "for a GGUF file)"
         )
-    return _download(name, revision, offline, progress)
+    return _download(repository[1], repository[2], revision, offline, progress)
+
+
+def _folder(path: Path) -> Path:
+    if not (path / "config.json").is_file():
+        raise ModelNotFoundError(
+            f"{path}: no config.json in it, expected a model folder or a GGUF file"
+        )
+    return path
 
 
 def _embedded(name: str) -> Path:
@@ -63,9 +73,11 @@ def _embedded(name: str) -> Path:
     )
 
 
-def _download(name: str, revision: str | None, offline: bool, progress: bool) -> Path:
+def _download(
+    name: str, kind: str | None, revision: str | None, offline: bool, progress: bool
+) -> Path:
     # Imported here: it takes longer than loading a small model.
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
@@ -76,15 +88,34 @@ def _download(name: str, revision: str | None, offline: bool, progress: bool) ->
 
     url = f"https://huggingface.co/{name}"
     at = f" at revision {revision!r}" if revision else ""
+
+    def fetch(allow: list[str], ignore: list[str] | None = None) -> Path:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            local_files_only=offline,
+            allow_patterns=allow,
+            ignore_patterns=ignore,
+        )
+        return Path(folder)
+
+    def names() -> list[str]:
+        if not offline:
+            return HfApi().list_repo_files(name, revision=revision)
+        folder = fetch(["*.gguf"])
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
+
     try:
         with contextlib.nullcontext() if progress else _no_bars():
-            folder = snapshot_download(
-                name,
-                revision=revision,
-                local_files_only=offline,
-                allow_patterns=_FILES,
-                ignore_patterns=_NOT_FILES,
-            )
+            if kind is None:
+                folder = fetch(_FILES, _NOT_FILES)
+                if any(folder.glob("*.safetensors")):
+                    return folder
+            files = _chosen(name, names(), kind)
+            # A repository of neither is reported when its files are read.
+            return fetch(files) / files[0] if files else folder
+    except ModelNotFoundError:
+        raise
     except GatedRepoError as error:
         raise DownloadError(
             f"{name}: access to this repository is restricted; accept its terms on {url}, then "
@@ -114,7 +145,34 @@ def _download(name: str, revision: str | None, offline: bool, progress: bool) ->
         raise DownloadError(f"{url}: {error}", url=url, status=_status(error)) from error
     except Exception as error:  # every HTTP library that the hub client has used has its own
         raise DownloadError(f"{url}: {type(error).__name__}: {error}", url=url) from error
-    return Path(folder)
+
+
+def _chosen(name: str, files: list[str], kind: str | None) -> list[str]:
+    """The parts of the GGUF file whose name says `kind`; without a kind, of the only one."""
+    models: dict[str, list[str]] = {}
+    for file in sorted(files):
+        base = file.rpartition("/")[2].lower()
+        # mmproj-*: the vision or audio tower beside a model.
+        if base.endswith(".gguf") and not base.startswith("mmproj"):
+            stem = re.sub(r"-\d{5}-of-\d{5}$", "", file[: -len(".gguf")])
+            models.setdefault(stem.rpartition("/")[2], []).append(file)
+    found = list(models)
+    if kind is not None:
+        wanted = re.escape(kind.lower().removesuffix(".gguf"))
+        word = re.compile(rf"(?<![a-z0-9]){wanted}(?![a-z0-9_])")
+        found = [stem for stem in models if word.search(stem.lower())]
+        found = [stem for stem in found if word.fullmatch(stem.lower())] or found
+    if len(found) == 1:
+        return models[found[0]]
+    if kind is None and not models:
+        return []
+    number = "no GGUF file" if not found else f"{len(found)} GGUF files"
+    that = "" if kind is None else f" for {kind!r}"
+    there = ", ".join(found or models) or "none"
+    raise ModelNotFoundError(
+        f"{name}: found {number}{that}, expected one; there are: {there}; name one, as in "
+        f"'{name}:Q4_K_M'"
+    )
 
 
 def _status(error: Exception) -> int | None:

@@ -49,11 +49,12 @@ class _Job(NamedTuple):
 class LLM:
     """A model, loaded and ready. Usable from any thread; a context manager; `close()` frees it.
 
-    `model` is a folder, an embedded name ("tales-4m", "tales-1m"), or a hub repository "org/repo".
-    A path that exists wins.
+    `model` is a folder, a GGUF file (the first, if it is split), an embedded name ("tales-4m",
+    "tales-1m"), a hub repository "org/repo", or a GGUF file in one, "org/repo:Q4_K_M". A path that
+    exists wins.
 
     - quantization: "int4", "int8"; "none" = the stored weights with f32 arithmetic; "auto" = the
-      bits in the file.
+      bits in the file, or the nearest form that takes next to nothing away (models/README.md).
     - threads: "auto" = what the process may use (affinity, cgroup quota, kinds of core).
     - context_length: "auto" = the model's, lowered to what memory holds (`info` tells).
     - kv_cache_dtype: of keys and values, "f32", "f16" or "int8".

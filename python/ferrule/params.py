@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from . import _core
 from .errors import ModelFormatError
 
 if TYPE_CHECKING:
@@ -99,12 +100,32 @@ _CONFIG_NAMES = {"max_tokens": "max_new_tokens"}
 _CONFIG = "generation_config.json"
 
 
+_GGUF_NAMES = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+}
+
+
 class Defaults:
-    """What a model folder says about generating: values for open fields, and its end tokens."""
+    """What a model says about generating: values for open fields, and its end tokens."""
 
     def __init__(self, folder: Path) -> None:
-        config = _read(folder / _CONFIG)
         self.sources: dict[str, tuple[object, str]] = {}
+        if folder.is_file():
+            # A GGUF file. The core knows its end tokens.
+            self.eos: list[int] = []
+            self.sources = {field: (value, "built in") for field, value in BUILT_IN.items()}
+            for item in json.loads(_core.inspect(folder))["metadata"]:
+                field, value = _GGUF_NAMES.get(item["key"]), item["value"]
+                if field and isinstance(value, int | float):
+                    # Written as f32: the digits that were meant.
+                    value = value if isinstance(value, int) else float(f"{value:.7g}")
+                    self.sources[field] = (value, item["key"])
+            return
+        config = _read(folder / _CONFIG)
         for field, value in BUILT_IN.items():
             name = _CONFIG_NAMES.get(field, field)
             found = config.get(name)

@@ -1,7 +1,11 @@
 //! Text <-> token ids, exactly as Hugging Face `tokenizers` does; streaming decode. Never guesses: without
-//! tokenizer.json there is no tokenizer.
+//! tokenizer.json or a GGUF file there is no tokenizer.
 
-use crate::file::{read, read_json};
+mod gguf;
+mod pre;
+
+use crate::file::gguf::Metadata;
+use crate::file::{Checkpoint, gguf_at, read, read_json};
 use crate::{Error, Result};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -24,16 +28,25 @@ pub struct Tokenizer {
     stages: Vec<Stage>,
     bos: Option<(u32, String)>,
     eos: Option<(u32, String)>,
+    ends: Vec<u32>,
 }
 
 impl Tokenizer {
-    /// Reads tokenizer.json (and tokenizer_config.json, special_tokens_map.json) in `folder`.
+    /// Reads tokenizer.json (and tokenizer_config.json, special_tokens_map.json) in `folder`; or what a GGUF file says
+    /// about its tokenizer: that of `folder`, or `folder` itself.
     ///
     /// tokenizer.json alone decides what is added to a text: `add_bos_token` and the like in
     /// tokenizer_config.json are ignored, as is truncation and padding stored in it.
     pub fn open(folder: &Path) -> Result<Tokenizer> {
         let path = folder.join("tokenizer.json");
-        let Some(json) = read(&path, MAX_TOKENIZER)? else {
+        let json = if folder.is_dir() { read(&path, MAX_TOKENIZER)? } else { None };
+        let Some(json) = json else {
+            if let Some(path) = gguf_at(folder)? {
+                let checkpoint = Checkpoint::open(&path)?;
+                let metadata = checkpoint.metadata().ok_or(Error::Closed)?;
+                let at_path = |e: Error| Error::Tokenizer(format!("{}: {e}", path.display()));
+                return Tokenizer::from_gguf(metadata).map_err(at_path);
+            }
             let others = ["tokenizer.model", "tekken.json", "vocab.json", "vocab.txt"];
             let found = others.into_iter().find(|name| folder.join(name).exists());
             return Err(Error::Tokenizer(match found {
@@ -56,6 +69,18 @@ impl Tokenizer {
             Some((tokenizer.id(text)?, text.to_owned()))
         };
         (tokenizer.bos, tokenizer.eos) = (special("bos_token"), special("eos_token"));
+        tokenizer.ends = tokenizer.eos.iter().map(|(id, _)| *id).collect();
+        Ok(tokenizer)
+    }
+
+    /// A tokenizer from the metadata of a GGUF file.
+    pub fn from_gguf(metadata: Metadata<'_>) -> Result<Tokenizer> {
+        let gguf::Built { inner, bos, eos, ends } =
+            guard(|| gguf::build(metadata).map_err(tokenizers::Error::from))?;
+        let mut tokenizer = Tokenizer::new(inner);
+        let named = |id: u32| Some((id, tokenizer.token(id)?));
+        (tokenizer.bos, tokenizer.eos) = (bos.and_then(named), eos.and_then(named));
+        tokenizer.ends = ends;
         Ok(tokenizer)
     }
 
@@ -69,10 +94,14 @@ impl Tokenizer {
             inner.with_truncation(None)?.with_padding(None);
             Ok(inner)
         })?;
+        Ok(Tokenizer::new(inner))
+    }
+
+    fn new(inner: HfTokenizer) -> Tokenizer {
         let mut plain = inner.get_added_vocabulary().clone();
         plain.set_encode_special_tokens(true);
         let stages = stages(inner.get_decoder());
-        Ok(Tokenizer { inner, plain, stages, bos: None, eos: None })
+        Tokenizer { inner, plain, stages, bos: None, eos: None, ends: Vec::new() }
     }
 
     /// Ids of `text`. `add_special`: what the post-processor adds (BOS); not added when the text already
@@ -148,6 +177,11 @@ impl Tokenizer {
     /// EOS id and text if the tokenizer has one.
     pub fn eos(&self) -> Option<(u32, &str)> {
         self.eos.as_ref().map(|(id, text)| (*id, text.as_str()))
+    }
+
+    /// The ids that end an answer: EOS, and what a GGUF file has beside it.
+    pub fn ends(&self) -> &[u32] {
+        &self.ends
     }
 }
 

@@ -38,15 +38,15 @@ def _parser() -> argparse.ArgumentParser:
         prog="ferrule", description="Run language models on CPUs and small devices."
     )
     parser.add_argument("--version", action="version", version=f"ferrule {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="run|bench|info")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     run = commands.add_parser(
         "run",
         help="answer a prompt, or chat",
         description="Answer a prompt and stop; without a prompt, read it from a pipe, or chat on "
         "a terminal. One argument is the model if it is an existing path, an embedded name or of "
-        "the form org/repo; else it is the prompt, and the embedded model answers. The prompt is "
-        "a chat message if the model has a chat template, else text to continue.",
+        "the form org/repo[:kind]; else it is the prompt, and the embedded model answers. The "
+        "prompt is a chat message if the model has a chat template, else text to continue.",
     )
     run.add_argument("words", nargs="*", metavar="[MODEL] [PROMPT]", help="see above")
     run.add_argument("-m", "--model", help="the model; then the one argument is the prompt")
@@ -92,6 +92,16 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("model", nargs="?", metavar="MODEL")
     _model_options(info)
     info.set_defaults(run=_lazy("info"))
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what a model file says about itself",
+        description="Show the header of a GGUF or safetensors file, or of all files of a model "
+        "folder: metadata and tensors. Nothing is loaded, and a broken file is an error.",
+    )
+    inspect.add_argument("path", metavar="FILE")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+    inspect.set_defaults(run=_lazy("inspect"))
     return parser
 
 

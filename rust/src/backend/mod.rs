@@ -7,6 +7,7 @@ pub mod cpu;
 mod recurrent;
 
 pub use crate::kernels::{Activation, Form, KvDtype, PAGE, Score};
+pub use crate::quant::{Blocks, Kept};
 pub use recurrent::{Core, HeadRows, Heads, Recurrent};
 
 use crate::Result;
@@ -163,6 +164,8 @@ pub struct QkNorm<'a, R> {
 pub struct Part<'a> {
     /// F32, F16, Bf16 or Mxfp4.
     pub stored: Form,
+    /// Blocks that the numbers come from, which then are F32; `row` is a multiple of their weights, `column` is 1.
+    pub blocks: Option<Blocks>,
     /// Rows.
     pub n: usize,
     /// From the first number on, little-endian. MXFP4: two codes in a byte, the first in the low nibble.
@@ -178,7 +181,7 @@ pub struct Part<'a> {
 impl<'a> Part<'a> {
     /// A matrix `[n, k]` of plain floats.
     pub fn floats(stored: Form, n: usize, k: usize, bytes: &'a [u8]) -> Part<'a> {
-        Part { stored, n, bytes, row: k, column: 1, scales: &[] }
+        Part { stored, blocks: None, n, bytes, row: k, column: 1, scales: &[] }
     }
 }
 

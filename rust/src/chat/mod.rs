@@ -1,6 +1,7 @@
 //! Chat templates (Jinja, as the model's own files give them), rendered by minijinja as transformers renders
 //! them with jinja2. Never guesses a template, never reads the clock: the time is an argument.
 
+mod gguf;
 mod jinja2;
 
 use crate::file::{read, read_json};
@@ -38,8 +39,12 @@ pub struct ChatTemplate {
 
 impl ChatTemplate {
     /// The template of a model folder: chat_template.jinja, chat_template.json or tokenizer_config.json
-    /// (a string or a list of named ones); `None` if there is none.
+    /// (a string or a list of named ones); else that of its GGUF file, or of the GGUF file that `folder` is. `None`
+    /// if there is none.
     pub fn open(folder: &Path) -> Result<Option<ChatTemplate>> {
+        if !folder.is_dir() {
+            return gguf::template(folder);
+        }
         let special_tokens = special_tokens(folder)?;
         let path = folder.join("chat_template.jinja");
         if let Some(bytes) = read(&path, MAX_TEMPLATE as u64)? {
@@ -79,7 +84,7 @@ impl ChatTemplate {
                 Some(_) => return Err(wrong("expected a string or a list")),
             }
         }
-        Ok(None)
+        gguf::template(folder)
     }
 
     /// A template given by the user; `special_tokens`: its variables `bos_token` and so on.
@@ -150,10 +155,13 @@ impl ChatTemplate {
     }
 }
 
-/// The special tokens that the folder's tokenizer_config.json (or special_tokens_map.json) names:
+/// The special tokens that the folder's tokenizer_config.json (or special_tokens_map.json), else its GGUF file names:
 /// `bos_token`, `eos_token` and so on, as template variables.
 pub fn special_tokens(folder: &Path) -> Result<Map<String, Value>> {
     let mut tokens = Map::new();
+    if !folder.is_dir() {
+        return gguf::tokens(folder);
+    }
     for name in ["tokenizer_config.json", "special_tokens_map.json"] {
         let path = folder.join(name);
         let Some(Value::Object(file)) = read_json(&path, MAX_CONFIG)? else { continue };
@@ -163,6 +171,9 @@ pub fn special_tokens(folder: &Path) -> Result<Map<String, Value>> {
                 tokens.entry(name).or_insert(text.clone());
             }
         }
+    }
+    if tokens.is_empty() {
+        return gguf::tokens(folder);
     }
     tokens.retain(|_, text| text.is_string()); // null: there is none, and the variable is undefined
     Ok(tokens)

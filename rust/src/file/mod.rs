@@ -1,34 +1,43 @@
 //! Bytes on disk -> named, checked, memory-mapped tensors. Knows no model; never copies tensor data.
 
+pub mod gguf;
+mod inspect;
 pub mod safetensors;
 
+pub use inspect::inspect;
+
+use crate::quant::Blocks;
 use crate::{Error, Result};
 use memmap2::Mmap;
 use serde_json::Value;
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 /// The longest index file that is read.
 const MAX_INDEX: u64 = 100_000_000;
 
-/// Element type of a stored tensor.
+/// Element type of a stored tensor, or the type of the blocks that a row is made of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(missing_docs)]
 #[rustfmt::skip]
-pub enum Dtype { F32, F16, BF16, F64, I8, U8, I16, U16, I32, U32, I64, U64, Bool, F8E4M3, F8E5M2, F8E8M0 }
+pub enum Dtype {
+    F32, F16, BF16, F64, I8, U8, I16, U16, I32, U32, I64, U64, Bool, F8E4M3, F8E5M2, F8E8M0,
+    Blocks(Blocks),
+}
 
 impl Dtype {
-    /// Every element type.
+    /// Every element type of safetensors.
     #[rustfmt::skip]
     pub const ALL: [Dtype; 16] = {
         use Dtype::*;
         [F32, F16, BF16, F64, I8, U8, I16, U16, I32, U32, I64, U64, Bool, F8E4M3, F8E5M2, F8E8M0]
     };
 
-    /// Bytes of one element.
+    /// Bytes of one element or block.
     pub const fn size(self) -> usize {
         match self {
             Dtype::F64 | Dtype::I64 | Dtype::U64 => 8,
@@ -36,10 +45,21 @@ impl Dtype {
             Dtype::F16 | Dtype::BF16 | Dtype::I16 | Dtype::U16 => 2,
             Dtype::I8 | Dtype::U8 | Dtype::Bool => 1,
             Dtype::F8E4M3 | Dtype::F8E5M2 | Dtype::F8E8M0 => 1,
+            Dtype::Blocks(blocks) => blocks.bytes(),
         }
     }
 
-    /// Its name in a safetensors file.
+    /// Elements of a block; 1 where there are none.
+    pub const fn block(self) -> usize {
+        if let Dtype::Blocks(blocks) = self { blocks.weights() } else { 1 }
+    }
+
+    /// The type of the blocks, if it is of blocks.
+    pub const fn blocks(self) -> Option<Blocks> {
+        if let Dtype::Blocks(blocks) = self { Some(blocks) } else { None }
+    }
+
+    /// Its name in a safetensors file, or ggml's.
     pub const fn name(self) -> &'static str {
         match self {
             Dtype::F32 => "F32",
@@ -58,12 +78,26 @@ impl Dtype {
             Dtype::F8E4M3 => "F8_E4M3",
             Dtype::F8E5M2 => "F8_E5M2",
             Dtype::F8E8M0 => "F8_E8M0",
+            Dtype::Blocks(blocks) => blocks.name(),
         }
     }
 
     fn from_name(name: &str) -> Option<Dtype> {
         Dtype::ALL.into_iter().find(|dtype| dtype.name() == name)
     }
+}
+
+/// One tensor of a file: checked, so `buffer[range]` holds exactly `shape` x `dtype`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// Its name.
+    pub name: String,
+    /// Its element type.
+    pub dtype: Dtype,
+    /// Its dimensions, outermost first.
+    pub shape: Vec<usize>,
+    /// Where its bytes lie in the file.
+    pub range: Range<usize>,
 }
 
 /// A tensor inside a mapped file.
@@ -86,7 +120,7 @@ pub struct TensorView<'a> {
 pub struct Checkpoint {
     path: PathBuf,
     files: Vec<Mapped>,
-    tensors: Vec<(usize, safetensors::Entry)>, // (index of its file, entry), in file order
+    tensors: Vec<(usize, Entry)>, // (index of its file, entry), in file order
     by_name: HashMap<String, usize>,
 }
 
@@ -94,15 +128,17 @@ struct Mapped {
     name: String,
     map: Mmap,
     modified: Option<SystemTime>,
+    /// What a GGUF file says about itself; its tensors are with the others.
+    gguf: Option<gguf::Header>,
 }
 
 impl Checkpoint {
-    /// Opens one .safetensors file, or a folder with model.safetensors or with shards and their
-    /// model.safetensors.index.json. Every range is checked here.
+    /// Opens one .safetensors or GGUF file, or a folder with model.safetensors, with shards and their
+    /// model.safetensors.index.json, or with one GGUF model. Every range is checked here.
     pub fn open(path: &Path) -> Result<Checkpoint> {
         let kind = fs::metadata(path).map_err(|e| match e.kind() {
             ErrorKind::NotFound | ErrorKind::NotADirectory => Error::ModelNotFound(format!(
-                "{}: no such file or folder, expected a model folder",
+                "{}: no such file or folder, expected a model folder or a GGUF file",
                 path.display()
             )),
             _ => Error::io(path, e),
@@ -116,11 +152,16 @@ impl Checkpoint {
         let (single, index) =
             (path.join("model.safetensors"), path.join("model.safetensors.index.json"));
         if !kind.is_dir() {
-            checkpoint.add(path)?;
+            match gguf_at(path)? {
+                Some(path) => checkpoint.add_gguf(&path)?,
+                None => checkpoint.add(path)?,
+            }
         } else if single.exists() {
             checkpoint.add(&single)?;
         } else if let Some(json) = read_json(&index, MAX_INDEX)? {
             checkpoint.add_shards(&index, &json)?;
+        } else if let Some(path) = gguf_at(path)? {
+            checkpoint.add_gguf(&path)?;
         } else {
             return Err(nothing_to_open(path)?);
         }
@@ -129,16 +170,20 @@ impl Checkpoint {
 
     /// Maps one file and adds its tensors.
     fn add(&mut self, path: &Path) -> Result<()> {
-        if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf")) {
-            return Err(gguf(path));
-        }
         let meta = fs::metadata(path).map_err(|e| Error::io(path, e))?;
         if !meta.is_file() {
             return Err(Error::format(path, "expected a regular file")); // opening a pipe would wait
         }
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
         let map = map(&file).map_err(|e| Error::io(path, e))?;
-        let entries = safetensors::parse(&map).map_err(|what| Error::format(path, what))?;
+        let wrong = |what: String| Error::format(path, what);
+        let (gguf, entries) = if named_gguf(path) || map.starts_with(b"GGUF") {
+            let mut header = gguf::parse(&map).map_err(wrong)?;
+            let entries = std::mem::take(&mut header.tensors);
+            (Some(header), entries)
+        } else {
+            (None, safetensors::parse(&map).map_err(wrong)?)
+        };
         for entry in entries {
             let next = self.tensors.len();
             if let Some(earlier) = self.by_name.insert(entry.name.clone(), next) {
@@ -151,8 +196,55 @@ impl Checkpoint {
             self.tensors.push((self.files.len(), entry));
         }
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        self.files.push(Mapped { name, map, modified: meta.modified().ok() });
+        self.files.push(Mapped { name, map, modified: meta.modified().ok(), gguf });
         Ok(())
+    }
+
+    /// Adds a GGUF file with all its splits.
+    fn add_gguf(&mut self, path: &Path) -> Result<()> {
+        let split = Split::of(path);
+        let count = split.as_ref().map_or(1, |split| split.count);
+        for i in 0..count {
+            let path = split.as_ref().map_or(path.to_path_buf(), |split| split.path(i));
+            if !path.exists() {
+                let what =
+                    format!("split {} of {count} is not there; was the download complete?", i + 1);
+                return Err(Error::format(path, what));
+            }
+            self.add(&path)?;
+            let wrong = |what: String| Error::format(&path, what);
+            let metadata = self.files.last().and_then(Mapped::metadata);
+            let said = |key: &str| match metadata {
+                Some(metadata) => metadata.read(key, "a count", gguf::Value::as_u64).map_err(wrong),
+                None => Ok(None),
+            };
+            let own = said("split.count")?.unwrap_or(1).max(1);
+            if own != count as u64 {
+                let what = format!(
+                    "key `split.count`: found {own}, but the file's name says {count}; a split is called \
+                     NAME-00001-of-00002.gguf, and so on"
+                );
+                return Err(wrong(what));
+            }
+            let number = said("split.no")?.unwrap_or(0);
+            if number != i as u64 {
+                return Err(wrong(format!("key `split.no`: found {number}, expected {i}")));
+            }
+            let all = said("split.tensors.count")?.filter(|_| i + 1 == count);
+            if let Some(all) = all.filter(|all| *all != self.tensors.len() as u64) {
+                let found = self.tensors.len();
+                let what = format!(
+                    "key `split.tensors.count`: found {all}, but the splits have {found} tensors"
+                );
+                return Err(wrong(what));
+            }
+        }
+        Ok(())
+    }
+
+    /// What a GGUF file (the first, if it is split) says about its model.
+    pub fn metadata(&self) -> Option<gguf::Metadata<'_>> {
+        self.files.first()?.metadata()
     }
 
     /// Adds the shards that `index` names, and checks that each tensor lies where it says.
@@ -300,15 +392,7 @@ impl Checkpoint {
 
 /// Why a folder without safetensors cannot be opened; lists what is there.
 fn nothing_to_open(folder: &Path) -> Result<Error> {
-    let mut names = Vec::new();
-    for item in fs::read_dir(folder).map_err(|e| Error::io(folder, e))?.take(10_000) {
-        let item = item.map_err(|e| Error::io(folder, e))?;
-        names.push(item.file_name().to_string_lossy().into_owned());
-    }
-    names.sort_unstable();
-    if let Some(name) = names.iter().find(|name| name.ends_with(".gguf")) {
-        return Ok(gguf(&folder.join(name)));
-    }
+    let names = names(folder)?;
     let torch = |name: &&String| [".bin", ".pt", ".pth"].iter().any(|end| name.ends_with(end));
     let remedy = match names.iter().find(torch) {
         Some(name) => format!("; convert {name} to safetensors"),
@@ -320,16 +404,95 @@ fn nothing_to_open(folder: &Path) -> Result<Error> {
         n => format!("{}, ... ({n} names)", names[..12].join(", ")),
     };
     let what = format!(
-        "expected model.safetensors or model.safetensors.index.json, found {found}{remedy}"
+        "expected model.safetensors, model.safetensors.index.json or a GGUF file, found {found}{remedy}"
     );
     Ok(Error::format(folder, what))
 }
 
-fn gguf(path: &Path) -> Error {
-    Error::Unsupported(format!(
-        "{}: GGUF files are not supported yet; use the model's safetensors",
-        path.display()
-    ))
+impl Mapped {
+    fn metadata(&self) -> Option<gguf::Metadata<'_>> {
+        Some(gguf::Metadata::new(self.gguf.as_ref()?, &self.map))
+    }
+}
+
+/// Where a split GGUF model lies: FOLDER/PREFIX-00001-of-00003.gguf, and so on.
+struct Split {
+    prefix: String,
+    folder: PathBuf,
+    count: usize,
+}
+
+impl Split {
+    fn of(path: &Path) -> Option<Split> {
+        let stem = path.file_name()?.to_str()?.strip_suffix(".gguf")?;
+        let (rest, count) = stem.rsplit_once("-of-")?;
+        let (prefix, number) = rest.rsplit_once('-')?;
+        let digits = |text: &str| text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit());
+        if !digits(number) || !digits(count) {
+            return None;
+        }
+        let (number, count) = (number.parse::<usize>().ok()?, count.parse().ok()?);
+        let folder = path.parent().unwrap_or(Path::new("")).to_path_buf();
+        (1..=count).contains(&number).then(|| Split { prefix: prefix.to_owned(), folder, count })
+    }
+
+    fn path(&self, i: usize) -> PathBuf {
+        self.folder.join(format!("{}-{:05}-of-{:05}.gguf", self.prefix, i + 1, self.count))
+    }
+}
+
+/// The GGUF file that `path` is, or the only one (the first, if it is split) of a folder without safetensors. `None`:
+/// there is none.
+pub fn gguf_at(path: &Path) -> Result<Option<PathBuf>> {
+    if !path.is_dir() {
+        let magic = || {
+            let mut start = [0; 4];
+            let read = path.is_file()
+                && File::open(path).is_ok_and(|mut f| f.read_exact(&mut start).is_ok());
+            read && start == *b"GGUF"
+        };
+        return Ok((named_gguf(path) || magic()).then(|| path.to_path_buf()));
+    }
+    if ["model.safetensors", "model.safetensors.index.json"].iter().any(|n| path.join(n).exists()) {
+        return Ok(None);
+    }
+    let mut found = Vec::new();
+    for name in names(path)? {
+        let file = path.join(&name);
+        // mmproj-*: the vision or audio tower beside a model.
+        if named_gguf(&file) && !name.starts_with("mmproj") && !name.starts_with('.') {
+            found.push(Split::of(&file).map_or(file, |split| split.path(0)));
+        }
+    }
+    found.sort_unstable();
+    found.dedup();
+    match found.len() {
+        0 | 1 => Ok(found.pop()),
+        n => {
+            let names = found.iter().filter_map(|f| Some(f.file_name()?.to_string_lossy()));
+            let names: Vec<_> = names.take(8).collect();
+            let what = format!(
+                "found {n} GGUF models ({}), expected one; give the path of the file",
+                names.join(", ")
+            );
+            Err(Error::format(path, what))
+        }
+    }
+}
+
+fn named_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|e| e.eq_ignore_ascii_case("gguf"))
+}
+
+/// The names in a folder, sorted.
+fn names(folder: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for item in fs::read_dir(folder).map_err(|e| Error::io(folder, e))?.take(10_000) {
+        let item = item.map_err(|e| Error::io(folder, e))?;
+        names.push(item.file_name().to_string_lossy().into_owned());
+    }
+    names.sort_unstable();
+    Ok(names)
 }
 
 /// Maps a whole file for reading. As with [`Checkpoint`], the file must not be cut short while it is mapped.

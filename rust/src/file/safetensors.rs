@@ -1,29 +1,15 @@
 //! The safetensors header: 8 bytes of length, JSON, then the data without gaps. Checks every range once,
-//! so that a [`Entry`] can be sliced without thought; never reads tensor data, never allocates more than
+//! so that an [`Entry`] can be sliced without thought; never reads tensor data, never allocates more than
 //! a small multiple of the header.
 
-use super::Dtype;
+use super::{Dtype, Entry};
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
 use std::borrow::Cow;
 use std::fmt;
-use std::ops::Range;
 
 /// The longest header that is read, as in the reference implementation.
 const MAX_HEADER: u64 = 100_000_000;
-
-/// One tensor of a file: checked, so `buffer[range]` holds exactly `shape` x `dtype`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
-    /// Its name.
-    pub name: String,
-    /// Its element type.
-    pub dtype: Dtype,
-    /// Its dimensions, outermost first.
-    pub shape: Vec<usize>,
-    /// Where its bytes lie in the file.
-    pub range: Range<usize>,
-}
 
 /// The tensors of a whole safetensors file in the order of their data, or what is wrong with it.
 pub fn parse(buffer: &[u8]) -> Result<Vec<Entry>, String> {

@@ -110,7 +110,7 @@ pub(super) fn block_offset(form: Form, b: usize) -> usize {
 }
 
 /// Writes one block of 16 rows. `out` is as long as the block.
-pub(super) fn pack_q4(rows: &[BlockQ4; ROWS], out: &mut [u8]) {
+pub fn pack_q4(rows: &[BlockQ4; ROWS], out: &mut [u8]) {
     let (header, lines) = out.split_at_mut(Q4_HEADER);
     for (r, row) in rows.iter().enumerate() {
         header[4 * r..4 * r + 4].copy_from_slice(&row.d.to_le_bytes());

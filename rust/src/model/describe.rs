@@ -3,7 +3,6 @@
 use super::spec::{self, Ffn, Mixer};
 use super::{LoadOptions, forward, kv, weights};
 use crate::Result;
-use crate::file::Checkpoint;
 use std::path::Path;
 
 /// What a model is and what it will take.
@@ -36,11 +35,10 @@ pub struct Description {
 /// Positions computed at once, which windows need room for.
 const CHUNK: usize = 512;
 
-/// Describes the model in `folder` as it would be loaded with `options`.
+/// Describes the model in `folder`, or the GGUF file that it is, as it would be loaded with `options`.
 pub fn describe(folder: &Path, options: &LoadOptions) -> Result<Description> {
-    let spec = super::spec_of(folder, options)?;
-    let checkpoint = Checkpoint::open(folder)?;
-    let packed = weights::sizes(folder, &checkpoint, &spec, options.quantization)?;
+    let (spec, checkpoint, path) = super::open(folder, options)?;
+    let packed = weights::sizes(&path, &checkpoint, &spec, options.quantization)?;
     let mut stored = Vec::new();
     for tensor in checkpoint.names().filter_map(|name| checkpoint.get(name)) {
         add(&mut stored, tensor.dtype.name(), tensor.bytes.len() as u64);

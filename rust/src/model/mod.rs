@@ -12,7 +12,8 @@ pub use describe::{Description, describe};
 pub use forward::{Kv, Model};
 
 use crate::backend::cpu::Cpu;
-use crate::{Error, Result, file};
+use crate::file::{self, Checkpoint};
+use crate::{Error, Result};
 use spec::Spec;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -159,20 +160,29 @@ impl LoadOptions {
 /// config.json is read up to this many bytes.
 const MAX_CONFIG: u64 = 16 << 20;
 
-fn spec_of(folder: &Path, options: &LoadOptions) -> Result<Spec> {
+/// The model in `folder`, or in the GGUF file that `folder` is or has: what it is, and its tensors, with their path.
+fn open(folder: &Path, options: &LoadOptions) -> Result<(Spec, Checkpoint, PathBuf)> {
+    let family = options.family.as_deref();
+    if let Some(path) = file::gguf_at(folder)? {
+        let checkpoint = Checkpoint::open(&path)?;
+        let facts = spec::gguf::facts(&path, &checkpoint)?;
+        return Ok((Spec::of_gguf(&path, &facts, family)?, checkpoint, path));
+    }
     let path = folder.join("config.json");
     let config = file::read_json(&path, MAX_CONFIG)?.ok_or_else(|| {
-        Error::ModelNotFound(format!("{}: no such file, expected a model folder", path.display()))
+        let path = path.display();
+        let what = format!("{path}: no such file, expected a model folder or a GGUF file");
+        Error::ModelNotFound(what)
     })?;
-    Spec::new(&config, options.family.as_deref())
+    Ok((Spec::new(&config, family)?, Checkpoint::open(folder)?, folder.to_path_buf()))
 }
 
-/// Loads the model in `folder` onto the CPU.
+/// Loads the model in `folder` onto the CPU, or the GGUF file that `folder` is or has.
 pub fn load(folder: &Path, mut options: LoadOptions) -> Result<Model<Cpu>> {
-    let spec = spec_of(folder, &options)?;
+    let (spec, checkpoint, path) = open(folder, &options)?;
     let threads = options.threads.unwrap_or_else(|| crate::backend::cpu::topology::auto().count);
     let backend = Cpu::new(threads, options.isa.as_deref())?;
-    let weights = weights::load(folder, &spec, &backend, &mut options)?;
+    let weights = weights::load(&path, &checkpoint, &spec, &backend, &mut options)?;
     let (groups, group_of) = forward::kv_groups(&spec, options.kv_dtype);
     Ok(Model { spec, backend, weights, kv_dtype: options.kv_dtype, group_of, groups })
 }

@@ -8,7 +8,7 @@ use super::cache;
 use super::spec::{self, Act, Gate, Names, QkNorm, Slice, Spec, Values};
 use super::{LoadOptions, Quantization};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
-use crate::backend::{Activation, Backend, Expert, Form, HeadRows, Part, Parts};
+use crate::backend::{Activation, Backend, Expert, Form, HeadRows, Kept, Part, Parts};
 use crate::file::{Checkpoint, Dtype, TensorView};
 use crate::{Error, Result};
 use std::path::Path;
@@ -327,7 +327,7 @@ impl<'a> Reader<'a> {
         Ok(tensor)
     }
 
-    /// The tensors of a weight, their shapes and types checked. One, or two for MXFP4.
+    /// The tensors of a weight, their shapes and types checked. One, or two for MXFP4. Blocks are stored as F32.
     fn tensors(&self, place: &Slice) -> Result<(Vec<TensorView<'a>>, Form)> {
         let tensor = |(name, shape): (String, Vec<usize>)| self.tensor(&name, &shape);
         let tensors: Vec<_> = place.tensors().into_iter().map(tensor).collect::<Result<_>>()?;
@@ -337,6 +337,7 @@ impl<'a> Reader<'a> {
                 (Dtype::F32, false) => Form::F32,
                 (Dtype::F16, false) => Form::F16,
                 (Dtype::BF16, false) => Form::Bf16,
+                (Dtype::Blocks(_), false) if place.column == 1 => Form::F32,
                 (Dtype::U8, true) => Form::Mxfp4,
                 (other, mxfp4) => {
                     return Err(Error::Unsupported(format!(
@@ -364,7 +365,8 @@ impl<'a> Reader<'a> {
         }
         let scales = tensors.get(1).map_or(&[][..], |scales| scales.bytes);
         let Slice { row, column, .. } = *place;
-        let part = Part { stored, n, bytes: tensors[0].bytes, row, column, scales };
+        let blocks = tensors[0].dtype.blocks();
+        let part = Part { stored, blocks, n, bytes: tensors[0].bytes, row, column, scales };
         Ok((tensors, part))
     }
 
@@ -375,7 +377,13 @@ impl<'a> Reader<'a> {
 
     /// `n` rows of `k` numbers as f32.
     fn values(&self, place: &Slice, n: usize, k: usize) -> Result<Vec<f32>> {
-        let (_, Part { stored, bytes, row, column, .. }) = self.part(place, n, k)?;
+        let (_, Part { stored, blocks, bytes, row, column, .. }) = self.part(place, n, k)?;
+        let decoded: Vec<u8> = blocks.map_or(Vec::new(), |blocks| {
+            let mut values = vec![0.0f32; bytes.len() / blocks.bytes() * blocks.weights()];
+            blocks.decode(bytes, &mut values);
+            values.iter().flat_map(|x| x.to_le_bytes()).collect()
+        });
+        let bytes = if blocks.is_some() { &decoded } else { bytes };
         let (words, halves) = (bytes.as_chunks().0, bytes.as_chunks().0);
         let value = |i: usize| {
             let at = i / k * row + i % k * column;
@@ -411,15 +419,27 @@ impl<'a> Reader<'a> {
         let Source { parts, k, interleaved, exact } = source;
         let mut form = None;
         for (place, _) in &parts {
-            let (_, stored) = self.tensors(place)?;
+            let (tensors, stored) = self.tensors(place)?;
+            let blocks = tensors[0].dtype.blocks();
+            let kept = blocks.map_or(stored, |blocks| match blocks.kept() {
+                Kept::Q4 => Form::Q4,
+                Kept::Q8 => Form::Q8,
+                Kept::Mxfp4 => Form::Mxfp4,
+            });
             let wanted = match quantization {
-                Quantization::None if stored == Form::Mxfp4 => Form::Mxfp4Float,
-                _ if exact || stored == Form::Mxfp4 => stored,
+                Quantization::None if kept == Form::Mxfp4 => Form::Mxfp4Float,
+                Quantization::None => stored,
+                _ if exact => stored,
+                _ if kept == Form::Mxfp4 => kept,
                 Quantization::Int4 => Form::Q4,
                 Quantization::Int8 => Form::Q8,
-                Quantization::Auto | Quantization::None => stored,
+                Quantization::Auto => kept,
             };
-            if *form.get_or_insert(wanted) != wanted {
+            let form = form.get_or_insert(wanted);
+            if *form == wanted {
+                continue;
+            }
+            if self.checkpoint.metadata().is_none() {
                 return Err(Error::Unsupported(format!(
                     "tensor `{}`: found {}, but `{}` beside it is stored otherwise; use quantization=\"int8\"",
                     place.tensor,
@@ -427,6 +447,9 @@ impl<'a> Reader<'a> {
                     parts[0].0.tensor
                 )));
             }
+            // GGUF files mix types: a form that holds both nearly, or exactly.
+            let exact = !form.is_quantized() && !wanted.is_quantized();
+            *form = if exact { Form::F32 } else { Form::Q8 };
         }
         let n = parts.iter().map(|(_, n)| n).sum::<usize>();
         let n = if interleaved { 2 * (n / 2).next_multiple_of(16) } else { n };
@@ -739,12 +762,12 @@ pub(super) fn sizes(
 /// Reads, quantizes and packs all weights; or maps them, if `options.cache_dir` holds them packed.
 pub(super) fn load(
     folder: &Path,
+    checkpoint: &Checkpoint,
     spec: &Spec,
     cpu: &Cpu,
     options: &mut LoadOptions,
 ) -> Result<Weights<Mat, Vec<f32>>> {
-    let checkpoint = Checkpoint::open(folder)?;
-    let reader = Reader::new(folder, &checkpoint, spec);
+    let reader = Reader::new(folder, checkpoint, spec);
     let plans = reader.plans(options.quantization)?;
     reader.refuse_unused()?;
     let joined = |mats: Vec<Mat>| {
@@ -753,7 +776,7 @@ pub(super) fn load(
     };
     let total: u64 = plans.iter().map(|p| p.bytes() as u64).sum();
     let mut cache = match &options.cache_dir {
-        Some(dir) if total >= cache::WORTH => Some(cache::Cache::new(dir, &checkpoint, &plans)),
+        Some(dir) if total >= cache::WORTH => Some(cache::Cache::new(dir, checkpoint, &plans)),
         _ => None,
     };
     if let Some(mats) = cache.as_ref().and_then(|cache| cache.read(&plans)) {

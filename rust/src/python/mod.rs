@@ -8,6 +8,7 @@ mod matrix;
 use crate::backend::cpu::{Cpu, topology};
 use crate::chat::{ChatTemplate, special_tokens};
 use crate::engine::{self, EngineConfig};
+use crate::file;
 use crate::kernels;
 use crate::model::{self, Forward, KvDtype, LoadOptions, Model, Quantization};
 use crate::sample::Sampling;
@@ -475,7 +476,7 @@ fn open(folder: &Path, options: Options) -> Result<(engine::Engine<Model<Cpu>>, 
     };
     let model = Arc::new(model::load(folder, load)?);
     if eos.is_empty() {
-        eos.extend(tokenizer.eos().map(|(id, _)| id));
+        eos.extend(tokenizer.ends());
     }
     let spec = &model.spec;
     engine.context_length = context_length.unwrap_or(spec.context_length);
@@ -591,6 +592,19 @@ fn threads() -> (usize, String) {
     (threads.count, threads.why)
 }
 
+/// What a file or a folder says about itself, as JSON.
+#[pyfunction]
+fn inspect(py: Python<'_>, path: PathBuf) -> PyResult<String> {
+    let report = py.detach(|| file::inspect(&path));
+    report.map(|report| report.to_string()).map_err(raise(py))
+}
+
+/// The GGUF file that `path` is, or that the folder `path` has for a model.
+#[pyfunction]
+fn gguf_at(py: Python<'_>, path: PathBuf) -> PyResult<Option<PathBuf>> {
+    file::gguf_at(&path).map_err(raise(py))
+}
+
 /// `ferrule._core`.
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -600,6 +614,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(threads, module)?)?;
     module.add_function(wrap_pyfunction!(describe, module)?)?;
     module.add_function(wrap_pyfunction!(cpu_features, module)?)?;
+    module.add_function(wrap_pyfunction!(gguf_at, module)?)?;
+    module.add_function(wrap_pyfunction!(inspect, module)?)?;
     module.add_function(wrap_pyfunction!(matrix::quantize_int4, module)?)?;
     module.add_function(wrap_pyfunction!(matrix::quantize_int8, module)?)?;
     module.add_class::<matrix::QMatrix>()?;

@@ -15,10 +15,13 @@
 //! The third, [`BlockMxfp4`], is a format of checkpoints: small integers and a power of two for each [`GROUP`], hence
 //! an exact integer and one float step per group.
 
+mod blocks;
+mod grids;
 mod mxfp4;
 mod q4;
 mod q8;
 
+pub use blocks::{Blocks, Kept};
 pub use mxfp4::{BlockMxfp4, TWICE};
 pub use q4::BlockQ4;
 pub use q8::BlockQ8;

@@ -2,6 +2,7 @@
 //! kernels. Knows no family and no file.
 
 mod attention;
+mod exact;
 mod latent;
 mod memory;
 mod moe;
@@ -19,7 +20,7 @@ use super::{
     Parts, QkNorm, Recurrent, Routing, Score, Span,
 };
 use crate::kernels::{Acts, Form, Kernels, layout};
-use crate::quant::{BLOCK, BlockMxfp4, GROUP, GROUPS};
+use crate::quant::{BLOCK, GROUPS};
 use crate::{Error, Result};
 use layout::ROWS;
 use memory::Disjoint;
@@ -379,13 +380,14 @@ impl Cpu {
     ) -> std::result::Result<(), NotFinite> {
         let k = parts.k;
         let row = |r: usize| parts.locate(rb * ROWS + r);
-        if matches!(form, Form::Mxfp4 | Form::Mxfp4Float) {
-            return pack_mxfp4(form, parts, rb, out);
+        if exact::holds(form, parts) {
+            return exact::pack(form, parts, rb, out);
         }
         if !form.is_quantized() {
             let width = Part::width(form);
-            let rows: Vec<_> =
-                (0..ROWS).map(|r| row(r).map(|(p, i)| parts.parts[p].range(i, 0, k))).collect();
+            let rows: Vec<_> = (0..ROWS)
+                .map(|r| row(r).map(|(p, i)| parts.parts[p].floats_of(form, i, k)))
+                .collect();
             layout::pack_float(width, |r| rows[r].as_deref(), out);
             // Checked like quantized weights: a NaN would spread over every answer.
             let mut values = [0.0; BLOCK];
@@ -413,37 +415,6 @@ impl Cpu {
         }
         Ok(())
     }
-}
-
-/// Row block `rb` of `parts`, which are MXFP4, as it is.
-fn pack_mxfp4(
-    form: Form,
-    parts: &Parts<'_>,
-    rb: usize,
-    out: &mut [u8],
-) -> std::result::Result<(), NotFinite> {
-    let mut done = 0;
-    for b in (0..parts.k).step_by(BLOCK) {
-        let len = BLOCK.min(parts.k - b);
-        let mut rows = [BlockMxfp4::ZERO; ROWS];
-        for (r, row) in rows.iter_mut().enumerate() {
-            let Some((p, i)) = parts.locate(rb * ROWS + r) else { continue };
-            let part = &parts.parts[p];
-            let start = i * part.row + b;
-            for (j, byte) in part.bytes[start / 2..][..len / 2].iter().enumerate() {
-                (row.q[2 * j], row.q[2 * j + 1]) = (byte & 15, byte >> 4);
-            }
-            let e = &part.scales[start / GROUP..][..len / GROUP];
-            row.e[..e.len()].copy_from_slice(e);
-            if let Some(g) = e.iter().position(|&e| e == BlockMxfp4::NAN) {
-                return Err((p, i, b + g * GROUP));
-            }
-        }
-        let bytes = form.row_block_bytes(len);
-        layout::pack_mxfp4(&rows, &mut out[done..done + bytes]);
-        done += bytes;
-    }
-    Ok(())
 }
 
 /// `Err` with the index of the first number that is not finite.
@@ -793,6 +764,16 @@ impl Part<'_> {
         if stored == Form::F32 { 4 } else { 2 }
     }
 
+    /// The `k` numbers of row `i` in a float form: their own, or F32.
+    fn floats_of(&self, form: Form, i: usize, k: usize) -> Cow<'_, [u8]> {
+        if self.stored == form && self.blocks.is_none() {
+            return self.range(i, 0, k);
+        }
+        let mut values = vec![0.0; k];
+        self.values(i, 0, &mut values);
+        values.iter().flat_map(|x| x.to_le_bytes()).collect()
+    }
+
     /// The bytes of `len` numbers of row `i`, from number `from` on.
     fn range(&self, i: usize, from: usize, len: usize) -> Cow<'_, [u8]> {
         let width = Part::width(self.stored);
@@ -806,6 +787,10 @@ impl Part<'_> {
 
     /// Numbers `from..from + out.len()` of row `i`.
     fn values(&self, i: usize, from: usize, out: &mut [f32]) {
+        if let Some(blocks) = self.blocks {
+            let before = (i * self.row + from) / blocks.weights() * blocks.bytes();
+            return blocks.decode(&self.bytes[before..], out);
+        }
         let bytes = &self.range(i, from, out.len())[..];
         match self.stored {
             Form::F32 => {

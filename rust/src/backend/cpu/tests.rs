@@ -79,6 +79,7 @@ fn mxfp4_is_kept_as_it_is() {
     // Two matrices whose rows alternate, as gate and up do.
     let part = |first: usize| Part {
         stored: Form::Mxfp4,
+        blocks: None,
         n,
         bytes: &codes[first * k / 2..],
         row: 2 * k,

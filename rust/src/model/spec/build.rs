@@ -2,12 +2,13 @@
 //! what the family says. Knows no tensor.
 
 use super::config::{Facts, Object, bad, shown};
-use super::family::Family;
+use super::family::{Family, Format};
 use super::gemma;
 use super::ropes::Ropes;
 use super::{Act, Attention, Ffn, Gate, Latent, Layer, Mixer, Norms, Place, QkNorm, Spec, Values};
 use crate::{Error, Result};
 use serde_json::Value;
+use std::path::Path;
 
 // No released model comes near these; they keep every product of two far below 2^64.
 pub(super) const MAX_LAYERS: usize = 10_000;
@@ -22,6 +23,24 @@ impl Spec {
     /// Reads `config`, the parsed `config.json`. `family` is the TOML text of a family to use instead of the one
     /// that ships for this architecture.
     pub fn new(config: &Value, family: Option<&str>) -> Result<Spec> {
+        Spec::read(config, family, Format::Config)
+    }
+
+    /// Reads `facts`, what the GGUF file `path` says ([`super::gguf::facts`]).
+    pub fn of_gguf(path: &Path, facts: &Value, family: Option<&str>) -> Result<Spec> {
+        Spec::read(facts, family, Format::Gguf).map_err(|error| match error {
+            Error::Format { file, what } if file == Path::new("config.json") => {
+                Error::format(path, format!("metadata: {what}"))
+            }
+            Error::Unsupported(what) => {
+                let what = what.strip_prefix("config.json: ").unwrap_or(&what);
+                Error::Unsupported(format!("{}: metadata: {what}", path.display()))
+            }
+            other => other,
+        })
+    }
+
+    fn read(config: &Value, family: Option<&str>, format: Format) -> Result<Spec> {
         let Some(top) = config.as_object() else {
             return Err(Error::format("config.json", "found no object, expected one"));
         };
@@ -31,9 +50,9 @@ impl Spec {
             return Err(top.bad("architectures", found, "a list with the model's class name"));
         };
         let family = match family {
-            None => Family::of(architecture, top.map)?,
+            None => Family::of(architecture, top.map, format)?,
             Some(text) => {
-                let family = Family::parse(text, "given")?;
+                let family = Family::parse(text, "given", format)?;
                 if !family.architectures.iter().any(|a| a == architecture) {
                     let names = family.architectures.join(", ");
                     let what =
@@ -50,6 +69,9 @@ impl Spec {
                 .ok_or_else(|| bad(key, "nothing", "an object that describes the text model"))?,
         };
         refuse(&family, architecture, &top, &text)?;
+        if format == Format::Gguf {
+            only_known(&family, architecture, &top)?;
+        }
         Spec::build(family, architecture, &Facts { top, text })
     }
 
@@ -277,6 +299,21 @@ fn refuse(family: &Family, architecture: &str, top: &Object<'_>, text: &Object<'
         }
     }
     Ok(())
+}
+
+/// Checks that a GGUF file says nothing that the family does not know: there, every key is about the arithmetic.
+fn only_known(family: &Family, architecture: &str, top: &Object<'_>) -> Result<()> {
+    let own =
+        |key: &str| key == "architectures" || key.ends_with(".weight") || key.ends_with(".bias");
+    let known = |key: &str| family.honoured.contains(key) || family.neutral.contains_key(key);
+    match top.keys().find(|key| !own(key) && !known(key)) {
+        None => Ok(()),
+        Some(key) => Err(Error::Unsupported(format!(
+            "config.json: {}: {} is not known for {architecture} here",
+            top.label(key),
+            top.get(key).map_or("nothing".to_owned(), shown)
+        ))),
+    }
 }
 
 /// The width of a feed-forward network, if it is given: as it is, or two thirds of it, times a factor, rounded up.

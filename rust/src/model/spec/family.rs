@@ -130,6 +130,15 @@ impl TryFrom<Value> for Fact {
     }
 }
 
+/// Whose facts a family is read for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Format {
+    /// `config.json`.
+    Config,
+    /// GGUF metadata: the family's table `[gguf]` is a difference from the rest of it.
+    Gguf,
+}
+
 /// One architecture family, its base merged in. `models/README.md` explains every field.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -271,11 +280,15 @@ pub(super) struct Family {
 impl Family {
     /// The family of `architecture`, and of the text model's type where several share a wrapper; or an error that
     /// names it and the nearest known ones.
-    pub(super) fn of(architecture: &str, config: &Map<String, Value>) -> Result<Family> {
+    pub(super) fn of(
+        architecture: &str,
+        config: &Map<String, Value>,
+        format: Format,
+    ) -> Result<Family> {
         let mut other = None;
         let mut near = Vec::new();
         for (name, text) in FAMILIES {
-            let family = Family::parse(text, name)?;
+            let family = Family::parse(text, name, format)?;
             for known in &family.architectures {
                 if known == architecture {
                     if family.fits(config) {
@@ -306,10 +319,22 @@ impl Family {
         kind.is_none_or(|kind| types.is_empty() || types.iter().any(|t| t == kind))
     }
 
-    /// Parses a family, merging its base in; `source` names the text in errors.
-    pub(super) fn parse(text: &str, source: &str) -> Result<Family> {
+    /// Parses a family, merging its base in; `source` names the text in errors. Only one that ships and is not known
+    /// to GGUF has no architectures.
+    pub(super) fn parse(text: &str, source: &str, format: Format) -> Result<Family> {
         let bad = |what: String| Error::format(format!("family {source}"), what);
-        let table = merged(text, source, 0)?;
+        let mut table = merged(text, source, 0)?;
+        let gguf = table.remove("gguf");
+        if format == Format::Gguf {
+            table.insert("architectures".to_owned(), Value::Array(Vec::new()));
+            table.remove("model_types");
+            table.remove("section");
+            match gguf {
+                Some(Value::Object(gguf)) => overlay(&mut table, gguf),
+                None => {}
+                Some(other) => return Err(bad(format!("gguf: found {other}, expected a table"))),
+            }
+        }
         let tables =
             ["moe", "recurrent", "gemma"].iter().filter_map(|name| table.get(*name)?.as_object());
         let facts = table.values().chain(tables.flat_map(|table| table.values()));
@@ -318,7 +343,7 @@ impl Family {
         let mut family: Family =
             serde_json::from_value(Value::Object(table)).map_err(|e| bad(e.to_string()))?;
         family.honoured = honoured;
-        if family.architectures.is_empty() {
+        if family.architectures.is_empty() && (format == Format::Config || source == "given") {
             return Err(bad("architectures: found an empty list, expected names".to_owned()));
         }
         Ok(family)
@@ -338,6 +363,7 @@ fn merged(text: &str, source: &str, depth: usize) -> Result<Map<String, Value>> 
     // What a family is called is never inherited, or two families would claim one architecture.
     result.remove("architectures");
     result.remove("model_types");
+    result.get_mut("gguf").and_then(Value::as_object_mut).map(|gguf| gguf.remove("architectures"));
     overlay(&mut result, table);
     Ok(result)
 }

@@ -5,6 +5,7 @@ mod build;
 mod config;
 mod family;
 mod gemma;
+pub mod gguf;
 mod latent;
 mod moe;
 mod names;

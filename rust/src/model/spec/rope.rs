@@ -53,6 +53,7 @@ impl Base<'_> {
         let own: &[&str] = match kind {
             "default" => &[],
             "linear" | "proportional" => &["factor"],
+            "divisors" => &["divisors"],
             "dynamic" => &["factor", "alpha", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"],
             "longrope" | "su" => &[
                 "factor",
@@ -116,6 +117,8 @@ impl Base<'_> {
                 let factor = need("factor")? as f32;
                 self.plain().iter().map(|f| f / factor).collect()
             }
+            // Of a GGUF file: one number for each frequency.
+            "divisors" => self.divided(params, "divisors")?,
             // Pairs of the whole head, of which those beyond a part have no frequency.
             "proportional" => {
                 let factor = positive("factor")?.unwrap_or(1.0) as f32;

@@ -1,6 +1,6 @@
 //! Tests of `Spec` on small configurations.
 
-use super::family::{FAMILIES, Family};
+use super::family::{FAMILIES, Family, Format};
 use super::gemma::GemmaFacts;
 use super::moe::MoeFacts;
 use super::names::{WEIGHTS, matches};
@@ -60,7 +60,8 @@ fn every_file_is_a_family_and_no_model_type_of_an_architecture_is_claimed_twice(
         let types = |a| family.model_types.iter().map(move |t| pair(a, t));
         family.architectures.iter().flat_map(types).collect()
     };
-    let all = FAMILIES.iter().flat_map(|(n, t)| pairs(Family::parse(t, n).unwrap()));
+    let all =
+        FAMILIES.iter().flat_map(|(n, t)| pairs(Family::parse(t, n, Format::Config).unwrap()));
     let mut all: Vec<(String, String)> = all.collect();
     all.sort();
     let count = all.len();

@@ -1,0 +1,84 @@
+//! Weights that a packed form holds exactly: MXFP4, and ternary blocks in the int4 form. Never rounds.
+
+use super::{NotFinite, Part, Parts};
+use crate::kernels::{Form, layout};
+use crate::quant::{BLOCK, BlockMxfp4, BlockQ4, Blocks, GROUP};
+use layout::ROWS;
+
+/// Whether `form` holds `parts` exactly; else they are quantized.
+pub(super) fn holds(form: Form, parts: &Parts<'_>) -> bool {
+    match form {
+        Form::Mxfp4 | Form::Mxfp4Float => true,
+        Form::Q4 => parts.parts.iter().all(|part| part.blocks.is_some_and(Blocks::is_ternary)),
+        _ => false,
+    }
+}
+
+/// Row block `rb` of `parts`, as they are.
+pub(super) fn pack(
+    form: Form,
+    parts: &Parts<'_>,
+    rb: usize,
+    out: &mut [u8],
+) -> Result<(), NotFinite> {
+    match form {
+        Form::Q4 => each(form, parts, rb, out, BlockQ4::ZERO, ternary, layout::pack_q4),
+        _ => each(form, parts, rb, out, BlockMxfp4::ZERO, mxfp4, layout::pack_mxfp4),
+    }
+}
+
+/// `read` gives up to [`BLOCK`] numbers of a part from one number on, or the place of one that is not finite.
+fn each<B: Copy>(
+    form: Form,
+    parts: &Parts<'_>,
+    rb: usize,
+    out: &mut [u8],
+    zero: B,
+    read: impl Fn(&Part<'_>, usize, usize) -> Result<B, usize>,
+    pack: impl Fn(&[B; ROWS], &mut [u8]),
+) -> Result<(), NotFinite> {
+    let mut done = 0;
+    for b in (0..parts.k).step_by(BLOCK) {
+        let len = BLOCK.min(parts.k - b);
+        let mut rows = [zero; ROWS];
+        for (r, row) in rows.iter_mut().enumerate() {
+            let Some((p, i)) = parts.locate(rb * ROWS + r) else { continue };
+            let part = &parts.parts[p];
+            *row = read(part, i * part.row + b, len).map_err(|at| (p, i, b + at))?;
+        }
+        let bytes = form.row_block_bytes(len);
+        pack(&rows, &mut out[done..done + bytes]);
+        done += bytes;
+    }
+    Ok(())
+}
+
+fn mxfp4(part: &Part<'_>, start: usize, len: usize) -> Result<BlockMxfp4, usize> {
+    let mut row = BlockMxfp4::ZERO;
+    if part.blocks == Some(Blocks::MXFP4) {
+        // An exponent before each 16 bytes, which hold number j beside number j + 16.
+        let blocks = part.bytes.as_chunks::<17>().0[start / GROUP..][..len / GROUP].iter();
+        for ((e, q), block) in row.e.iter_mut().zip(row.q.as_chunks_mut::<GROUP>().0).zip(blocks) {
+            *e = block[0];
+            for (j, byte) in block[1..].iter().enumerate() {
+                (q[j], q[j + 16]) = (byte & 15, byte >> 4);
+            }
+        }
+    } else {
+        for (j, byte) in part.bytes[start / 2..][..len / 2].iter().enumerate() {
+            (row.q[2 * j], row.q[2 * j + 1]) = (byte & 15, byte >> 4);
+        }
+        let e = &part.scales[start / GROUP..][..len / GROUP];
+        row.e[..e.len()].copy_from_slice(e);
+    }
+    match row.e.iter().position(|&e| e == BlockMxfp4::NAN) {
+        Some(g) => Err(g * GROUP),
+        None => Ok(row),
+    }
+}
+
+fn ternary(part: &Part<'_>, start: usize, _: usize) -> Result<BlockQ4, usize> {
+    let blocks = part.blocks.unwrap_or(Blocks::TQ2_0); // `holds` has looked
+    let bytes = &part.bytes[start / BLOCK * blocks.bytes()..][..blocks.bytes()];
+    blocks.ternary(bytes).filter(|block| block.d.is_finite()).ok_or(0)
+}
