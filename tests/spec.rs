@@ -329,7 +329,7 @@ proptest! {
                         Some((a.scale, a.rope, a.turned))
                     }
                     Mixer::Recurrent(r) => {
-                        prop_assert!((1..=16).contains(&r.shape.width));
+                        prop_assert!((2..=16).contains(&r.shape.width) && r.shape.state() > 0);
                         prop_assert!(r.shape.state() < usize::MAX / 1024);
                         None
                     }

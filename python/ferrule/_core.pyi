@@ -13,6 +13,7 @@ __all__ = [
     "QMatrix",
     "Request",
     "cpu_features",
+    "describe",
     "kernel_set",
     "kernel_sets",
     "quantize_int4",
@@ -139,6 +140,9 @@ def quantize_int4(
 def quantize_int8(
     w: NDArray[np.float32], *, threads: int | None = None, isa: str | None = None
 ) -> QMatrix: ...
+def describe(
+    folder: str, *, quantization: str, kv_cache_dtype: str, family: str | None
+) -> dict[str, Any]: ...
 def cpu_features() -> list[str]: ...
 def kernel_set() -> str: ...
 def kernel_sets() -> list[str]: ...

@@ -382,10 +382,11 @@ pub trait Backend: Send + Sync {
         out: &mut Self::Buf,
     );
     /// `out` = the recurrence of a core with heads over what [`Backend::conv`] gave, and its gated norm. `x` is the
-    /// projection; `conv` is left with what it holds.
+    /// projection, `rates` its last part; `conv` is left with what it holds.
     fn recur(
         &self,
         x: &Self::Buf,
+        rates: &Self::Buf,
         conv: &mut Self::Buf,
         how: &Recurrent,
         rows: &HeadRows<Self::Row>,

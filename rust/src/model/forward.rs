@@ -21,8 +21,8 @@ pub struct Model<B: Backend> {
     pub(super) kv_dtype: KvDtype,
     /// Index of each layer's [`KvGroup`].
     pub(super) group_of: Vec<usize>,
-    /// What the groups see.
-    pub(super) groups: Vec<Sees>,
+    /// The groups.
+    pub(super) groups: Vec<KvGroup>,
 }
 
 /// Keys, values and states of all sequences, and room for the activations of one step.
@@ -185,11 +185,15 @@ impl<B: Backend> Model<B> {
         let Kv { states, x, a, wide, out, after, .. } = kv;
         let input = self.normed(layer.attn_norm.as_ref(), x, a);
         b.linear(&w.input, w.input_bias.as_ref(), input, wide);
+        if let Some(heads) = &w.heads {
+            b.linear(&heads.rates, heads.rates_bias.as_ref(), input, after);
+        }
         b.conv(wide, shape, &w.taps, w.conv_bias.as_ref(), states, l, spans, out);
         let (y, a) = match &w.heads {
             None => (out, a),
-            Some(rows) => {
-                b.recur(wide, out, shape, rows, self.spec.eps, states, l, spans, a);
+            Some(heads) => {
+                let eps = self.spec.eps;
+                b.recur(wide, after, out, shape, &heads.rows, eps, states, l, spans, a);
                 (a, out)
             }
         };
@@ -298,16 +302,6 @@ impl<B: Backend> Model<B> {
 }
 
 impl Model<crate::backend::cpu::Cpu> {
-    /// Numbers that were trained.
-    pub fn parameters(&self) -> u64 {
-        let s = &self.spec;
-        let count = |weights: Vec<spec::Weight>| -> u64 {
-            weights.iter().map(|w| w.shape.iter().map(|&n| n as u64).product::<u64>()).sum()
-        };
-        let layers = (0..s.layers.len()).map(|l| count(s.layer_weights(l)));
-        count(s.model_weights()) + layers.sum::<u64>()
-    }
-
     /// Bytes of the packed matrices.
     pub fn weight_bytes(&self) -> u64 {
         self.weights.mats().map(|m| m.bytes().len() as u64).sum()
@@ -335,23 +329,13 @@ impl<B: Backend> Forward for Model<B> {
     }
 
     fn kv_groups(&self) -> Vec<KvGroup> {
-        let layer = |l: usize| {
-            let (paged, (_, state)) = self.kv_layer(l, 1);
-            paged.pages * paged.page_bytes(self.kv_dtype) + state * size_of::<f32>()
-        };
-        let group = |(g, &sees): (usize, &Sees)| KvGroup {
-            sees,
-            page_bytes: (0..self.group_of.len())
-                .filter(|&l| self.group_of[l] == g)
-                .map(layer)
-                .sum(),
-        };
-        self.groups.iter().enumerate().map(group).collect()
+        self.groups.clone()
     }
 
     fn new_kv(&self, pages: &[usize]) -> Result<Kv<B>> {
         let (b, s) = (&self.backend, &self.spec);
-        let layers = self.group_of.iter().enumerate().map(|(l, &g)| self.kv_layer(l, pages[g]));
+        let layers =
+            self.group_of.iter().enumerate().map(|(l, &g)| kv_layer(&s.layers[l], pages[g]));
         let (paged, states): (Vec<_>, Vec<_>) = layers.unzip();
         Ok(Kv {
             pages: b.kv(self.kv_dtype, &paged)?,
@@ -376,17 +360,6 @@ impl<B: Backend> Forward for Model<B> {
 }
 
 impl<B: Backend> Model<B> {
-    /// What `pages` pages of layer `l` hold: keys and values, or states and their size.
-    fn kv_layer(&self, l: usize, pages: usize) -> (KvLayer, (usize, usize)) {
-        let (pages, heads, head_dim, values, states) = match &self.spec.layers[l].mixer {
-            spec::Mixer::Attention(how) if how.kv_of.is_some() => (0, 1, 0, false, (0, 0)),
-            spec::Mixer::Attention(how) => (pages, how.kv_heads, how.head_dim, true, (0, 0)),
-            spec::Mixer::Latent(how) => (pages, 1, how.key_dim(), false, (0, 0)),
-            spec::Mixer::Recurrent(how) => (0, 1, 0, false, (pages, how.shape.state())),
-        };
-        (KvLayer { pages, heads, head_dim, values }, states)
-    }
-
     /// The hidden states of every position of a batch, f32 `[rows, hidden]` each: the first layer's input, then
     /// each layer's output after its residual sums. Of models with several streams `[streams, rows, hidden]`. For
     /// tests and evaluation.
@@ -419,7 +392,9 @@ impl<B: Backend> Model<B> {
                 Wanted::Last => wanted.push(first_row + len - 1),
                 Wanted::All => wanted.extend(first_row..first_row + len),
             }
-            for ((spans, table), sees) in spans.iter_mut().zip(chunk.pages).zip(&self.groups) {
+            for ((spans, table), KvGroup { sees, .. }) in
+                spans.iter_mut().zip(chunk.pages).zip(&self.groups)
+            {
                 debug_assert!(match sees {
                     Sees::State => table.len() == 2,
                     _ => table.len() * PAGE >= chunk.start + len,
@@ -467,4 +442,36 @@ impl<B: Backend> Model<B> {
         }
         Ok(b.read(wide))
     }
+}
+
+/// The groups of a model's layers, and the group of each layer.
+pub(super) fn kv_groups(spec: &Spec, dtype: KvDtype) -> (Vec<KvGroup>, Vec<usize>) {
+    let mut groups: Vec<KvGroup> = Vec::new();
+    let group_of = spec.layers.iter().map(|layer| {
+        let sees = match &layer.mixer {
+            spec::Mixer::Attention(how) => how.window.into(),
+            spec::Mixer::Latent(_) => Sees::All,
+            spec::Mixer::Recurrent(_) => Sees::State,
+        };
+        let g = groups.iter().position(|known| known.sees == sees).unwrap_or_else(|| {
+            groups.push(KvGroup { sees, page_bytes: 0 });
+            groups.len() - 1
+        });
+        let (paged, (_, state)) = kv_layer(layer, 1);
+        groups[g].page_bytes += paged.pages * paged.page_bytes(dtype) + state * size_of::<f32>();
+        g
+    });
+    let group_of = group_of.collect();
+    (groups, group_of)
+}
+
+/// What `pages` pages of a layer hold: keys and values, or states and their size.
+fn kv_layer(layer: &spec::Layer, pages: usize) -> (KvLayer, (usize, usize)) {
+    let (pages, heads, head_dim, values, states) = match &layer.mixer {
+        spec::Mixer::Attention(how) if how.kv_of.is_some() => (0, 1, 0, false, (0, 0)),
+        spec::Mixer::Attention(how) => (pages, how.kv_heads, how.head_dim, true, (0, 0)),
+        spec::Mixer::Latent(how) => (pages, 1, how.key_dim(), false, (0, 0)),
+        spec::Mixer::Recurrent(how) => (0, 1, 0, false, (pages, how.shape.state())),
+    };
+    (KvLayer { pages, heads, head_dim, values }, states)
 }

@@ -1,12 +1,14 @@
 //! A model: architecture as data (`spec`), weights, the one forward pass, the paged KV cache.
 
 mod cache;
+mod describe;
 mod forward;
 pub mod kv;
 pub mod spec;
 mod weights;
 
 pub use crate::backend::{KvDtype, PAGE};
+pub use describe::{Description, describe};
 pub use forward::{Kv, Model};
 
 use crate::backend::cpu::Cpu;
@@ -157,28 +159,20 @@ impl LoadOptions {
 /// config.json is read up to this many bytes.
 const MAX_CONFIG: u64 = 16 << 20;
 
-/// Loads the model in `folder` onto the CPU.
-pub fn load(folder: &Path, mut options: LoadOptions) -> Result<Model<Cpu>> {
+fn spec_of(folder: &Path, options: &LoadOptions) -> Result<Spec> {
     let path = folder.join("config.json");
     let config = file::read_json(&path, MAX_CONFIG)?.ok_or_else(|| {
         Error::ModelNotFound(format!("{}: no such file, expected a model folder", path.display()))
     })?;
-    let spec = Spec::new(&config, options.family.as_deref())?;
+    Spec::new(&config, options.family.as_deref())
+}
+
+/// Loads the model in `folder` onto the CPU.
+pub fn load(folder: &Path, mut options: LoadOptions) -> Result<Model<Cpu>> {
+    let spec = spec_of(folder, &options)?;
     let threads = options.threads.unwrap_or_else(|| crate::backend::cpu::topology::auto().count);
     let backend = Cpu::new(threads, options.isa.as_deref())?;
     let weights = weights::load(folder, &spec, &backend, &mut options)?;
-    let mut groups: Vec<Sees> = Vec::new();
-    let group_of = spec.layers.iter().map(|layer| {
-        let sees = match &layer.mixer {
-            spec::Mixer::Attention(how) => how.window.into(),
-            spec::Mixer::Latent(_) => Sees::All,
-            spec::Mixer::Recurrent(_) => Sees::State,
-        };
-        groups.iter().position(|known| *known == sees).unwrap_or_else(|| {
-            groups.push(sees);
-            groups.len() - 1
-        })
-    });
-    let group_of = group_of.collect();
+    let (groups, group_of) = forward::kv_groups(&spec, options.kv_dtype);
     Ok(Model { spec, backend, weights, kv_dtype: options.kv_dtype, group_of, groups })
 }

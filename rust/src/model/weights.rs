@@ -79,9 +79,17 @@ pub(super) struct Recurrent<M, V> {
     /// `[width, channels]`.
     pub(super) taps: V,
     pub(super) conv_bias: Option<V>,
-    pub(super) heads: Option<HeadRows<V>>,
+    pub(super) heads: Option<Heads<M, V>>,
     pub(super) out: M,
     pub(super) out_bias: Option<V>,
+}
+
+/// The weights of a recurrence over matrices.
+pub(super) struct Heads<M, V> {
+    /// The last part of the projection.
+    pub(super) rates: M,
+    pub(super) rates_bias: Option<V>,
+    pub(super) rows: HeadRows<V>,
 }
 
 /// The weights of a feed-forward network.
@@ -133,7 +141,9 @@ impl<M, V> Mixer<M, V> {
     fn mats(&self) -> Vec<&M> {
         match self {
             Mixer::Attention(a) => vec![&a.qkv, &a.o],
-            Mixer::Recurrent(r) => vec![&r.input, &r.out],
+            Mixer::Recurrent(r) => {
+                [&r.input, &r.out].into_iter().chain(r.heads.as_ref().map(|h| &h.rates)).collect()
+            }
             Mixer::Latent(a) => {
                 let mut mats = vec![&a.q, &a.kv_a, &a.o, &a.keys, &a.values];
                 mats.extend(a.q_a.as_ref().map(|(q_a, _)| q_a));
@@ -622,6 +632,27 @@ fn interleave(a: &[f32], b: &[f32]) -> Vec<f32> {
         }
     }
     out
+}
+
+/// What the weights will take in memory: the bytes of each form.
+pub(super) fn sizes(
+    folder: &Path,
+    checkpoint: &Checkpoint,
+    spec: &Spec,
+    quantization: Quantization,
+) -> Result<Vec<(&'static str, u64)>> {
+    let reader = Reader::new(folder, checkpoint, spec);
+    let plans = reader.plans(quantization)?;
+    reader.refuse_unused()?;
+    let mut sizes: Vec<(&str, u64)> = Vec::new();
+    for plan in plans {
+        let (form, bytes) = (plan.form.name(), plan.bytes() as u64);
+        match sizes.iter_mut().find(|(name, _)| *name == form) {
+            Some((_, sum)) => *sum += bytes,
+            None => sizes.push((form, bytes)),
+        }
+    }
+    Ok(sizes)
 }
 
 /// Reads, quantizes and packs all weights; or maps them, if `options.cache_dir` holds them packed.

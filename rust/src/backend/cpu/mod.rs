@@ -741,6 +741,7 @@ impl Backend for Cpu {
     fn recur(
         &self,
         x: &Buf,
+        rates: &Buf,
         conv: &mut Buf,
         how: &Recurrent,
         rows: &HeadRows<Vec<f32>>,
@@ -750,7 +751,7 @@ impl Backend for Cpu {
         spans: &[Span<'_>],
         out: &mut Buf,
     ) {
-        self.recurrence(x, conv, how, rows, eps, (states, layer), spans, out);
+        self.recurrence((x, rates), conv, how, rows, eps, (states, layer), spans, out);
     }
 
     fn select(&self, x: &Buf, rows: &[usize], out: &mut Buf) {

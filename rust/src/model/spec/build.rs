@@ -145,6 +145,10 @@ impl Spec {
             rope_interleaved: facts.flag(&family.rope_interleaved)?,
         };
         let latent = Latent::read(&family, facts, (hidden, heads, head_dim))?;
+        if parallel && latent.is_some() {
+            let what = "found latent attention in parallel layers, expected ordinary attention";
+            return Err(Error::format(format!("family of {architecture}"), what));
+        }
         let ffns = ffns(&family, facts, hidden, windows.len())?;
         let states = match &family.recurrent {
             Some(recurrent) => recurrent.at(facts, &family, windows.len())?,
@@ -190,7 +194,7 @@ impl Spec {
                 "gelu" | "gelu_python" => Act::Gelu,
                 "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" | "gelu_accurate" => Act::GeluTanh,
                 "relu2" => Act::Relu2,
-                "clamped_swiglu" => Act::ClampedSwiglu,
+                "clamped_swiglu" if family.gated => Act::ClampedSwiglu,
                 "xielu" if !family.gated => Act::XIelu,
                 other => {
                     return Err(Error::Unsupported(format!(

@@ -128,6 +128,36 @@ impl Spec {
         Ok(())
     }
 
+    /// Numbers that were trained: all, and those that one token is multiplied by. Of the experts that is the part that
+    /// is chosen, and of the embedding one row, unless it is the head, too.
+    pub fn parameters(&self) -> (u64, u64) {
+        let (mut all, mut active) = (0u64, 0u64);
+        let mut add = |weight: &Weight, used: u64, of: u64| {
+            let n = weight.shape.iter().fold(1u64, |n, &d| n.saturating_mul(d as u64));
+            all = all.saturating_add(n);
+            active = active.saturating_add(n / of * used);
+        };
+        for weight in self.model_weights() {
+            match weight.what {
+                "embed" | "positions" if !(self.tied && weight.what == "embed") => {
+                    add(&weight, 1, weight.shape[0] as u64);
+                }
+                _ => add(&weight, 1, 1),
+            }
+        }
+        for (l, layer) in self.layers.iter().enumerate() {
+            for weight in self.layer_weights(l) {
+                match &layer.ffn {
+                    Ffn::Moe(moe) | Ffn::Beside(_, moe) if weight.what.starts_with("expert_") => {
+                        add(&weight, moe.routing.top_k as u64, moe.experts as u64);
+                    }
+                    _ => add(&weight, 1, 1),
+                }
+            }
+        }
+        (all, active)
+    }
+
     /// The weights outside the layers.
     pub fn model_weights(&self) -> Vec<Weight> {
         let all = [
