@@ -4,6 +4,9 @@ mod gemma;
 mod latent;
 mod recurrent;
 
+pub(super) use gemma::{AltUp, Beside, Gemma, GemmaLayer};
+pub(super) use latent::Latent;
+
 use super::cache;
 use super::spec::{self, Act, Gate, Names, QkNorm, Slice, Spec, Values};
 use super::{LoadOptions, Quantization};
@@ -69,20 +72,6 @@ pub(super) struct Attention<M, V> {
     pub(super) o_bias: Option<V>,
 }
 
-/// The weights of latent attention, see [`spec::Latent`].
-pub(super) struct Latent<M, V> {
-    pub(super) q_a: Option<(M, V)>,
-    /// From the input, or from `q_a`'s output.
-    pub(super) q: M,
-    pub(super) kv_a: M,
-    pub(super) kv_norm: V,
-    pub(super) o: M,
-    /// For each head `[rank, nope]`: what the released `kv_b` makes keys with, transposed.
-    pub(super) keys: M,
-    /// For each head `[value, rank]`: what it makes values with.
-    pub(super) values: M,
-}
-
 /// The weights of a mixer with a state.
 pub(super) struct Recurrent<M, V> {
     pub(super) input: M,
@@ -131,60 +120,6 @@ pub(super) struct Shared<M> {
     pub(super) down: M,
     /// One row.
     pub(super) router: Option<M>,
-}
-
-/// As [`spec::Ffn::Beside`].
-pub(super) struct Beside<M, V> {
-    pub(super) dense: Dense<M, V>,
-    pub(super) moe: Moe<M, V>,
-    /// Divided by `sqrt(hidden)`.
-    pub(super) router_norm: V,
-    pub(super) dense_after_norm: V,
-    pub(super) experts_norm: V,
-    pub(super) experts_after_norm: V,
-}
-
-/// As [`spec::Gemma`], outside the layers.
-pub(super) struct Gemma<M, V> {
-    pub(super) inputs: Option<Inputs<M, V>>,
-    /// The projections into and out of each stream but the first.
-    pub(super) streams: Vec<(M, M)>,
-}
-
-/// As [`spec::Inputs`], of all layers.
-pub(super) struct Inputs<M, V> {
-    pub(super) embed: M,
-    pub(super) proj: M,
-    /// Divided by `sqrt(2)`.
-    pub(super) norm: V,
-}
-
-/// As [`spec::Gemma`], of one layer.
-pub(super) struct GemmaLayer<M, V> {
-    pub(super) input: Option<LayerInput<M, V>>,
-    pub(super) scale: Option<f32>,
-    pub(super) altup: Option<AltUp<M, V>>,
-}
-
-/// As [`spec::Inputs`], of one layer.
-pub(super) struct LayerInput<M, V> {
-    pub(super) act: Activation,
-    pub(super) gate: M,
-    pub(super) out: M,
-    pub(super) norm: V,
-}
-
-/// As [`spec::Streams`].
-pub(super) struct AltUp<M, V> {
-    /// Divided by `hidden`.
-    pub(super) router_norm: V,
-    pub(super) router: M,
-    pub(super) predict: M,
-    pub(super) correct: M,
-    pub(super) scale: V,
-    pub(super) left: M,
-    pub(super) right: M,
-    pub(super) laurel_norm: V,
 }
 
 impl<M, V> Weights<M, V> {
@@ -244,22 +179,6 @@ impl<M, V> Moe<M, V> {
         }
         mats.push(&self.router);
         mats
-    }
-}
-
-impl<M, V> Gemma<M, V> {
-    fn mats(&self) -> Vec<&M> {
-        let inputs = self.inputs.iter().flat_map(|inputs| [&inputs.embed, &inputs.proj]);
-        inputs.chain(self.streams.iter().flat_map(|(a, b)| [a, b])).collect()
-    }
-}
-
-impl<M, V> GemmaLayer<M, V> {
-    fn mats(&self) -> Vec<&M> {
-        let input = self.input.iter().flat_map(|input| [&input.gate, &input.out]);
-        let altup = self.altup.iter();
-        let altup = altup.flat_map(|a| [&a.router, &a.predict, &a.correct, &a.left, &a.right]);
-        input.chain(altup).collect()
     }
 }
 

@@ -51,6 +51,8 @@ pub struct Streams {
     pub count: usize,
     /// Rows of `left`.
     pub laurel_rank: usize,
+    /// The released code clamps the numbers of `correct` to this; those of releases are within, others are refused.
+    pub clip: f32,
 }
 
 /// The table `[gemma]` of a family. `models/README.md` explains every field.
@@ -75,6 +77,8 @@ pub(super) struct GemmaFacts {
     streams: Fact,
     #[serde(default)]
     laurel_rank: Fact,
+    #[serde(default)]
+    coefficient_clip: Fact,
     #[serde(default)]
     sparsity: Fact,
 }
@@ -124,6 +128,9 @@ impl GemmaFacts {
             Some(count) => Some(Streams {
                 count,
                 laurel_rank: facts.need_count(&self.laurel_rank, MAX_WIDTH)?,
+                clip: facts
+                    .number(&self.coefficient_clip, 0.0, 1e9)?
+                    .map_or(f32::MAX, |c| c as f32),
             }),
         };
         // Streams are written for models that have inputs; the projections of stream l + 1 are found with layer l.

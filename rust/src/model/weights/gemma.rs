@@ -1,8 +1,79 @@
-//! Reads the weights that only Gemma 3n and 4 have. Never packs.
+//! The weights that only Gemma 3n and 4 have. Never packs.
 
-use super::{AltUp, Beside, Dense, Gemma, GemmaLayer, Inputs, LayerInput, Moe, Reader, Source};
-use crate::Result;
+use super::{Dense, Moe, Reader, Source};
+use crate::backend::Activation;
 use crate::model::spec::{self, Slice};
+use crate::{Error, Result};
+
+/// As [`spec::Ffn::Beside`].
+pub(in crate::model) struct Beside<M, V> {
+    pub(in crate::model) dense: Dense<M, V>,
+    pub(in crate::model) moe: Moe<M, V>,
+    /// Divided by `sqrt(hidden)`.
+    pub(in crate::model) router_norm: V,
+    pub(in crate::model) dense_after_norm: V,
+    pub(in crate::model) experts_norm: V,
+    pub(in crate::model) experts_after_norm: V,
+}
+
+/// As [`spec::Gemma`], outside the layers.
+pub(in crate::model) struct Gemma<M, V> {
+    pub(in crate::model) inputs: Option<Inputs<M, V>>,
+    /// The projections into and out of each stream but the first.
+    pub(in crate::model) streams: Vec<(M, M)>,
+}
+
+/// As [`spec::Inputs`], of all layers.
+pub(in crate::model) struct Inputs<M, V> {
+    pub(in crate::model) embed: M,
+    pub(in crate::model) proj: M,
+    /// Divided by `sqrt(2)`.
+    pub(in crate::model) norm: V,
+}
+
+/// As [`spec::Gemma`], of one layer.
+pub(in crate::model) struct GemmaLayer<M, V> {
+    pub(in crate::model) input: Option<LayerInput<M, V>>,
+    pub(in crate::model) scale: Option<f32>,
+    pub(in crate::model) altup: Option<AltUp<M, V>>,
+}
+
+/// As [`spec::Inputs`], of one layer.
+pub(in crate::model) struct LayerInput<M, V> {
+    pub(in crate::model) act: Activation,
+    pub(in crate::model) gate: M,
+    pub(in crate::model) out: M,
+    pub(in crate::model) norm: V,
+}
+
+/// As [`spec::Streams`].
+pub(in crate::model) struct AltUp<M, V> {
+    /// Divided by `hidden`.
+    pub(in crate::model) router_norm: V,
+    pub(in crate::model) router: M,
+    pub(in crate::model) predict: M,
+    pub(in crate::model) correct: M,
+    pub(in crate::model) scale: V,
+    pub(in crate::model) left: M,
+    pub(in crate::model) right: M,
+    pub(in crate::model) laurel_norm: V,
+}
+
+impl<M, V> Gemma<M, V> {
+    pub(super) fn mats(&self) -> Vec<&M> {
+        let inputs = self.inputs.iter().flat_map(|inputs| [&inputs.embed, &inputs.proj]);
+        inputs.chain(self.streams.iter().flat_map(|(a, b)| [a, b])).collect()
+    }
+}
+
+impl<M, V> GemmaLayer<M, V> {
+    pub(super) fn mats(&self) -> Vec<&M> {
+        let input = self.input.iter().flat_map(|input| [&input.gate, &input.out]);
+        let altup = self.altup.iter();
+        let altup = altup.flat_map(|a| [&a.router, &a.predict, &a.correct, &a.left, &a.right]);
+        input.chain(altup).collect()
+    }
+}
 
 /// One matrix.
 fn source(place: Slice, n: usize, k: usize, exact: bool) -> Source {
@@ -64,7 +135,14 @@ impl Reader<'_> {
         };
         let altup = match gemma.streams {
             None => None,
-            Some(spec::Streams { count: n, laurel_rank }) => {
+            Some(spec::Streams { count: n, laurel_rank, clip }) => {
+                let correct = place("altup_correct");
+                if let Some(x) = self.values(&correct, n, n)?.iter().find(|x| x.abs() > clip) {
+                    return Err(Error::Unsupported(format!(
+                        "tensor `{}`: found {x}, expected numbers within {clip}, as altup_coef_clip says",
+                        correct.tensor
+                    )));
+                }
                 let mut router_norm = norm("altup_router_norm")?;
                 router_norm.iter_mut().for_each(|g| *g /= s.hidden as f32); // see spec::Streams
                 Some(AltUp {

@@ -148,7 +148,10 @@ fn gemma_3n_has_streams_and_sparse_layers() {
     let expected = [Ffn::Sparse(96, cut), Ffn::Sparse(112, cut), Ffn::Dense(96), Ffn::Dense(96)];
     let found: Vec<_> = spec.layers[..4].iter().map(|l| l.ffn.clone()).collect();
     assert_eq!(found, expected);
-    assert_eq!(spec.gemma.unwrap().streams, Some(Streams { count: 4, laurel_rank: 8 }));
+    assert_eq!(
+        spec.gemma.unwrap().streams,
+        Some(Streams { count: 4, laurel_rank: 8, clip: 120.0 })
+    );
     let a = attention(&spec.layers[1]);
     assert_eq!((a.head_dim, a.scale, spec.logit_softcap), (16, 1.0, Some(30.0)));
     assert!(spec.ropes[0].inv_freq.iter().all(|f| *f > 0.0));
