@@ -3,7 +3,8 @@
 //! they are added up by ascending expert.
 
 use super::memory::Disjoint;
-use super::{Buf, Cpu, Expert, Into, Job, Mat, Routing, TOKENS};
+use super::product::{Into, Job, TOKENS};
+use super::{Buf, Cpu, Expert, Mat, Routing};
 
 /// Room for one operation.
 #[derive(Default)]
