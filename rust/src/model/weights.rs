@@ -2,16 +2,17 @@
 
 mod gemma;
 mod latent;
+mod load;
+mod moe;
 mod recurrent;
 
 pub(super) use gemma::{AltUp, Beside, Gemma, GemmaLayer};
 pub(super) use latent::Latent;
+pub(super) use load::{Plan, load, sizes};
+pub(super) use moe::Moe;
 
-use super::cache;
 use super::spec::{self, Act, Gate, Names, QkNorm, Slice, Spec, Values};
-use super::{LoadOptions, Quantization};
-use crate::backend::cpu::{Bytes, Cpu, Mat};
-use crate::backend::{Activation, Backend, Expert, Form, HeadRows, Kept, Part, Parts};
+use crate::backend::{Activation, Form, HeadRows, Part};
 use crate::file::{Checkpoint, Dtype, TensorView};
 use crate::{Error, Result};
 use std::path::Path;
@@ -102,26 +103,6 @@ pub(super) struct Dense<M, V> {
     pub(super) down_bias: Option<V>,
 }
 
-/// The weights of experts.
-pub(super) struct Moe<M, V> {
-    pub(super) act: Activation,
-    pub(super) router: M,
-    pub(super) router_bias: Option<V>,
-    pub(super) correction: Option<V>,
-    /// Multiplies the weights that the router gives.
-    pub(super) scales: Option<V>,
-    pub(super) experts: Vec<Expert<M, V>>,
-    pub(super) shared: Option<Shared<M>>,
-}
-
-/// The weights of shared experts.
-pub(super) struct Shared<M> {
-    pub(super) gate_up: M,
-    pub(super) down: M,
-    /// One row.
-    pub(super) router: Option<M>,
-}
-
 impl<M, V> Weights<M, V> {
     /// All matrices.
     pub(super) fn mats(&self) -> impl Iterator<Item = &M> {
@@ -170,18 +151,6 @@ impl<M, V> Dense<M, V> {
     }
 }
 
-impl<M, V> Moe<M, V> {
-    fn mats(&self) -> Vec<&M> {
-        let mut mats: Vec<&M> = self.experts.iter().flat_map(|e| [&e.gate_up, &e.down]).collect();
-        if let Some(shared) = &self.shared {
-            mats.extend([&shared.gate_up, &shared.down]);
-            mats.extend(&shared.router);
-        }
-        mats.push(&self.router);
-        mats
-    }
-}
-
 /// A matrix as the checkpoint has it: places of rows and their number, all with `k` inputs.
 struct Source {
     parts: Vec<(Slice, usize)>,
@@ -189,22 +158,6 @@ struct Source {
     interleaved: bool,
     /// Never quantized: a small matrix whose errors would choose other experts.
     exact: bool,
-}
-
-/// One packed matrix to be: what it comes from.
-#[derive(Debug)]
-pub(super) struct Plan {
-    parts: Vec<(Slice, usize)>,
-    pub(super) n: usize,
-    pub(super) k: usize,
-    pub(super) form: Form,
-    interleaved: bool,
-}
-
-impl Plan {
-    pub(super) fn bytes(&self) -> usize {
-        self.form.bytes(self.n, self.k)
-    }
 }
 
 /// A checkpoint read as one family says.
@@ -331,73 +284,6 @@ impl<'a> Reader<'a> {
             gain.iter_mut().for_each(|g| *g += 1.0);
         }
         Ok(gain)
-    }
-
-    /// How a matrix will be packed.
-    fn plan(&self, quantization: Quantization, source: Source) -> Result<Plan> {
-        let Source { parts, k, interleaved, exact } = source;
-        let mut form = None;
-        for (place, _) in &parts {
-            let (tensors, stored) = self.tensors(place)?;
-            let blocks = tensors[0].dtype.blocks();
-            let kept = blocks.map_or(stored, |blocks| match blocks.kept() {
-                Kept::Q4 => Form::Q4,
-                Kept::Q8 => Form::Q8,
-                Kept::Mxfp4 => Form::Mxfp4,
-            });
-            let wanted = match quantization {
-                Quantization::None if kept == Form::Mxfp4 => Form::Mxfp4Float,
-                Quantization::None => stored,
-                _ if exact => stored,
-                _ if kept == Form::Mxfp4 => kept,
-                Quantization::Int4 => Form::Q4,
-                Quantization::Int8 => Form::Q8,
-                Quantization::Auto => kept,
-            };
-            let form = form.get_or_insert(wanted);
-            if *form == wanted {
-                continue;
-            }
-            if self.checkpoint.metadata().is_none() {
-                return Err(Error::Unsupported(format!(
-                    "tensor `{}`: found {}, but `{}` beside it is stored otherwise; use quantization=\"int8\"",
-                    place.tensor,
-                    stored.name(),
-                    parts[0].0.tensor
-                )));
-            }
-            // GGUF files mix types: a form that holds both nearly, or exactly.
-            let exact = !form.is_quantized() && !wanted.is_quantized();
-            *form = if exact { Form::F32 } else { Form::Q8 };
-        }
-        let n = parts.iter().map(|(_, n)| n).sum::<usize>();
-        let n = if interleaved { 2 * (n / 2).next_multiple_of(16) } else { n };
-        Ok(Plan { parts, n, k, form: form.unwrap_or(Form::F32), interleaved })
-    }
-
-    /// Packs one matrix into `out`.
-    fn pack(&self, cpu: &Cpu, plan: &Plan, out: &mut [u8]) -> Result<()> {
-        let part = |(place, n): &(Slice, usize)| self.part(place, *n, plan.k);
-        let sources: Vec<_> = plan.parts.iter().map(part).collect::<Result<_>>()?;
-        let parts = sources.iter().map(|(_, part)| *part).collect();
-        let parts = Parts { parts, k: plan.k, interleaved: plan.interleaved };
-        cpu.pack_into(plan.form, &parts, out)
-            .map_err(|(p, row, column)| self.not_finite(&plan.parts[p].0, row, column))?;
-        sources.iter().flat_map(|(tensors, _)| tensors).for_each(|t| self.checkpoint.release(t));
-        Ok(())
-    }
-
-    /// All matrices, in the order in which `weights` takes them and the cache keeps them.
-    fn plans(&self, quantization: Quantization) -> Result<Vec<Plan>> {
-        let mut plans = Vec::new();
-        self.weights(
-            |_| (),
-            |source| {
-                plans.push(self.plan(quantization, source)?);
-                Ok(())
-            },
-        )?;
-        Ok(plans)
     }
 
     /// All weights. `mat` makes a matrix, in one order always; `row` a vector: these are small, and read anew
@@ -586,66 +472,7 @@ fn by_group(tensor: &Slice, groups: usize, sizes: &[usize]) -> Vec<(Slice, usize
     parts.collect()
 }
 
-impl Reader<'_> {
-    fn moe<M, V>(
-        &self,
-        l: usize,
-        moe: &spec::Moe,
-        row: &impl Fn(&[f32]) -> V,
-        mat: &mut impl FnMut(Source) -> Result<M>,
-    ) -> Result<Moe<M, V>> {
-        let (hidden, width) = (self.spec.hidden, moe.width);
-        let place = |what: &str, e| self.spec.place(&self.names, l, what, e);
-        let vector = |exists: bool, what: &str| -> Result<Option<V>> {
-            exists.then(|| Ok(row(&self.vector(&place(what, 0), moe.experts)?))).transpose()
-        };
-        let mut source = |parts: Vec<(Slice, usize)>, k, exact| {
-            let interleaved = parts.len() == 2;
-            mat(Source { parts, k, interleaved, exact })
-        };
-        let router = source(vec![(place("router", 0), moe.experts)], hidden, true)?;
-        let mut expert = |e: usize| -> Result<Expert<M, V>> {
-            let bias = |what: &str, n| self.vector(&place(what, e), n);
-            let gate_up_bias = || -> Result<V> {
-                let gate = bias("expert_gate_bias", width)?;
-                Ok(row(&interleave(&gate, &bias("expert_up_bias", width)?)))
-            };
-            let down_bias = || -> Result<V> { Ok(row(&bias("expert_down_bias", hidden)?)) };
-            let gate_up = vec![(place("expert_gate", e), width), (place("expert_up", e), width)];
-            Ok(Expert {
-                gate_up: source(gate_up, hidden, false)?,
-                gate_up_bias: moe.expert_bias.then(gate_up_bias).transpose()?,
-                down: source(vec![(place("expert_down", e), hidden)], width, false)?,
-                down_bias: moe.expert_bias.then(down_bias).transpose()?,
-            })
-        };
-        let experts = (0..moe.experts).map(&mut expert).collect::<Result<_>>()?;
-        let shared = |shared: spec::Shared| -> Result<Shared<M>> {
-            let width = shared.width;
-            let gate_up = vec![(place("shared_gate", 0), width), (place("shared_up", 0), width)];
-            let gate = || vec![(place("shared_router", 0), 1)];
-            Ok(Shared {
-                gate_up: source(gate_up, hidden, false)?,
-                down: source(vec![(place("shared_down", 0), hidden)], width, false)?,
-                router: shared.gate.then(|| source(gate(), hidden, true)).transpose()?,
-            })
-        };
-        Ok(Moe {
-            act: self.activation(l)?,
-            router,
-            router_bias: vector(moe.router_bias, "router_bias")?,
-            correction: vector(moe.correction, "router_correction")?,
-            scales: vector(
-                matches!(self.spec.layers[l].ffn, spec::Ffn::Beside(..)),
-                "router_scale",
-            )?,
-            experts,
-            shared: moe.shared.map(shared).transpose()?,
-        })
-    }
-}
-
-/// Sixteen of `a`, sixteen of `b`, and so on, padded with zeros: as [`Parts::interleaved`] orders rows.
+/// Sixteen of `a`, sixteen of `b`, and so on, padded with zeros: as [`Parts::interleaved`](crate::backend::Parts::interleaved) orders rows.
 fn interleave(a: &[f32], b: &[f32]) -> Vec<f32> {
     let mut out = Vec::with_capacity(2 * a.len().next_multiple_of(16));
     for (a, b) in a.chunks(16).zip(b.chunks(16)) {
@@ -655,82 +482,4 @@ fn interleave(a: &[f32], b: &[f32]) -> Vec<f32> {
         }
     }
     out
-}
-
-/// What the weights will take in memory: the bytes of each form.
-pub(super) fn sizes(
-    folder: &Path,
-    checkpoint: &Checkpoint,
-    spec: &Spec,
-    quantization: Quantization,
-) -> Result<Vec<(&'static str, u64)>> {
-    let reader = Reader::new(folder, checkpoint, spec);
-    let plans = reader.plans(quantization)?;
-    reader.refuse_unused()?;
-    let mut sizes: Vec<(&str, u64)> = Vec::new();
-    for plan in plans {
-        let (form, bytes) = (plan.form.name(), plan.bytes() as u64);
-        match sizes.iter_mut().find(|(name, _)| *name == form) {
-            Some((_, sum)) => *sum += bytes,
-            None => sizes.push((form, bytes)),
-        }
-    }
-    Ok(sizes)
-}
-
-/// Reads, quantizes and packs all weights; or maps them, if `options.cache_dir` holds them packed.
-pub(super) fn load(
-    folder: &Path,
-    checkpoint: &Checkpoint,
-    spec: &Spec,
-    cpu: &Cpu,
-    options: &mut LoadOptions,
-) -> Result<Weights<Mat, Vec<f32>>> {
-    let reader = Reader::new(folder, checkpoint, spec);
-    let plans = reader.plans(options.quantization)?;
-    reader.refuse_unused()?;
-    let joined = |mats: Vec<Mat>| {
-        let mut mats = mats.into_iter();
-        reader.weights(|values| cpu.row(values), |_| mats.next().ok_or(Error::Closed))
-    };
-    let total: u64 = plans.iter().map(|p| p.bytes() as u64).sum();
-    let mut cache = match &options.cache_dir {
-        Some(dir) if total >= cache::WORTH => Some(cache::Cache::new(dir, checkpoint, &plans)),
-        _ => None,
-    };
-    if let Some(mats) = cache.as_ref().and_then(|cache| cache.read(&plans)) {
-        options.report(total, total);
-        return joined(mats);
-    }
-    // Straight to disk, one matrix in memory at a time, then mapped; or, without a cache, into memory.
-    if let Some(mut writer) = cache.as_mut().and_then(|cache| cache.writer(&plans)) {
-        let mut done = 0;
-        let mut buffer = Vec::new();
-        for plan in &plans {
-            buffer.clear();
-            buffer.resize(plan.bytes(), 0);
-            reader.pack(cpu, plan, &mut buffer)?;
-            if !writer.write(&buffer) {
-                break; // a full disk: without a cache, then
-            }
-            done += plan.bytes() as u64;
-            options.report(done, total);
-        }
-        drop(buffer);
-        if writer.finish()
-            && let Some(mats) = cache.and_then(|cache| cache.read(&plans))
-        {
-            return joined(mats);
-        }
-    }
-    let mut done = 0;
-    let mut mats = Vec::with_capacity(plans.len());
-    for plan in &plans {
-        let mut bytes = Bytes::zeroed(plan.bytes(), "packed weights")?;
-        reader.pack(cpu, plan, bytes.get_mut())?;
-        mats.push(Mat::new(plan.form, plan.n, plan.k, bytes)?);
-        done += plan.bytes() as u64;
-        options.report(done, total);
-    }
-    joined(mats)
 }
