@@ -40,6 +40,10 @@ pub fn facts(path: &Path, checkpoint: &Checkpoint) -> Result<Value> {
     vocabulary(metadata, checkpoint, &mut facts);
     rope(path, checkpoint, &mut facts)?;
     types(&mut facts).map_err(wrong)?;
+    // A window of 0 is none.
+    if facts.get("attention.sliding_window").and_then(Value::as_u64) == Some(0) {
+        facts.remove("attention.sliding_window");
+    }
     // Keys and values of one width are said twice.
     if facts.get("attention.value_length") == facts.get("attention.key_length") {
         facts.remove("attention.value_length");
