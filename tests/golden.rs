@@ -26,6 +26,8 @@ fn goldens() -> Vec<PathBuf> {
         "qwen35-a",
         "phi2-a",
         "quant-gpt-oss-mxfp4-a",
+        "deepseek-v3-a",
+        "gemma3n-a",
     ]
     .iter()
     .map(|name| own.join(name))
@@ -69,9 +71,13 @@ fn goldens() -> Vec<PathBuf> {
                 "gpt-oss-a",
                 "glm4-moe-a",
                 "granite3-moe-a",
+                "granite3-a",
                 "minicpm3-a",
                 "deepseek-v2-lite-a",
-                "deepseek-v3-a",
+                "gemma4-31b-a",
+                "gemma4-e2b-a",
+                "gemma4-mm-a",
+                "gemma4-moe-a",
                 "lfm2-a",
                 "lfm2-moe-a",
                 "qwen3-next-a",
@@ -167,9 +173,8 @@ fn reference_logits_and_greedy_ids() {
         let name = folder.file_name().unwrap().to_string_lossy().into_owned();
         let golden = Golden::open(&folder);
         let model = load(&folder, options(Quantization::None)).unwrap();
-        // Soft caps and recurrences sharpen rounding; 3e-4 is what goldens/README.md gives for dense models.
-        let loose = ["gemma2", "granite4-h", "qwen35", "qwen3-next"];
-        let tolerance = if loose.iter().any(|x| name.starts_with(x)) { 3e-3 } else { 3e-4 };
+        // Soft caps sharpen rounding; 3e-4 is what goldens/README.md gives for dense models.
+        let tolerance = if name.starts_with("gemma2") { 3e-3 } else { 3e-4 };
         for prompt in ["p1", "p7", "p33", "p130"] {
             let ids = golden.ints(&format!("{prompt}.ids")).unwrap();
             let positions = golden.ints(&format!("{prompt}.positions")).unwrap();
@@ -240,8 +245,11 @@ fn hidden_states_of_every_layer() {
                 0 => "p33.hidden.embed".to_owned(),
                 _ => format!("p33.hidden.layer.{}", i - 1),
             };
-            let expected = golden.floats(&name); // of the last positions
-            let found = &found[found.len() - expected.len()..];
+            let expected = golden.floats(&name); // of the last positions, in each stream
+            let stream = ids.len() * model.spec.hidden;
+            let last = expected.len() / (found.len() / stream);
+            let found = found.chunks(stream).flat_map(|stream| &stream[stream.len() - last..]);
+            let found: Vec<f32> = found.copied().collect();
             let largest = expected.iter().fold(1.0f32, |m, x| m.max(x.abs()));
             for (j, (f, e)) in found.iter().zip(&expected).enumerate() {
                 let off = (f - e).abs() / largest;
@@ -351,6 +359,7 @@ fn quantized_weights_give_nearly_the_same_distribution() {
         let exact = run(Quantization::None);
         // Kullback-Leibler divergence from the exact distribution, mean over positions. The weights are random: int4
         // leaves more than on a trained model, a lost layer or a wrong scale still more.
+        // Qwen3-Next's are so sharp that bf16 alone moves its logits by a sixth.
         for (quantization, most) in [(Quantization::Int8, 0.6), (Quantization::Int4, 6.0)] {
             let rows = exact.iter().zip(run(quantization));
             let of_row = |(p, q): (&Vec<f64>, Vec<f64>)| -> f64 {

@@ -57,6 +57,11 @@ const GOLDENS: &[&str] = &[
     "minicpm3-a",
     "deepseek-v2-lite-a",
     "deepseek-v3-a",
+    "gemma4-31b-a",
+    "gemma4-e2b-a",
+    "gemma4-mm-a",
+    "gemma4-moe-a",
+    "gemma3n-a",
     "lfm2-a",
     "lfm3-a",
     "lfm2-moe-a",
@@ -235,6 +240,17 @@ fn configs() -> Vec<Value> {
             "v_head_dim": 16, "rope_scaling": {"type": "yarn", "factor": 4.0, "mscale": 1.0,
             "mscale_all_dim": 1.0, "original_max_position_embeddings": 64}}),
         ),
+        with(
+            "Gemma4ForCausalLM",
+            json!({"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "num_kv_shared_layers": 2, "use_double_wide_mlp": true, "enable_moe_block": true, "num_experts": 6,
+            "top_k_experts": 2, "moe_intermediate_size": 32, "attention_k_eq_v": true, "global_head_dim": 32}),
+        ),
+        with(
+            "Gemma3nForCausalLM",
+            json!({"num_kv_shared_layers": 1, "activation_sparsity_pattern": [0.95, 0, 0, 0],
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]}),
+        ),
     ]
 }
 
@@ -313,7 +329,7 @@ proptest! {
                         Some((a.scale, a.rope, a.turned))
                     }
                     Mixer::Recurrent(r) => {
-                        prop_assert!((1..=16).contains(&r.shape.width));
+                        prop_assert!((2..=16).contains(&r.shape.width) && r.shape.state() > 0);
                         prop_assert!(r.shape.state() < usize::MAX / 1024);
                         None
                     }

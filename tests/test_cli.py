@@ -157,10 +157,21 @@ def test_info() -> None:
     assert facts["kernels"] in facts["kernels_available"]
     assert facts["cuda"] is False
     assert facts["threads"] >= 1
-    assert facts["model"]["parameters"] == 853_120
+    model = facts["model"]
+    assert model["parameters"] == 853_120
+    assert model["active_parameters"] == model["parameters"]
+    assert model["stored_bytes"] == {"BF16": 2 * model["parameters"]}
+    # Keys and values in f16 of pages of 64 positions.
+    heads, dim = 2, 32
+    assert model["kv_bytes_1000_tokens"] == 1024 * 2 * 2 * heads * dim * sum(
+        model["layers"].values()
+    )
     forced = {**os.environ, "FERRULE_ISA": "scalar"}
     facts = json.loads(ferrule_cli("info", "tales-1m", "--json", env=forced).stdout)
-    assert facts["kernels"] == facts["model"]["isa"] == "scalar"
+    assert facts["kernels"] == "scalar"
+    assert facts["model"]["runs_on"].startswith("cpu, scalar")
+    text = ferrule_cli("info", "tales-1m", "-q", "int4", "--kv-cache-dtype", "int8").stdout
+    assert "int4" in text
     text = ferrule_cli("info").stdout
     assert "cuda" in text
     assert "no" in text

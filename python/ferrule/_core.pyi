@@ -15,6 +15,7 @@ __all__ = [
     "QMatrix",
     "Request",
     "cpu_features",
+    "describe",
     "gguf_at",
     "inspect",
     "kernel_set",
@@ -143,6 +144,9 @@ def quantize_int4(
 def quantize_int8(
     w: NDArray[np.float32], *, threads: int | None = None, isa: str | None = None
 ) -> QMatrix: ...
+def describe(
+    folder: str, *, quantization: str, kv_cache_dtype: str, family: str | None
+) -> dict[str, Any]: ...
 def cpu_features() -> list[str]: ...
 def gguf_at(path: str | PathLike[str]) -> Path | None: ...
 def inspect(path: str | PathLike[str]) -> str: ...

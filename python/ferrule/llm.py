@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
 import time
@@ -14,9 +13,9 @@ from dataclasses import replace
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
 
-from . import _core, hub
+from . import _core, arguments, hub
 from .errors import EngineClosedError, InvalidParameterError
 from .params import ChatFields, Defaults, Fields, SamplingParams
 from .progress import Bar
@@ -101,10 +100,10 @@ class LLM:
             self._core = _core.Engine(
                 os.fspath(folder),
                 quantization=quantization,
-                threads=_auto("threads", threads),
-                context_length=_auto("context_length", context_length),
+                threads=arguments.auto("threads", threads),
+                context_length=arguments.auto("context_length", context_length),
                 kv_cache_dtype=kv_cache_dtype,
-                kv_cache_bytes=_auto("kv_cache_bytes", kv_cache_bytes),
+                kv_cache_bytes=arguments.auto("kv_cache_bytes", kv_cache_bytes),
                 max_batch=max_batch,
                 max_queue=max_queue,
                 prefix_cache=prefix_cache,
@@ -162,7 +161,7 @@ class LLM:
         as such. Ids are taken as they are. With n, n samples of each prompt, as a list; sample i
         of a given seed uses seed + i.
         """
-        single, prompts_ = _listed(prompts)
+        single, prompts_ = arguments.prompt_list(prompts)
         ids = [self._ids("prompt", prompt) for prompt in prompts_]
         return _shaped(self._all(self._jobs(ids, params, n, fields)), n, single)
 
@@ -191,7 +190,7 @@ class LLM:
         **fields: Unpack[Fields],
     ) -> Answers:
         """As `generate`; cancelling the task cancels the requests."""
-        single, prompts_ = _listed(prompts)
+        single, prompts_ = arguments.prompt_list(prompts)
         ids = [self._ids("prompt", prompt) for prompt in prompts_]
         return _shaped(await self._aall(self._jobs(ids, params, n, fields)), n, single)
 
@@ -261,9 +260,9 @@ class LLM:
         back as text. chat_template_kwargs: further variables of the template, such as
         {"enable_thinking": False}.
         """
-        single, chats = _chats(messages)
+        single, chats = arguments.chat_list(messages)
         ids = [self._chat_ids(chat, fields) for chat in chats]
-        return _shaped(self._all(self._jobs(ids, params, n, _sampling(fields))), n, single)
+        return _shaped(self._all(self._jobs(ids, params, n, arguments.sampling(fields))), n, single)
 
     @overload
     async def achat(
@@ -295,9 +294,11 @@ class LLM:
         **fields: Unpack[ChatFields],
     ) -> Answers:
         """As `chat`; cancelling the task cancels the requests."""
-        single, chats = _chats(messages)
+        single, chats = arguments.chat_list(messages)
         ids = [self._chat_ids(chat, fields) for chat in chats]
-        return _shaped(await self._aall(self._jobs(ids, params, n, _sampling(fields))), n, single)
+        return _shaped(
+            await self._aall(self._jobs(ids, params, n, arguments.sampling(fields))), n, single
+        )
 
     def stream_chat(
         self,
@@ -306,7 +307,7 @@ class LLM:
         **fields: Unpack[ChatFields],
     ) -> Stream:
         """As `chat` for one conversation, but gives the answer in chunks as it comes."""
-        job = self._job(self._chat_ids(messages, fields), params, _sampling(fields))
+        job = self._job(self._chat_ids(messages, fields), params, arguments.sampling(fields))
         return Stream(self._submit(job, stream=True))
 
     def astream_chat(
@@ -316,7 +317,7 @@ class LLM:
         **fields: Unpack[ChatFields],
     ) -> AsyncStream:
         """As `stream_chat`, for `async for`."""
-        job = self._job(self._chat_ids(messages, fields), params, _sampling(fields))
+        job = self._job(self._chat_ids(messages, fields), params, arguments.sampling(fields))
         return AsyncStream(lambda: self._asubmit(job, stream=True))
 
     def apply_chat_template(
@@ -331,9 +332,9 @@ class LLM:
         # Templates that write the date mean the local one, as in transformers.
         now = int(time.time()) + time.localtime().tm_gmtoff
         return self._core.render_chat(
-            _json("messages", list(messages)),
-            _json("tools", list(tools)),
-            _json("chat_template_kwargs", dict(chat_template_kwargs or {})),
+            arguments.as_json("messages", list(messages)),
+            arguments.as_json("tools", list(tools)),
+            arguments.as_json("chat_template_kwargs", dict(chat_template_kwargs or {})),
             add_generation_prompt,
             now,
         )
@@ -351,11 +352,11 @@ class LLM:
         try:
             return self._core.encode(text, add_special, parse_special)
         except UnicodeEncodeError as error:
-            raise _surrogate("text", error) from None
+            raise arguments.surrogate("text", error) from None
 
     def detokenize(self, ids: Ids) -> str:
         """Text of token ids, special tokens included; invalid UTF-8 becomes U+FFFD."""
-        return self._core.decode(_plain("ids", ids), False)
+        return self._core.decode(arguments.plain_ids("ids", ids), False)
 
     @overload
     def score(self, pairs: tuple[Prompt, Prompt]) -> Score: ...
@@ -379,7 +380,7 @@ class LLM:
                     field="pairs",
                 )
             else:
-                ids = start + _plain("continuation", continuation)
+                ids = start + arguments.plain_ids("continuation", continuation)
             if not start or len(ids) <= len(start):
                 what = "prompt" if not start else "continuation"
                 raise InvalidParameterError(
@@ -398,7 +399,7 @@ class LLM:
 
     def logits(self, token_ids: Ids) -> NDArray[np.float32]:
         """Logits after each token, float32 [n, vocab_size]. Nothing is added to the ids."""
-        job = self._prompt_job(_plain("token_ids", token_ids), prompt_logits=True)
+        job = self._prompt_job(arguments.plain_ids("token_ids", token_ids), prompt_logits=True)
         request = _checked(self._core.submit)(job.ids, **job.fields)
         try:
             news = request.wait(None)
@@ -430,11 +431,11 @@ class LLM:
 
     def _ids(self, name: str, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
-            return _plain(name, prompt)
+            return arguments.plain_ids(name, prompt)
         try:
             return self._core.encode(prompt, True, True)
         except UnicodeEncodeError as error:
-            raise _surrogate(name, error) from None
+            raise arguments.surrogate(name, error) from None
 
     def _chat_ids(self, messages: Chat, fields: ChatFields) -> list[int]:
         text = self.apply_chat_template(
@@ -531,48 +532,10 @@ class LLM:
         return answers
 
 
-def _listed(prompts: Any) -> tuple[bool, Sequence[Any]]:
-    """Whether it is one prompt, and the list of prompts."""
-    if isinstance(prompts, str):
-        return True, [prompts]
-    if isinstance(prompts, (bytes, Mapping)) or not hasattr(prompts, "__getitem__"):
-        raise TypeError(
-            f"prompts: found {type(prompts).__name__}, expected text, token ids, or a list of them"
-        )
-    # A number has __index__; so has an array, but that has a length, too.
-    ids = len(prompts) and hasattr(prompts[0], "__index__") and not hasattr(prompts[0], "__len__")
-    return (True, [prompts]) if ids or getattr(prompts, "ndim", 2) == 1 else (False, prompts)
-
-
-def _chats(messages: Any) -> tuple[bool, Sequence[Any]]:
-    if isinstance(messages, (str, bytes, Mapping)) or not hasattr(messages, "__getitem__"):
-        raise TypeError(
-            f"messages: found {type(messages).__name__}, expected a list of dicts with 'role' and "
-            "'content'"
-        )
-    single = len(messages) and isinstance(messages[0], Mapping)
-    return (True, [messages]) if single else (False, messages)
-
-
 def _shaped(answers: list[Completion], n: int | None, single: bool) -> Answers:
     if n is None:
         return answers[0] if single else answers
     return answers if single else [answers[i : i + n] for i in range(0, len(answers), n)]
-
-
-def _plain(name: str, ids: Any) -> list[int]:
-    """Token ids as a list of Python's whole numbers."""
-    ids = ids.tolist() if hasattr(ids, "tolist") else ids
-    if isinstance(ids, (str, bytes)) or not isinstance(ids, Sequence):
-        raise TypeError(f"{name}: found {type(ids).__name__}, expected token ids")
-    for token in ids:
-        if not hasattr(token, "__index__"):
-            raise TypeError(f"{name}: found {token!r}, expected a token id")
-        if not 0 <= int(token) < 1 << 32:
-            raise InvalidParameterError(
-                f"{name}: found {token}, expected a token id", field=name, value=str(token)
-            )
-    return [int(token) for token in ids]
 
 
 def _whole(reason: str) -> None:
@@ -590,49 +553,9 @@ def _checked(submit: Callable[..., _core.Request]) -> Callable[..., _core.Reques
         except OverflowError as error:
             raise InvalidParameterError(f"{error}; expected a smaller number") from error
         except UnicodeEncodeError as error:
-            raise _surrogate("stop", error) from None
+            raise arguments.surrogate("stop", error) from None
 
     return call
-
-
-def _sampling(fields: ChatFields) -> Fields:
-    """Those that are not for the template."""
-    told = ("tools", "chat_template_kwargs")
-    return cast("Fields", {name: x for name, x in fields.items() if name not in told})
-
-
-def _json(name: str, value: object) -> str:
-    """As JSON text."""
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-        text.encode()
-        return text
-    except UnicodeEncodeError as error:
-        raise _surrogate(name, error) from None
-    except (TypeError, ValueError) as error:
-        raise InvalidParameterError(
-            f"{name}: expected what JSON can hold: {error}", field=name
-        ) from error
-
-
-def _surrogate(name: str, error: UnicodeEncodeError) -> InvalidParameterError:
-    found = error.object[error.start]
-    return InvalidParameterError(
-        f"{name}: lone surrogate U+{ord(found):04X} at position {error.start}; expected text that "
-        "UTF-8 can hold",
-        field=name,
-        value=ascii(found),
-    )
-
-
-def _auto(name: str, value: int | str) -> int | None:
-    if value == "auto":
-        return None
-    if isinstance(value, str) or value < 1:
-        raise InvalidParameterError(
-            f"{name}: found {value!r}, expected 'auto' or at least 1", field=name, value=str(value)
-        )
-    return value
 
 
 def _cache_dir(choice: bool | str | os.PathLike[str]) -> str | None:

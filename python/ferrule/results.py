@@ -147,6 +147,8 @@ class ModelInfo:
     path: str
     architecture: str
     parameters: int
+    active_parameters: int
+    """Those that one token is multiplied by: of a mixture of experts only the chosen ones."""
     quantization: str
     weight_bytes: int
     """Bytes of the weights in memory."""

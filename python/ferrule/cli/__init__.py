@@ -127,13 +127,14 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-cache-dtype", choices=["f32", "f16", "int8"])
     group.add_argument("--revision", metavar="REV", help="of a hub repository")
     group.add_argument("--offline", action="store_true", help="use only what is downloaded")
+    group.add_argument("--family", metavar="FILE", help="TOML that describes the architecture")
     group.add_argument("--no-weight-cache", action="store_true", help="keep no packed weights")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def model_keywords(args: argparse.Namespace) -> dict[str, Any]:
     """Keywords for `LLM` from the options of `_model_options`."""
-    names = ("quantization", "context_length", "kv_cache_dtype", "revision")
+    names = ("quantization", "context_length", "kv_cache_dtype", "family", "revision")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return given | {"offline": args.offline, "weight_cache": not args.no_weight_cache}
 

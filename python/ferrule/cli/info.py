@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import platform
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from .. import __version__, _core
-from ..llm import LLM
+from .. import __version__, _core, hub
 from . import model_keywords
 
 
@@ -29,24 +29,48 @@ def main(args: argparse.Namespace) -> int:
         "cuda_because": "this build has no CUDA back end",
     }
     if args.model is not None:
-        with LLM(args.model, **model_keywords(args)) as llm:
-            facts["model"] = dataclasses.asdict(llm.info)
+        facts["model"] = _model(args)
     if args.json:
         print(json.dumps(facts, indent=1))
         return 0
     model = facts.pop("model", {})
     for name, value in facts.items():
-        print(f"{name.replace('_', ' '):<18} {_text(value)}")
+        print(f"{name.replace('_', ' '):<20} {_text(value)}")
     for name, value in model.items():
-        print(f"model {name.replace('_', ' '):<18} {_text(value)}")
+        text = _text(value, _size if "bytes" in name else _plain)
+        print(f"model {name.replace('_', ' '):<20} {text}")
     return 0
 
 
-def _text(value: object) -> str:
+def _model(args: argparse.Namespace) -> dict[str, Any]:
+    """What the model is, and what it will take here, from its headers."""
+    keywords = model_keywords(args)
+    folder = hub.resolve(args.model, revision=args.revision, offline=args.offline)
+    family = keywords.get("family")
+    facts: dict[str, Any] = {"path": str(folder)}
+    facts |= _core.describe(
+        str(folder),
+        quantization=keywords.get("quantization", "auto"),
+        kv_cache_dtype=keywords.get("kv_cache_dtype", "f16"),
+        family=None if family is None else Path(family).read_text(encoding="utf-8"),
+    )
+    facts["runs_on"] = f"cpu, {_core.kernel_set()}: all {sum(facts['layers'].values())} layers"
+    return facts
+
+
+def _text(value: object, number: Callable[[object], str] = str) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
         return " ".join(map(str, value))
     if isinstance(value, dict):
-        return ", ".join(f"{name} {item[0]} ({item[1]})" for name, item in value.items())
-    return str(value)
+        return "; ".join(f"{number(count)} {name}" for name, count in value.items())
+    return number(value)
+
+
+def _plain(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _size(value: object) -> str:
+    return f"{value / 1e6:,.1f} MB" if isinstance(value, int) else str(value)

@@ -48,6 +48,8 @@ pub struct Attention {
     pub window: Option<usize>,
     /// `(growth, every)`: queries of position p count `1 + growth * ln(1 + floor(p / every))` times.
     pub query_growth: Option<(f32, usize)>,
+    /// Rows hold queries only: keys and values are in the pages, those of another layer.
+    pub queries_only: bool,
     /// Rotary pairs are dimensions `2 i` and `2 i + 1`, not `i` and `i` + half of those that turn.
     pub rope_interleaved: bool,
 }
@@ -56,7 +58,8 @@ impl Attention {
     /// Width of a row that holds queries, keys and values side by side.
     pub fn qkv_width(&self) -> usize {
         let values = if self.latent.is_some() { 0 } else { self.kv_heads };
-        (self.heads + self.kv_heads + values) * self.head_dim
+        let keys_and_values = if self.queries_only { 0 } else { self.kv_heads + values };
+        (self.heads + keys_and_values) * self.head_dim
     }
 
     /// Dimensions of a value, and of what attention gives for a query.
@@ -144,6 +147,8 @@ pub struct QkNorm<'a, R> {
     pub q: &'a R,
     /// Of keys, likewise.
     pub k: &'a R,
+    /// Of values, as wide as a head; `None`: values have no norm.
+    pub v: Option<&'a R>,
     /// Layer norms, else RMS norms.
     pub centred: bool,
     /// Over all heads together, not over each.
@@ -285,12 +290,14 @@ pub trait Backend: Send + Sync {
         out: &mut Self::Buf,
     );
     /// `out[t] = sum of p_e expert_e(x[t])` over the experts that row `t` of `logits` chooses with the weights `p_e`:
-    /// fused multiply-adds from zero on, experts ascending. `logits` are left as scores.
+    /// fused multiply-adds from zero on, experts ascending. `scales` multiply the weights, each that of its expert.
+    /// `logits` are left as scores.
     fn moe(
         &self,
         how: &Routing,
         logits: &mut Self::Buf,
         correction: Option<&Self::Row>,
+        scales: Option<&Self::Row>,
         experts: &[Expert<Self::Mat, Self::Row>],
         act: Activation,
         width: usize,
@@ -316,6 +323,10 @@ pub trait Backend: Send + Sync {
     fn altup_predict(&self, coefficients: &Self::Buf, streams: &mut [Self::Buf]);
     /// After it: `streams[i] += (1 + coefficients[i]) * (seen - streams[0])`, with `streams[0]` as it was.
     fn altup_correct(&self, coefficients: &Self::Buf, seen: &Self::Buf, streams: &mut [Self::Buf]);
+    /// `out = x * gain`, each row.
+    fn multiply(&self, x: &Self::Buf, gain: &Self::Row, out: &mut Self::Buf);
+    /// `out = x`.
+    fn copy(&self, x: &Self::Buf, out: &mut Self::Buf);
     /// `x[r] *= sqrt(mean(to[r]^2) / max(mean(x[r]^2), least))`.
     fn match_power(&self, x: &mut Self::Buf, to: &Self::Buf, least: f32);
     /// `x += y`.
@@ -333,7 +344,7 @@ pub trait Backend: Send + Sync {
     ) -> Self::Buf;
     /// Of each row of `qkv`: norms of queries and keys, if given; clamped, if asked for; then rotation of the first
     /// dimensions of a head, as many as `table` is wide, by its row, if there is a table; then keys and values go into
-    /// the pages of `layer`.
+    /// the pages of `layer`, if there are any in a row.
     fn rotate_and_store(
         &self,
         qkv: &mut Self::Buf,
@@ -374,10 +385,11 @@ pub trait Backend: Send + Sync {
         out: &mut Self::Buf,
     );
     /// `out` = the recurrence of a core with heads over what [`Backend::conv`] gave, and its gated norm. `x` is the
-    /// projection; `conv` is left with what it holds.
+    /// projection, `rates` its last part; `conv` is left with what it holds.
     fn recur(
         &self,
         x: &Self::Buf,
+        rates: &Self::Buf,
         conv: &mut Self::Buf,
         how: &Recurrent,
         rows: &HeadRows<Self::Row>,

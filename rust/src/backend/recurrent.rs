@@ -7,7 +7,7 @@
 /// The mixer of one layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Recurrent {
-    /// Positions that the convolution sees, its own included.
+    /// Positions that the convolution sees, its own included: 2 to [`Recurrent::MAX_WIDTH`].
     pub width: usize,
     /// What follows the convolution.
     pub core: Core,
@@ -58,12 +58,19 @@ impl Recurrent {
     /// The widest convolution.
     pub const MAX_WIDTH: usize = 16;
 
-    /// Width of the projection.
+    /// Width of the projection, without what the next function counts.
     pub fn projection(&self) -> usize {
         match self.core {
             Core::Gated(channels) => 3 * channels,
-            Core::DeltaNet(h) => 2 * h.keys() + 2 * h.values() + 2 * h.heads,
-            Core::Mamba2(h) => 2 * h.keys() + 2 * h.values() + h.heads,
+            Core::DeltaNet(h) | Core::Mamba2(h) => 2 * h.keys() + 2 * h.values(),
+        }
+    }
+    /// Width of the part of the projection that says how much each head keeps and writes: `b, a`, or `dt`.
+    pub fn rates(&self) -> usize {
+        match self.core {
+            Core::Gated(_) => 0,
+            Core::DeltaNet(h) => 2 * h.heads,
+            Core::Mamba2(h) => h.heads,
         }
     }
     /// The first channel of the projection that is convolved, and how many are.

@@ -5,6 +5,7 @@
 //! specification; every other set gives the same bits (`tests.rs`). Holding a `&Kernels` proves that the
 //! CPU has its instructions, because only [`available`] hands them out.
 
+mod activation;
 #[cfg(target_arch = "aarch64")]
 mod arm;
 mod attention;
@@ -17,8 +18,9 @@ mod simd;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+pub use activation::Activation;
 pub use attention::{Attend, KvDtype, MAX_ROWS, PAGE, scratch_len};
-pub use float::{Activation, Score};
+pub use float::Score;
 pub use layout::Form;
 pub use recurrent::Recur;
 

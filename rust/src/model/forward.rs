@@ -1,6 +1,8 @@
 //! The forward pass. There is one, for every family and every back end; what differs between families is data
 //! in [`Spec`](super::spec::Spec).
 
+mod gemma;
+
 use super::spec::{self, Gate, QkNorm};
 use super::weights::{self, Dense, Ffn, Layer, Mixer, Moe, Norm};
 use super::{Chunk, Forward, KvGroup, PAGE, Sees, Wanted};
@@ -19,8 +21,8 @@ pub struct Model<B: Backend> {
     pub(super) kv_dtype: KvDtype,
     /// Index of each layer's [`KvGroup`].
     pub(super) group_of: Vec<usize>,
-    /// What the groups see.
-    pub(super) groups: Vec<Sees>,
+    /// The groups.
+    pub(super) groups: Vec<KvGroup>,
 }
 
 /// Keys, values and states of all sequences, and room for the activations of one step.
@@ -32,6 +34,7 @@ pub struct Kv<B: Backend> {
     wide: B::Buf,
     out: B::Buf,
     after: B::Buf,
+    gemma: gemma::Work<B>,
 }
 
 /// What one layer of a step reads beside the activations.
@@ -45,6 +48,7 @@ struct Step<'a, B: Backend> {
 impl<B: Backend> Model<B> {
     /// `x += mix(norm(x)); x += ffn(norm(x))`, the latter of the same x in parallel layers.
     fn layer(&self, l: usize, w: &Layer<B::Mat, B::Row>, kv: &mut Kv<B>, step: &Step<'_, B>) {
+        self.predict(w, kv);
         match (&self.spec.layers[l].mixer, &w.mixer) {
             (spec::Mixer::Attention(how), Mixer::Attention(attn)) => {
                 self.attend(l, how, w, attn, kv, step);
@@ -59,9 +63,13 @@ impl<B: Backend> Model<B> {
         }
         match (&self.spec.layers[l].ffn, &w.ffn) {
             (spec::Ffn::Moe(how), Ffn::Moe(moe)) => self.experts(how, w, moe, kv),
+            (spec::Ffn::Beside(width, how), Ffn::Beside(both)) => {
+                self.dense_and_experts(*width, how, w, both, kv);
+            }
             (_, Ffn::Dense(dense)) => self.feed_forward(l, w, dense, kv),
             _ => unreachable!("weights are read as the spec says"),
         }
+        self.correct(l, w, kv);
     }
 
     /// `x += attention(norm(x))`.
@@ -85,6 +93,7 @@ impl<B: Backend> Model<B> {
             softcap: how.softcap,
             window: how.window,
             query_growth: how.query_growth,
+            queries_only: how.kv_of.is_some(),
             rope_interleaved: how.rope_interleaved,
         };
         let (centred, full) = (s.norm.centred(), s.qk_norm == QkNorm::Full);
@@ -92,17 +101,20 @@ impl<B: Backend> Model<B> {
         let norms = norms.map(|(q, k)| backend::QkNorm {
             q,
             k,
+            v: w.v_norm.as_ref(),
             centred,
             full,
             after_rope: s.qk_norm_after_rope,
             eps: s.eps,
         });
         let table = how.rope.map(|rope| &step.tables[rope]);
+        let of = how.kv_of.unwrap_or(l);
+        self.laurel(layer, kv);
         let Kv { pages, x, a, wide, out, after, .. } = kv;
         let input = self.normed(layer.attn_norm.as_ref(), x, a);
         b.linear(&w.qkv, w.qkv_bias.as_ref(), input, wide);
-        b.rotate_and_store(wide, &shape, norms, table, pages, l, step.spans);
-        b.attend(wide, &shape, w.sinks.as_ref(), pages, l, step.spans, out);
+        b.rotate_and_store(wide, &shape, norms, table, pages, of, step.spans);
+        b.attend(wide, &shape, w.sinks.as_ref(), pages, of, step.spans, out);
         if how.gate != Gate::None {
             b.gate_heads(wide, &shape, out);
         }
@@ -111,6 +123,7 @@ impl<B: Backend> Model<B> {
             self.normed(layer.ffn_norm.as_ref(), x, a);
         }
         self.residual(&w.o, w.o_bias.as_ref(), layer.attn_after_norm.as_ref(), [out, x, a, after]);
+        self.add_laurel(layer, kv);
     }
 
     /// As `attend`, over what keys and values are made from; the formula is at [`spec::Latent`].
@@ -136,6 +149,7 @@ impl<B: Backend> Model<B> {
             softcap: None,
             window: None,
             query_growth: None,
+            queries_only: false,
             rope_interleaved: how.rope_interleaved,
         };
         let Kv { pages, x, a, wide, out, after, .. } = kv;
@@ -171,11 +185,15 @@ impl<B: Backend> Model<B> {
         let Kv { states, x, a, wide, out, after, .. } = kv;
         let input = self.normed(layer.attn_norm.as_ref(), x, a);
         b.linear(&w.input, w.input_bias.as_ref(), input, wide);
+        if let Some(heads) = &w.heads {
+            b.linear(&heads.rates, heads.rates_bias.as_ref(), input, after);
+        }
         b.conv(wide, shape, &w.taps, w.conv_bias.as_ref(), states, l, spans, out);
         let (y, a) = match &w.heads {
             None => (out, a),
-            Some(rows) => {
-                b.recur(wide, out, shape, rows, self.spec.eps, states, l, spans, a);
+            Some(heads) => {
+                let eps = self.spec.eps;
+                b.recur(wide, after, out, shape, &heads.rows, eps, states, l, spans, a);
                 (a, out)
             }
         };
@@ -196,6 +214,10 @@ impl<B: Backend> Model<B> {
         let bias = w.gate_up_bias.as_ref();
         match s.layers[l].ffn {
             spec::Ffn::Dense(width) => b.gated(&w.gate_up, bias, w.act, width, input, wide),
+            spec::Ffn::Sparse(width, times) => {
+                b.linear(&w.gate_up, bias, input, after);
+                b.cut_and_gate(after, times, w.act, width, wide);
+            }
             _ => b.activated(&w.gate_up, bias, w.act, input, wide),
         }
         let norm = layer.ffn_after_norm.as_ref();
@@ -215,7 +237,7 @@ impl<B: Backend> Model<B> {
         let input = if s.parallel { &*a } else { self.normed(layer.ffn_norm.as_ref(), x, a) };
         b.linear(&w.router, w.router_bias.as_ref(), input, wide);
         let correction = w.correction.as_ref();
-        b.moe(&how.routing, wide, correction, &w.experts, w.act, how.width, input, out);
+        b.moe(&how.routing, wide, correction, None, &w.experts, w.act, how.width, input, out);
         if let (Some(how), Some(shared)) = (&how.shared, &w.shared) {
             b.gated(&shared.gate_up, None, w.act, how.width, input, wide);
             match &shared.router {
@@ -280,16 +302,6 @@ impl<B: Backend> Model<B> {
 }
 
 impl Model<crate::backend::cpu::Cpu> {
-    /// Numbers that were trained.
-    pub fn parameters(&self) -> u64 {
-        let s = &self.spec;
-        let count = |weights: Vec<spec::Weight>| -> u64 {
-            weights.iter().map(|w| w.shape.iter().map(|&n| n as u64).product::<u64>()).sum()
-        };
-        let layers = (0..s.layers.len()).map(|l| count(s.layer_weights(l)));
-        count(s.model_weights()) + layers.sum::<u64>()
-    }
-
     /// Bytes of the packed matrices.
     pub fn weight_bytes(&self) -> u64 {
         self.weights.mats().map(|m| m.bytes().len() as u64).sum()
@@ -317,23 +329,13 @@ impl<B: Backend> Forward for Model<B> {
     }
 
     fn kv_groups(&self) -> Vec<KvGroup> {
-        let layer = |l: usize| {
-            let (paged, (_, state)) = self.kv_layer(l, 1);
-            paged.pages * paged.page_bytes(self.kv_dtype) + state * size_of::<f32>()
-        };
-        let group = |(g, &sees): (usize, &Sees)| KvGroup {
-            sees,
-            page_bytes: (0..self.group_of.len())
-                .filter(|&l| self.group_of[l] == g)
-                .map(layer)
-                .sum(),
-        };
-        self.groups.iter().enumerate().map(group).collect()
+        self.groups.clone()
     }
 
     fn new_kv(&self, pages: &[usize]) -> Result<Kv<B>> {
-        let b = &self.backend;
-        let layers = self.group_of.iter().enumerate().map(|(l, &g)| self.kv_layer(l, pages[g]));
+        let (b, s) = (&self.backend, &self.spec);
+        let layers =
+            self.group_of.iter().enumerate().map(|(l, &g)| kv_layer(&s.layers[l], pages[g]));
         let (paged, states): (Vec<_>, Vec<_>) = layers.unzip();
         Ok(Kv {
             pages: b.kv(self.kv_dtype, &paged)?,
@@ -343,6 +345,7 @@ impl<B: Backend> Forward for Model<B> {
             wide: b.buf(),
             out: b.buf(),
             after: b.buf(),
+            gemma: gemma::Work::new(b, s.gemma.as_ref()),
         })
     }
 
@@ -357,25 +360,17 @@ impl<B: Backend> Forward for Model<B> {
 }
 
 impl<B: Backend> Model<B> {
-    /// What `pages` pages of layer `l` hold: keys and values, or states and their size.
-    fn kv_layer(&self, l: usize, pages: usize) -> (KvLayer, (usize, usize)) {
-        let (pages, heads, head_dim, values, states) = match &self.spec.layers[l].mixer {
-            spec::Mixer::Attention(how) => (pages, how.kv_heads, how.head_dim, true, (0, 0)),
-            spec::Mixer::Latent(how) => (pages, 1, how.key_dim(), false, (0, 0)),
-            spec::Mixer::Recurrent(how) => (0, 1, 0, false, (pages, how.shape.state())),
-        };
-        (KvLayer { pages, heads, head_dim, values }, states)
-    }
-
     /// The hidden states of every position of a batch, f32 `[rows, hidden]` each: the first layer's input, then
-    /// each layer's output after its residual sums. For tests and evaluation.
+    /// each layer's output after its residual sums. Of models with several streams `[streams, rows, hidden]`. For
+    /// tests and evaluation.
     pub fn hidden_states(&self, kv: &mut Kv<B>, batch: &[Chunk<'_>]) -> Result<Vec<Vec<f32>>> {
         let mut all = Vec::new();
         self.run(kv, batch, &AtomicBool::new(false), &mut |x| all.push(self.backend.read(x)))?;
-        Ok(all)
+        let streams = kv.gemma.streams.len().max(1);
+        Ok(all.chunks(streams).map(<[_]>::concat).collect())
     }
 
-    /// `see` is shown the residual stream before the first layer and after each.
+    /// `see` is shown the residual stream (or streams) before the first layer and after each.
     fn run(
         &self,
         kv: &mut Kv<B>,
@@ -397,7 +392,9 @@ impl<B: Backend> Model<B> {
                 Wanted::Last => wanted.push(first_row + len - 1),
                 Wanted::All => wanted.extend(first_row..first_row + len),
             }
-            for ((spans, table), sees) in spans.iter_mut().zip(chunk.pages).zip(&self.groups) {
+            for ((spans, table), KvGroup { sees, .. }) in
+                spans.iter_mut().zip(chunk.pages).zip(&self.groups)
+            {
                 debug_assert!(match sees {
                     Sees::State => table.len() == 2,
                     _ => table.len() * PAGE >= chunk.start + len,
@@ -420,21 +417,21 @@ impl<B: Backend> Model<B> {
             b.embed(table, &positions, 1.0, &mut kv.a);
             b.add(&mut kv.x, &kv.a);
         }
-        see(&kv.x);
+        self.begin(&ids, kv);
+        kv.show(see);
         for (l, w) in self.weights.layers.iter().enumerate() {
             if interrupt.load(Ordering::Relaxed) {
                 return Err(Error::Interrupted);
             }
             let step = Step { tables: &tables, spans: &spans[self.group_of[l]] };
             self.layer(l, w, kv, &step);
-            see(&kv.x);
+            kv.show(see);
         }
         if wanted.is_empty() {
             return Ok(Vec::new());
         }
-        let Kv { x, a, wide, out, .. } = kv;
-        b.select(x, &wanted, a);
-        let w = &self.weights;
+        self.select(&wanted, kv);
+        let (w, Kv { a, wide, out, .. }) = (&self.weights, kv);
         self.norm(&w.norm, a, out);
         b.linear(w.head.as_ref().unwrap_or(&w.embed), w.head_bias.as_ref(), out, wide);
         if s.logit_scale != 1.0 {
@@ -445,4 +442,36 @@ impl<B: Backend> Model<B> {
         }
         Ok(b.read(wide))
     }
+}
+
+/// The groups of a model's layers, and the group of each layer.
+pub(super) fn kv_groups(spec: &Spec, dtype: KvDtype) -> (Vec<KvGroup>, Vec<usize>) {
+    let mut groups: Vec<KvGroup> = Vec::new();
+    let group_of = spec.layers.iter().map(|layer| {
+        let sees = match &layer.mixer {
+            spec::Mixer::Attention(how) => how.window.into(),
+            spec::Mixer::Latent(_) => Sees::All,
+            spec::Mixer::Recurrent(_) => Sees::State,
+        };
+        let g = groups.iter().position(|known| known.sees == sees).unwrap_or_else(|| {
+            groups.push(KvGroup { sees, page_bytes: 0 });
+            groups.len() - 1
+        });
+        let (paged, (_, state)) = kv_layer(layer, 1);
+        groups[g].page_bytes += paged.pages * paged.page_bytes(dtype) + state * size_of::<f32>();
+        g
+    });
+    let group_of = group_of.collect();
+    (groups, group_of)
+}
+
+/// What `pages` pages of a layer hold: keys and values, or states and their size.
+fn kv_layer(layer: &spec::Layer, pages: usize) -> (KvLayer, (usize, usize)) {
+    let (pages, heads, head_dim, values, states) = match &layer.mixer {
+        spec::Mixer::Attention(how) if how.kv_of.is_some() => (0, 1, 0, false, (0, 0)),
+        spec::Mixer::Attention(how) => (pages, how.kv_heads, how.head_dim, true, (0, 0)),
+        spec::Mixer::Latent(how) => (pages, 1, how.key_dim(), false, (0, 0)),
+        spec::Mixer::Recurrent(how) => (0, 1, 0, false, (pages, how.shape.state())),
+    };
+    (KvLayer { pages, heads, head_dim, values }, states)
 }

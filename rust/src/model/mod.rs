@@ -1,12 +1,14 @@
 //! A model: architecture as data (`spec`), weights, the one forward pass, the paged KV cache.
 
 mod cache;
+mod describe;
 mod forward;
 pub mod kv;
 pub mod spec;
 mod weights;
 
 pub use crate::backend::{KvDtype, PAGE};
+pub use describe::{Description, describe};
 pub use forward::{Kv, Model};
 
 use crate::backend::cpu::Cpu;
@@ -158,42 +160,29 @@ impl LoadOptions {
 /// config.json is read up to this many bytes.
 const MAX_CONFIG: u64 = 16 << 20;
 
+/// The model in `folder`, or in the GGUF file that `folder` is or has: what it is, and its tensors, with their path.
+fn open(folder: &Path, options: &LoadOptions) -> Result<(Spec, Checkpoint, PathBuf)> {
+    let family = options.family.as_deref();
+    if let Some(path) = file::gguf_at(folder)? {
+        let checkpoint = Checkpoint::open(&path)?;
+        let facts = spec::gguf::facts(&path, &checkpoint)?;
+        return Ok((Spec::of_gguf(&path, &facts, family)?, checkpoint, path));
+    }
+    let path = folder.join("config.json");
+    let config = file::read_json(&path, MAX_CONFIG)?.ok_or_else(|| {
+        let path = path.display();
+        let what = format!("{path}: no such file, expected a model folder or a GGUF file");
+        Error::ModelNotFound(what)
+    })?;
+    Ok((Spec::new(&config, family)?, Checkpoint::open(folder)?, folder.to_path_buf()))
+}
+
 /// Loads the model in `folder` onto the CPU, or the GGUF file that `folder` is or has.
 pub fn load(folder: &Path, mut options: LoadOptions) -> Result<Model<Cpu>> {
-    let gguf = file::gguf_at(folder)?;
-    let path = folder.join("config.json");
-    let family = options.family.as_deref();
-    let (spec, checkpoint) = match &gguf {
-        Some(path) => {
-            let checkpoint = Checkpoint::open(path)?;
-            let facts = spec::gguf::facts(path, &checkpoint)?;
-            (Spec::of_gguf(path, &facts, family)?, checkpoint)
-        }
-        None => {
-            let config = file::read_json(&path, MAX_CONFIG)?.ok_or_else(|| {
-                let path = path.display();
-                let what = format!("{path}: no such file, expected a model folder or a GGUF file");
-                Error::ModelNotFound(what)
-            })?;
-            (Spec::new(&config, family)?, Checkpoint::open(folder)?)
-        }
-    };
+    let (spec, checkpoint, path) = open(folder, &options)?;
     let threads = options.threads.unwrap_or_else(|| crate::backend::cpu::topology::auto().count);
     let backend = Cpu::new(threads, options.isa.as_deref())?;
-    let folder = gguf.as_deref().unwrap_or(folder);
-    let weights = weights::load(folder, &checkpoint, &spec, &backend, &mut options)?;
-    let mut groups: Vec<Sees> = Vec::new();
-    let group_of = spec.layers.iter().map(|layer| {
-        let sees = match &layer.mixer {
-            spec::Mixer::Attention(how) => how.window.into(),
-            spec::Mixer::Latent(_) => Sees::All,
-            spec::Mixer::Recurrent(_) => Sees::State,
-        };
-        groups.iter().position(|known| *known == sees).unwrap_or_else(|| {
-            groups.push(sees);
-            groups.len() - 1
-        })
-    });
-    let group_of = group_of.collect();
+    let weights = weights::load(&path, &checkpoint, &spec, &backend, &mut options)?;
+    let (groups, group_of) = forward::kv_groups(&spec, options.kv_dtype);
     Ok(Model { spec, backend, weights, kv_dtype: options.kv_dtype, group_of, groups })
 }

@@ -1,13 +1,18 @@
 //! From a checkpoint's tensors to packed weights. Formats and checkpoint names end here.
 
+mod gemma;
 mod latent;
+mod load;
+mod moe;
 mod recurrent;
 
-use super::cache;
-use super::spec::{self, Act, Gate, Names, QkNorm, Slice, Spec};
-use super::{LoadOptions, Quantization};
-use crate::backend::cpu::{Bytes, Cpu, Mat};
-use crate::backend::{Activation, Backend, Expert, Form, HeadRows, Kept, Part, Parts};
+pub(super) use gemma::{AltUp, Beside, Gemma, GemmaLayer};
+pub(super) use latent::Latent;
+pub(super) use load::{Plan, load, sizes};
+pub(super) use moe::Moe;
+
+use super::spec::{self, Act, Gate, Names, QkNorm, Slice, Spec, Values};
+use crate::backend::{Activation, Form, HeadRows, Part};
 use crate::file::{Checkpoint, Dtype, TensorView};
 use crate::{Error, Result};
 use std::path::Path;
@@ -21,6 +26,7 @@ pub(super) struct Weights<M, V> {
     /// `None`: the embedding is the head.
     pub(super) head: Option<M>,
     pub(super) head_bias: Option<V>,
+    pub(super) gemma: Option<Gemma<M, V>>,
 }
 
 /// The weights of a norm.
@@ -37,6 +43,7 @@ pub(super) struct Layer<M, V> {
     pub(super) ffn_norm: Option<Norm<V>>,
     pub(super) ffn: Ffn<M, V>,
     pub(super) ffn_after_norm: Option<Norm<V>>,
+    pub(super) gemma: Option<GemmaLayer<M, V>>,
 }
 
 /// As [`spec::Mixer`].
@@ -50,6 +57,7 @@ pub(super) enum Mixer<M, V> {
 pub(super) enum Ffn<M, V> {
     Dense(Dense<M, V>),
     Moe(Moe<M, V>),
+    Beside(Beside<M, V>),
 }
 
 /// The weights of attention.
@@ -58,23 +66,11 @@ pub(super) struct Attention<M, V> {
     pub(super) qkv: M,
     pub(super) qkv_bias: Option<V>,
     pub(super) qk_norms: Option<(V, V)>,
+    /// Ones: values are divided by their root mean square alone.
+    pub(super) v_norm: Option<V>,
     pub(super) sinks: Option<V>,
     pub(super) o: M,
     pub(super) o_bias: Option<V>,
-}
-
-/// The weights of latent attention, see [`spec::Latent`].
-pub(super) struct Latent<M, V> {
-    pub(super) q_a: Option<(M, V)>,
-    /// From the input, or from `q_a`'s output.
-    pub(super) q: M,
-    pub(super) kv_a: M,
-    pub(super) kv_norm: V,
-    pub(super) o: M,
-    /// For each head `[rank, nope]`: what the released `kv_b` makes keys with, transposed.
-    pub(super) keys: M,
-    /// For each head `[value, rank]`: what it makes values with.
-    pub(super) values: M,
 }
 
 /// The weights of a mixer with a state.
@@ -84,9 +80,17 @@ pub(super) struct Recurrent<M, V> {
     /// `[width, channels]`.
     pub(super) taps: V,
     pub(super) conv_bias: Option<V>,
-    pub(super) heads: Option<HeadRows<V>>,
+    pub(super) heads: Option<Heads<M, V>>,
     pub(super) out: M,
     pub(super) out_bias: Option<V>,
+}
+
+/// The weights of a recurrence over matrices.
+pub(super) struct Heads<M, V> {
+    /// The last part of the projection.
+    pub(super) rates: M,
+    pub(super) rates_bias: Option<V>,
+    pub(super) rows: HeadRows<V>,
 }
 
 /// The weights of a feed-forward network.
@@ -99,24 +103,6 @@ pub(super) struct Dense<M, V> {
     pub(super) down_bias: Option<V>,
 }
 
-/// The weights of experts.
-pub(super) struct Moe<M, V> {
-    pub(super) act: Activation,
-    pub(super) router: M,
-    pub(super) router_bias: Option<V>,
-    pub(super) correction: Option<V>,
-    pub(super) experts: Vec<Expert<M, V>>,
-    pub(super) shared: Option<Shared<M>>,
-}
-
-/// The weights of shared experts.
-pub(super) struct Shared<M> {
-    pub(super) gate_up: M,
-    pub(super) down: M,
-    /// One row.
-    pub(super) router: Option<M>,
-}
-
 impl<M, V> Weights<M, V> {
     /// All matrices.
     pub(super) fn mats(&self) -> impl Iterator<Item = &M> {
@@ -124,7 +110,10 @@ impl<M, V> Weights<M, V> {
             .layers
             .iter()
             .flat_map(|layer| layer.mixer.mats().into_iter().chain(layer.ffn.mats()));
-        layers.chain([&self.embed]).chain(&self.positions).chain(&self.head)
+        let gemma = self.layers.iter().filter_map(|layer| layer.gemma.as_ref());
+        let layers = layers.chain(gemma.flat_map(GemmaLayer::mats));
+        let gemma = self.gemma.iter().flat_map(Gemma::mats);
+        layers.chain([&self.embed]).chain(&self.positions).chain(&self.head).chain(gemma)
     }
 }
 
@@ -133,7 +122,9 @@ impl<M, V> Mixer<M, V> {
     fn mats(&self) -> Vec<&M> {
         match self {
             Mixer::Attention(a) => vec![&a.qkv, &a.o],
-            Mixer::Recurrent(r) => vec![&r.input, &r.out],
+            Mixer::Recurrent(r) => {
+                [&r.input, &r.out].into_iter().chain(r.heads.as_ref().map(|h| &h.rates)).collect()
+            }
             Mixer::Latent(a) => {
                 let mut mats = vec![&a.q, &a.kv_a, &a.o, &a.keys, &a.values];
                 mats.extend(a.q_a.as_ref().map(|(q_a, _)| q_a));
@@ -147,18 +138,16 @@ impl<M, V> Ffn<M, V> {
     /// All matrices, gate and up first.
     pub(super) fn mats(&self) -> Vec<&M> {
         match self {
-            Ffn::Dense(dense) => vec![&dense.gate_up, &dense.down],
-            Ffn::Moe(moe) => {
-                let mut mats: Vec<&M> =
-                    moe.experts.iter().flat_map(|e| [&e.gate_up, &e.down]).collect();
-                if let Some(shared) = &moe.shared {
-                    mats.extend([&shared.gate_up, &shared.down]);
-                    mats.extend(&shared.router);
-                }
-                mats.push(&moe.router);
-                mats
-            }
+            Ffn::Dense(dense) => dense.mats().into(),
+            Ffn::Moe(moe) => moe.mats(),
+            Ffn::Beside(both) => [&both.dense.mats(), &both.moe.mats()[..]].concat(),
         }
+    }
+}
+
+impl<M, V> Dense<M, V> {
+    fn mats(&self) -> [&M; 2] {
+        [&self.gate_up, &self.down]
     }
 }
 
@@ -169,22 +158,6 @@ struct Source {
     interleaved: bool,
     /// Never quantized: a small matrix whose errors would choose other experts.
     exact: bool,
-}
-
-/// One packed matrix to be: what it comes from.
-#[derive(Debug)]
-pub(super) struct Plan {
-    parts: Vec<(Slice, usize)>,
-    pub(super) n: usize,
-    pub(super) k: usize,
-    pub(super) form: Form,
-    interleaved: bool,
-}
-
-impl Plan {
-    pub(super) fn bytes(&self) -> usize {
-        self.form.bytes(self.n, self.k)
-    }
 }
 
 /// A checkpoint read as one family says.
@@ -313,73 +286,6 @@ impl<'a> Reader<'a> {
         Ok(gain)
     }
 
-    /// How a matrix will be packed.
-    fn plan(&self, quantization: Quantization, source: Source) -> Result<Plan> {
-        let Source { parts, k, interleaved, exact } = source;
-        let mut form = None;
-        for (place, _) in &parts {
-            let (tensors, stored) = self.tensors(place)?;
-            let blocks = tensors[0].dtype.blocks();
-            let kept = blocks.map_or(stored, |blocks| match blocks.kept() {
-                Kept::Q4 => Form::Q4,
-                Kept::Q8 => Form::Q8,
-                Kept::Mxfp4 => Form::Mxfp4,
-            });
-            let wanted = match quantization {
-                Quantization::None if kept == Form::Mxfp4 => Form::Mxfp4Float,
-                Quantization::None => stored,
-                _ if exact => stored,
-                _ if kept == Form::Mxfp4 => kept,
-                Quantization::Int4 => Form::Q4,
-                Quantization::Int8 => Form::Q8,
-                Quantization::Auto => kept,
-            };
-            let form = form.get_or_insert(wanted);
-            if *form == wanted {
-                continue;
-            }
-            if self.checkpoint.metadata().is_none() {
-                return Err(Error::Unsupported(format!(
-                    "tensor `{}`: found {}, but `{}` beside it is stored otherwise; use quantization=\"int8\"",
-                    place.tensor,
-                    stored.name(),
-                    parts[0].0.tensor
-                )));
-            }
-            // GGUF files mix types: a form that holds both nearly, or exactly.
-            let exact = !form.is_quantized() && !wanted.is_quantized();
-            *form = if exact { Form::F32 } else { Form::Q8 };
-        }
-        let n = parts.iter().map(|(_, n)| n).sum::<usize>();
-        let n = if interleaved { 2 * (n / 2).next_multiple_of(16) } else { n };
-        Ok(Plan { parts, n, k, form: form.unwrap_or(Form::F32), interleaved })
-    }
-
-    /// Packs one matrix into `out`.
-    fn pack(&self, cpu: &Cpu, plan: &Plan, out: &mut [u8]) -> Result<()> {
-        let part = |(place, n): &(Slice, usize)| self.part(place, *n, plan.k);
-        let sources: Vec<_> = plan.parts.iter().map(part).collect::<Result<_>>()?;
-        let parts = sources.iter().map(|(_, part)| *part).collect();
-        let parts = Parts { parts, k: plan.k, interleaved: plan.interleaved };
-        cpu.pack_into(plan.form, &parts, out)
-            .map_err(|(p, row, column)| self.not_finite(&plan.parts[p].0, row, column))?;
-        sources.iter().flat_map(|(tensors, _)| tensors).for_each(|t| self.checkpoint.release(t));
-        Ok(())
-    }
-
-    /// All matrices, in the order in which `weights` takes them and the cache keeps them.
-    fn plans(&self, quantization: Quantization) -> Result<Vec<Plan>> {
-        let mut plans = Vec::new();
-        self.weights(
-            |_| (),
-            |source| {
-                plans.push(self.plan(quantization, source)?);
-                Ok(())
-            },
-        )?;
-        Ok(plans)
-    }
-
     /// All weights. `mat` makes a matrix, in one order always; `row` a vector: these are small, and read anew
     /// each time.
     fn weights<M, V>(
@@ -394,6 +300,7 @@ impl<'a> Reader<'a> {
         };
         let embed = mat(whole("embed", s.vocab, false))?;
         let positions = s.positions.map(|n| mat(whole("positions", n, true))).transpose()?;
+        let gemma = self.gemma(&row, &mut mat)?;
         let layers = (0..s.layers.len()).map(|l| self.layer(l, &row, &mut mat));
         let layers = layers.collect::<Result<_>>()?;
         let head = || mat(whole("head", s.vocab, false));
@@ -405,7 +312,7 @@ impl<'a> Reader<'a> {
             bias: s.norm_bias.then(|| vector("norm_bias", s.hidden)).transpose()?,
         };
         let head_bias = s.head_bias.then(|| vector("head_bias", s.vocab)).transpose()?;
-        Ok(Weights { embed, positions, layers, norm, head, head_bias })
+        Ok(Weights { embed, positions, layers, norm, head, head_bias, gemma })
     }
 
     fn layer<M, V>(
@@ -439,7 +346,13 @@ impl<'a> Reader<'a> {
                     false => what.map(&place).into_iter().zip([q, kv, kv]).collect(),
                     true => by_group(&place(what[0]), a.kv_heads, &[q / a.kv_heads, d, d]),
                 };
-                let mut qkv = parts(["q", "k", "v"]);
+                let mut qkv = parts(match a.values {
+                    Values::NormedKeys => ["q", "k", "k"],
+                    _ => ["q", "k", "v"],
+                });
+                if a.kv_of.is_some() {
+                    qkv.truncate(1);
+                }
                 match a.gate {
                     Gate::None => {}
                     // One tensor has, for each head, its query and its gate.
@@ -467,12 +380,15 @@ impl<'a> Reader<'a> {
                     QkNorm::Full | QkNorm::None => self.norm(&place(what), heads * d, 1),
                 };
                 let qk_norms = || -> Result<(V, V)> {
-                    Ok((row(&gain("q_norm", a.heads)?), row(&gain("k_norm", a.kv_heads)?)))
+                    let q = row(&gain("q_norm", a.heads)?);
+                    let k = if a.kv_of.is_some() { "q_norm" } else { "k_norm" }; // or any: there are no keys
+                    Ok((q, row(&gain(k, a.kv_heads)?)))
                 };
                 Mixer::Attention(Attention {
                     qkv: mat(qkv)?,
                     qkv_bias: s.qkv_bias.then(qkv_bias).transpose()?,
                     qk_norms: (s.qk_norm != QkNorm::None).then(qk_norms).transpose()?,
+                    v_norm: (a.values != Values::Projected).then(|| row(&vec![1.0; d])),
                     sinks: bias(a.sinks, "sinks", a.heads)?,
                     o: mat(source(&[("o", s.hidden)], q, false))?,
                     o_bias: bias(s.o_bias, "o_bias", s.hidden)?,
@@ -480,19 +396,25 @@ impl<'a> Reader<'a> {
             }
             spec::Mixer::Latent(a) => Mixer::Latent(self.latent(l, a, row, mat)?),
         };
+        let gated = |ffn: usize, mat: &mut dyn FnMut(Source) -> Result<M>| {
+            let gate_up_bias = || -> Result<V> {
+                Ok(row(&interleave(&vector("gate_bias", ffn)?, &vector("up_bias", ffn)?)))
+            };
+            Ok(Dense {
+                act: self.activation(l)?,
+                gate_up: mat(source(&[("gate", ffn), ("up", ffn)], s.hidden, true))?,
+                gate_up_bias: s.mlp_bias.then(gate_up_bias).transpose()?,
+                down: mat(source(&[("down", s.hidden)], ffn, false))?,
+                down_bias: bias(s.mlp_bias, "down_bias", s.hidden)?,
+            })
+        };
         let ffn = match &s.layers[l].ffn {
             spec::Ffn::Moe(moe) => Ffn::Moe(self.moe(l, moe, row, mat)?),
-            &spec::Ffn::Dense(ffn) => {
-                let gate_up_bias = || -> Result<V> {
-                    Ok(row(&interleave(&vector("gate_bias", ffn)?, &vector("up_bias", ffn)?)))
-                };
-                Ffn::Dense(Dense {
-                    act: self.activation(l)?,
-                    gate_up: mat(source(&[("gate", ffn), ("up", ffn)], s.hidden, true))?,
-                    gate_up_bias: s.mlp_bias.then(gate_up_bias).transpose()?,
-                    down: mat(source(&[("down", s.hidden)], ffn, false))?,
-                    down_bias: bias(s.mlp_bias, "down_bias", s.hidden)?,
-                })
+            &spec::Ffn::Dense(ffn) | &spec::Ffn::Sparse(ffn, _) => Ffn::Dense(gated(ffn, mat)?),
+            spec::Ffn::Beside(ffn, moe) => {
+                let dense = gated(*ffn, mat)?;
+                let moe = self.moe(l, moe, row, mat)?;
+                Ffn::Beside(self.beside(l, dense, moe, row)?)
             }
             &spec::Ffn::Plain(ffn) => Ffn::Dense(Dense {
                 act: self.activation(l)?,
@@ -509,6 +431,7 @@ impl<'a> Reader<'a> {
             ffn_norm: norm(s.norms.ffn, "ffn_norm", "ffn_norm_bias")?,
             ffn,
             ffn_after_norm: norm(s.norms.ffn_after, "ffn_after_norm", "ffn_after_norm_bias")?,
+            gemma: self.gemma_layer(l, row, mat)?,
         })
     }
 
@@ -549,62 +472,7 @@ fn by_group(tensor: &Slice, groups: usize, sizes: &[usize]) -> Vec<(Slice, usize
     parts.collect()
 }
 
-impl Reader<'_> {
-    fn moe<M, V>(
-        &self,
-        l: usize,
-        moe: &spec::Moe,
-        row: &impl Fn(&[f32]) -> V,
-        mat: &mut impl FnMut(Source) -> Result<M>,
-    ) -> Result<Moe<M, V>> {
-        let (hidden, width) = (self.spec.hidden, moe.width);
-        let place = |what: &str, e| self.spec.place(&self.names, l, what, e);
-        let vector = |exists: bool, what: &str| -> Result<Option<V>> {
-            exists.then(|| Ok(row(&self.vector(&place(what, 0), moe.experts)?))).transpose()
-        };
-        let mut source = |parts: Vec<(Slice, usize)>, k, exact| {
-            let interleaved = parts.len() == 2;
-            mat(Source { parts, k, interleaved, exact })
-        };
-        let router = source(vec![(place("router", 0), moe.experts)], hidden, true)?;
-        let mut expert = |e: usize| -> Result<Expert<M, V>> {
-            let bias = |what: &str, n| self.vector(&place(what, e), n);
-            let gate_up_bias = || -> Result<V> {
-                let gate = bias("expert_gate_bias", width)?;
-                Ok(row(&interleave(&gate, &bias("expert_up_bias", width)?)))
-            };
-            let down_bias = || -> Result<V> { Ok(row(&bias("expert_down_bias", hidden)?)) };
-            let gate_up = vec![(place("expert_gate", e), width), (place("expert_up", e), width)];
-            Ok(Expert {
-                gate_up: source(gate_up, hidden, false)?,
-                gate_up_bias: moe.expert_bias.then(gate_up_bias).transpose()?,
-                down: source(vec![(place("expert_down", e), hidden)], width, false)?,
-                down_bias: moe.expert_bias.then(down_bias).transpose()?,
-            })
-        };
-        let experts = (0..moe.experts).map(&mut expert).collect::<Result<_>>()?;
-        let shared = |shared: spec::Shared| -> Result<Shared<M>> {
-            let width = shared.width;
-            let gate_up = vec![(place("shared_gate", 0), width), (place("shared_up", 0), width)];
-            let gate = || vec![(place("shared_router", 0), 1)];
-            Ok(Shared {
-                gate_up: source(gate_up, hidden, false)?,
-                down: source(vec![(place("shared_down", 0), hidden)], width, false)?,
-                router: shared.gate.then(|| source(gate(), hidden, true)).transpose()?,
-            })
-        };
-        Ok(Moe {
-            act: self.activation(l)?,
-            router,
-            router_bias: vector(moe.router_bias, "router_bias")?,
-            correction: vector(moe.correction, "router_correction")?,
-            experts,
-            shared: moe.shared.map(shared).transpose()?,
-        })
-    }
-}
-
-/// Sixteen of `a`, sixteen of `b`, and so on, padded with zeros: as [`Parts::interleaved`] orders rows.
+/// Sixteen of `a`, sixteen of `b`, and so on, padded with zeros: as [`Parts::interleaved`](crate::backend::Parts::interleaved) orders rows.
 fn interleave(a: &[f32], b: &[f32]) -> Vec<f32> {
     let mut out = Vec::with_capacity(2 * a.len().next_multiple_of(16));
     for (a, b) in a.chunks(16).zip(b.chunks(16)) {
@@ -614,61 +482,4 @@ fn interleave(a: &[f32], b: &[f32]) -> Vec<f32> {
         }
     }
     out
-}
-
-/// Reads, quantizes and packs all weights; or maps them, if `options.cache_dir` holds them packed.
-pub(super) fn load(
-    folder: &Path,
-    checkpoint: &Checkpoint,
-    spec: &Spec,
-    cpu: &Cpu,
-    options: &mut LoadOptions,
-) -> Result<Weights<Mat, Vec<f32>>> {
-    let reader = Reader::new(folder, checkpoint, spec);
-    let plans = reader.plans(options.quantization)?;
-    reader.refuse_unused()?;
-    let joined = |mats: Vec<Mat>| {
-        let mut mats = mats.into_iter();
-        reader.weights(|values| cpu.row(values), |_| mats.next().ok_or(Error::Closed))
-    };
-    let total: u64 = plans.iter().map(|p| p.bytes() as u64).sum();
-    let mut cache = match &options.cache_dir {
-        Some(dir) if total >= cache::WORTH => Some(cache::Cache::new(dir, checkpoint, &plans)),
-        _ => None,
-    };
-    if let Some(mats) = cache.as_ref().and_then(|cache| cache.read(&plans)) {
-        options.report(total, total);
-        return joined(mats);
-    }
-    // Straight to disk, one matrix in memory at a time, then mapped; or, without a cache, into memory.
-    if let Some(mut writer) = cache.as_mut().and_then(|cache| cache.writer(&plans)) {
-        let mut done = 0;
-        let mut buffer = Vec::new();
-        for plan in &plans {
-            buffer.clear();
-            buffer.resize(plan.bytes(), 0);
-            reader.pack(cpu, plan, &mut buffer)?;
-            if !writer.write(&buffer) {
-                break; // a full disk: without a cache, then
-            }
-            done += plan.bytes() as u64;
-            options.report(done, total);
-        }
-        drop(buffer);
-        if writer.finish()
-            && let Some(mats) = cache.and_then(|cache| cache.read(&plans))
-        {
-            return joined(mats);
-        }
-    }
-    let mut done = 0;
-    let mut mats = Vec::with_capacity(plans.len());
-    for plan in &plans {
-        let mut bytes = Bytes::zeroed(plan.bytes(), "packed weights")?;
-        reader.pack(cpu, plan, bytes.get_mut())?;
-        mats.push(Mat::new(plan.form, plan.n, plan.k, bytes)?);
-        done += plan.bytes() as u64;
-        options.report(done, total);
-    }
-    joined(mats)
 }

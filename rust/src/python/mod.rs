@@ -17,6 +17,7 @@ use crate::{Error, Result};
 use convert::{Processor, count, exception};
 use driver::{Inbox, Ticket};
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
@@ -45,6 +46,7 @@ const KV_DTYPES: [(&str, KvDtype); 3] =
 struct Info {
     architecture: String,
     parameters: u64,
+    active_parameters: u64,
     quantization: &'static str,
     weight_bytes: u64,
     layers: usize,
@@ -483,7 +485,8 @@ fn open(folder: &Path, options: Options) -> Result<(engine::Engine<Model<Cpu>>, 
     let pages = driven.stats().pages.into_iter().zip(model.kv_groups());
     let info = Info {
         architecture: spec.architecture.clone(),
-        parameters: model.parameters(),
+        parameters: spec.parameters().0,
+        active_parameters: spec.parameters().1,
         quantization: model.form(),
         weight_bytes: model.weight_bytes(),
         layers: spec.layers.len(),
@@ -502,6 +505,56 @@ fn open(folder: &Path, options: Options) -> Result<(engine::Engine<Model<Cpu>>, 
 /// JSON text that Python wrote.
 fn parsed<T: DeserializeOwned>(field: &'static str, text: &str, expected: &str) -> Result<T> {
     serde_json::from_str(text).map_err(|error| Error::parameter(field, error, expected))
+}
+
+/// What the model in `folder` is and will take, without loading it: `ferrule info`.
+#[pyfunction]
+#[pyo3(signature = (folder, *, quantization, kv_cache_dtype, family))]
+fn describe<'py>(
+    py: Python<'py>,
+    folder: &str,
+    quantization: &str,
+    kv_cache_dtype: &str,
+    family: Option<String>,
+) -> PyResult<Bound<'py, PyDict>> {
+    let describe = || {
+        let options = LoadOptions {
+            quantization: named("quantization", quantization, &QUANTIZATIONS)?,
+            kv_dtype: named("kv_cache_dtype", kv_cache_dtype, &KV_DTYPES)?,
+            family,
+            ..LoadOptions::default()
+        };
+        let found = model::describe(Path::new(folder), &options)?;
+        Ok((found, ChatTemplate::open(Path::new(folder))?.is_some()))
+    };
+    let (found, chat_template) = py.detach(describe).map_err(raise(py))?;
+    let dict = PyDict::new(py);
+    dict.set_item("architecture", found.architecture)?;
+    dict.set_item("parameters", found.parameters)?;
+    dict.set_item("active_parameters", found.active_parameters)?;
+    dict.set_item("layers", counts(py, found.layers)?)?;
+    dict.set_item("hidden_size", found.hidden)?;
+    dict.set_item("vocab_size", found.vocab)?;
+    dict.set_item("context_length", found.context_length)?;
+    dict.set_item("chat_template", chat_template)?;
+    dict.set_item("stored_bytes", counts(py, found.stored)?)?;
+    dict.set_item("weight_bytes", counts(py, found.packed)?)?;
+    dict.set_item("kv_cache_dtype", kv_cache_dtype)?;
+    dict.set_item("kv_bytes_1000_tokens", found.kv_bytes_1000)?;
+    dict.set_item("kv_bytes_context", found.kv_bytes_context)?;
+    Ok(dict)
+}
+
+/// Pairs as a dict in their order.
+fn counts<'py>(
+    py: Python<'py>,
+    pairs: Vec<(impl IntoPyObject<'py>, impl IntoPyObject<'py>)>,
+) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    for (name, count) in pairs {
+        dict.set_item(name, count)?;
+    }
+    Ok(dict)
 }
 
 /// The value that a name stands for.
@@ -559,6 +612,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(kernel_set, module)?)?;
     module.add_function(wrap_pyfunction!(kernel_sets, module)?)?;
     module.add_function(wrap_pyfunction!(threads, module)?)?;
+    module.add_function(wrap_pyfunction!(describe, module)?)?;
     module.add_function(wrap_pyfunction!(cpu_features, module)?)?;
     module.add_function(wrap_pyfunction!(gguf_at, module)?)?;
     module.add_function(wrap_pyfunction!(inspect, module)?)?;

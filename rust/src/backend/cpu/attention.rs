@@ -51,7 +51,8 @@ impl Cpu {
                 row.iter_mut().for_each(|x| *x = x.clamp(-clip, clip));
             }
             if let Some(table) = table {
-                for head in row.chunks_exact_mut(d).take(how.heads + how.kv_heads) {
+                let keys = if how.queries_only { 0 } else { how.kv_heads };
+                for head in row.chunks_exact_mut(d).take(how.heads + keys) {
                     self.kernels.rope(head, table.row(r), how.rope_interleaved);
                 }
             }
@@ -61,12 +62,19 @@ impl Cpu {
         });
     }
 
-    /// Norms the query and key heads of one position in place.
+    /// Norms the query, key and value heads of one position in place.
     fn norm_heads(&self, norms: &QkNorm<'_, Vec<f32>>, how: &Attention, row: &mut [f32]) {
         let (q, rest) = row.split_at_mut(how.heads * how.head_dim);
-        let k = &mut rest[..how.kv_heads * how.head_dim];
-        for (heads, gain) in [(q, norms.q), (k, norms.k)] {
-            let width = if norms.full { heads.len() } else { how.head_dim };
+        let keys = if how.queries_only { 0 } else { how.kv_heads * how.head_dim };
+        let (k, rest) = rest.split_at_mut(keys);
+        let v = &mut rest[..if norms.v.is_some() { keys } else { 0 }];
+        let v_gain = norms.v.unwrap_or(norms.k);
+        let all = [(q, norms.q, norms.full), (k, norms.k, norms.full), (v, v_gain, false)];
+        for (heads, gain, full) in all {
+            if heads.is_empty() {
+                continue;
+            }
+            let width = if full { heads.len() } else { how.head_dim };
             let mut normed = vec![0.0; width];
             for (x, gain) in heads.chunks_exact_mut(width).zip(gain.chunks_exact(width).cycle()) {
                 match norms.centred {

@@ -1,6 +1,9 @@
 //! Products with a matrix for each head, and the queries and keys of latent attention that they make.
 
-use super::{Buf, Cpu, Disjoint, Into, Job, Latent, Mat, ROWS, TOKENS};
+use super::memory::Disjoint;
+use super::product::{Into, Job, TOKENS};
+use super::{Buf, Cpu, Latent, Mat};
+use crate::kernels::layout::ROWS;
 
 /// Room for one operation: rows of inputs and outputs, `[heads * rows, ..]`, those of a head together.
 #[derive(Default)]

@@ -6,7 +6,9 @@ mod exact;
 mod latent;
 mod memory;
 mod moe;
+mod pack;
 mod pool;
+mod product;
 mod recurrent;
 mod streams;
 pub mod topology;
@@ -20,22 +22,15 @@ use super::{
     Parts, QkNorm, Recurrent, Routing, Score, Span,
 };
 use crate::kernels::{Acts, Form, Kernels, layout};
-use crate::quant::{BLOCK, GROUPS};
 use crate::{Error, Result};
 use layout::ROWS;
 use memory::Disjoint;
 use pool::{Claims, Pool};
-use std::borrow::Cow;
-use std::ops::Range;
+use product::{ActBuf, Into};
 use std::sync::Mutex;
 
 /// Tokens from which an operation on rows is worth a parallel region.
 const MANY: usize = 8;
-/// Tokens of a tile of a matrix product: its f32 sums (128 bytes a token) stay in L2.
-const TOKENS: usize = 512;
-/// Bytes of weights that a thread claims at once when they are read once: long streams, small remainders.
-const CLAIM: usize = 128 << 10;
-
 /// The CPU: one kernel set and one pool of threads.
 pub struct Cpu {
     kernels: &'static Kernels,
@@ -43,33 +38,6 @@ pub struct Cpu {
     acts: Mutex<ActBuf>,
     moe: Mutex<moe::Scratch>,
     heads: Mutex<latent::Scratch>,
-}
-
-/// Quantized activations of the operation that runs.
-#[derive(Default)]
-struct ActBuf {
-    q: Vec<i8>,
-    s: Vec<f32>,
-    sums: Vec<[i16; GROUPS]>,
-    totals: Vec<i32>,
-    /// Where the values begin in `q`.
-    start: usize,
-}
-
-impl ActBuf {
-    /// The activations of `m` rows with `rows` before them, of `width` inputs.
-    fn of(&self, rows: usize, m: usize, width: usize) -> Acts<'_> {
-        let k = layout::padded_k(width);
-        let (from, n) = (rows * k.div_ceil(BLOCK), m * k.div_ceil(BLOCK));
-        Acts {
-            m,
-            k,
-            q: &self.q[self.start + rows * k..][..m * k],
-            s: &self.s[from..][..n],
-            sums: &self.sums[from..][..n],
-            totals: &self.totals[from..][..n],
-        }
-    }
 }
 
 /// Activations `[rows, width]`.
@@ -140,29 +108,6 @@ impl Mat {
     }
 }
 
-/// A matrix, or some of its row blocks, against some rows of the activations; the same rows of the output take
-/// the product.
-struct Job<'a> {
-    w: &'a Mat,
-    /// First row block.
-    block: usize,
-    /// Rows from there on.
-    n: usize,
-    bias: Option<&'a Vec<f32>>,
-    /// At most [`TOKENS`].
-    rows: Range<usize>,
-}
-
-/// What happens to a finished tile of a product.
-#[derive(Clone, Copy)]
-enum Into {
-    Store,
-    Add,
-    Act(Activation),
-    /// Gate and up are interleaved; their columns, padding left out, are as many as this.
-    Gate(Activation, usize),
-}
-
 impl Cpu {
     /// A CPU with `threads` threads and the set that `isa` names (the best one if `None`).
     pub fn new(threads: usize, isa: Option<&str>) -> Result<Cpu> {
@@ -197,239 +142,6 @@ impl Cpu {
         let claims = Claims::new(total, self.pool.threads(), grain);
         self.pool.run(&|thread| claims.each(thread, |run| run.for_each(&work)));
     }
-
-    /// The rows of `jobs`, quantized, in `buf`: each job's activations stand together, see [`ActBuf::of`].
-    fn quantize(&self, jobs: &[Job<'_>], x: &Buf, buf: &mut ActBuf) {
-        let k = layout::padded_k(x.width);
-        let blocks = k.div_ceil(BLOCK);
-        let first = jobs[0].rows.start;
-        let rows = jobs[jobs.len() - 1].rows.end - first;
-        // The values start at a line of the cache, as the tiles of AMX like them.
-        buf.q.resize(rows * k + 64, 0);
-        buf.start = buf.q.as_ptr().addr().wrapping_neg() % 64;
-        let values = &mut buf.q[buf.start..][..rows * k];
-        buf.s.resize(rows * blocks, 0.0);
-        buf.sums.resize(rows * blocks, [0; GROUPS]);
-        buf.totals.resize(rows * blocks, 0);
-        let (q, s) = (Disjoint::new(values), Disjoint::new(&mut buf.s));
-        let (sums, totals) = (Disjoint::new(&mut buf.sums), Disjoint::new(&mut buf.totals));
-        self.each(rows, 4, |r| {
-            let job = &jobs[jobs.partition_point(|job| job.rows.end <= first + r)].rows;
-            let (m, before, t) = (job.len(), job.start - first, first + r - job.start);
-            for b in 0..blocks {
-                let len = BLOCK.min(k - b * BLOCK);
-                let start = (b * BLOCK).min(x.width);
-                let x = &x.row(first + r)[start..(start + len).min(x.width)];
-                let at = before * k + b * BLOCK * m + t * len;
-                let i = before * blocks + b * m + t;
-                // SAFETY: `(b, r)` names these ranges, and each `r` is claimed by one thread.
-                let (q, s, sums, totals) = unsafe {
-                    (
-                        q.part(at..at + len),
-                        s.part(i..i + 1),
-                        sums.part(i..i + 1),
-                        totals.part(i..i + 1),
-                    )
-                };
-                (s[0], totals[0]) = self.kernels.quantize(x, q, &mut sums[0]);
-            }
-        });
-    }
-
-    /// One matrix product: `out` takes `x w^T + bias` as `into` says.
-    fn product(&self, w: &Mat, bias: Option<&Vec<f32>>, x: &Buf, into: Into, out: &mut Buf) {
-        match into {
-            Into::Store | Into::Act(_) => out.shape(x.rows, w.n),
-            Into::Add => assert!(out.rows == x.rows && out.width == w.n),
-            Into::Gate(_, width) => out.shape(x.rows, width),
-        }
-        for t in (0..x.rows).step_by(TOKENS) {
-            let rows = t..x.rows.min(t + TOKENS);
-            self.products(&[Job { w, block: 0, n: w.n, bias, rows }], x, into, out);
-        }
-    }
-
-    /// Matrix products side by side. All matrices have one shape; the rows of the jobs follow each other.
-    fn products(&self, jobs: &[Job<'_>], x: &Buf, into: Into, out: &mut Buf) {
-        let Some(&Job { w, n, .. }) = jobs.first() else { return };
-        assert!(jobs.iter().all(|job| job.n == n && job.w.k == x.width));
-        let width = out.width;
-        let first = jobs[0].rows.start;
-        let mut acts = self.acts.lock().unwrap_or_else(|e| e.into_inner());
-        if jobs.iter().any(|job| job.w.form.is_quantized()) {
-            self.quantize(jobs, x, &mut acts);
-        }
-        let acts = &*acts;
-        // Pairs of row blocks: gate and up stand side by side, and AMX takes two.
-        let pairs = n.div_ceil(2 * ROWS);
-        let size = w.form.row_block_bytes(w.k);
-        let few = jobs.iter().all(|job| job.rows.len() <= 4);
-        let grain = if few { (CLAIM / (2 * size)).clamp(1, 64) } else { 1 };
-        let claims = Claims::new(jobs.len() * pairs, self.pool.threads(), grain);
-        let values = Disjoint::new(out.values_mut());
-        self.pool.run(&|thread| {
-            let mut tile = Vec::new();
-            claims.each(thread, |run| {
-                let mut piece = run.start;
-                while piece < run.end {
-                    // A run may go on into the next job.
-                    let (job, start) = (&jobs[piece / pairs], piece % pairs);
-                    let end = pairs.min(start + run.end - piece);
-                    piece += end - start;
-                    let blocks = start * 2..(end * 2).min(n.div_ceil(ROWS));
-                    let (m, columns) = (job.rows.len(), blocks.len() * ROWS);
-                    tile.resize(m * columns, 0.0);
-                    let size = job.w.form.row_block_bytes(job.w.k);
-                    let weights = &job.w.bytes()[job.block * size..];
-                    let weights = &weights[blocks.start * size..blocks.end * size];
-                    if job.w.form.is_quantized() {
-                        let acts = acts.of(job.rows.start - first, m, x.width);
-                        self.kernels.gemm(job.w.form, weights, &acts, &mut tile);
-                    } else {
-                        let x = &x.values()[job.rows.start * x.width..job.rows.end * x.width];
-                        self.kernels.gemm_float(job.w.form, weights, job.w.k, x, &mut tile);
-                    }
-                    for (i, tile) in tile.chunks_mut(columns).enumerate() {
-                        let row = (job.rows.start + i) * width;
-                        self.finish(into, n, job.bias, start * 2 * ROWS, tile, &values, row);
-                    }
-                }
-            });
-        });
-    }
-
-    /// Takes one row of a tile, columns `first..` of the matrix, into the row of `out` that begins at `row`.
-    fn finish(
-        &self,
-        into: Into,
-        n: usize,
-        bias: Option<&Vec<f32>>,
-        first: usize,
-        tile: &mut [f32],
-        out: &Disjoint<'_, f32>,
-        row: usize,
-    ) {
-        let last = n.min(first + tile.len());
-        let tile = &mut tile[..last - first];
-        if let Some(bias) = bias {
-            self.kernels.add(tile, &bias[first..last]);
-        }
-        match into {
-            Into::Store | Into::Add | Into::Act(_) => {
-                if let Into::Act(act) = into {
-                    // A gate of what is multiplied by one.
-                    for part in tile.chunks_mut(ROWS) {
-                        self.kernels.gate(act, part, &[1.0; ROWS][..part.len()]);
-                    }
-                }
-                // SAFETY: columns `first..last` of this row belong to the claimed run of row blocks.
-                let out = unsafe { out.part(row + first..row + last) };
-                match into {
-                    Into::Add => self.kernels.add(out, tile),
-                    _ => out.copy_from_slice(tile),
-                }
-            }
-            Into::Gate(act, width) => {
-                for (i, pair) in tile.chunks_mut(2 * ROWS).enumerate() {
-                    let (gate, up) = pair.split_at_mut(ROWS);
-                    self.kernels.gate(act, gate, up);
-                    let column = first / 2 + i * ROWS;
-                    let n = ROWS.min(width - column);
-                    // SAFETY: as above; a pair of row blocks gives half as many columns.
-                    unsafe { out.part(row + column..row + column + n) }.copy_from_slice(&gate[..n]);
-                }
-            }
-        }
-    }
-
-    /// Packs `parts` into `out`, which is as long as the packed matrix and zero.
-    pub fn pack_into(
-        &self,
-        form: Form,
-        parts: &Parts<'_>,
-        out: &mut [u8],
-    ) -> std::result::Result<(), NotFinite> {
-        let (n, k) = (parts.n(), parts.k);
-        assert_eq!(out.len(), form.bytes(n, k));
-        let size = form.row_block_bytes(k);
-        let bad = Mutex::new(None);
-        let blocks = n.div_ceil(ROWS);
-        let out = Disjoint::new(out);
-        let claims = Claims::new(blocks, self.pool.threads(), 4);
-        self.pool.run(&|thread| {
-            claims.each(thread, |run| {
-                for rb in run {
-                    // SAFETY: each row block is claimed by one thread.
-                    let out = unsafe { out.part(rb * size..(rb + 1) * size) };
-                    if let Err(at) = self.pack_row_block(form, parts, rb, out) {
-                        let mut bad = bad.lock().unwrap_or_else(|e| e.into_inner());
-                        *bad = Some(bad.map_or(at, |b: NotFinite| b.min(at)));
-                    }
-                }
-            });
-        });
-        bad.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)
-    }
-
-    fn pack_row_block(
-        &self,
-        form: Form,
-        parts: &Parts<'_>,
-        rb: usize,
-        out: &mut [u8],
-    ) -> std::result::Result<(), NotFinite> {
-        let k = parts.k;
-        let row = |r: usize| parts.locate(rb * ROWS + r);
-        if exact::holds(form, parts) {
-            return exact::pack(form, parts, rb, out);
-        }
-        if !form.is_quantized() {
-            let width = Part::width(form);
-            let rows: Vec<_> = (0..ROWS)
-                .map(|r| row(r).map(|(p, i)| parts.parts[p].floats_of(form, i, k)))
-                .collect();
-            layout::pack_float(width, |r| rows[r].as_deref(), out);
-            // Checked like quantized weights: a NaN would spread over every answer.
-            let mut values = [0.0; BLOCK];
-            for (p, i) in (0..ROWS).filter_map(row) {
-                for b in (0..k).step_by(BLOCK) {
-                    let len = BLOCK.min(k - b);
-                    parts.parts[p].values(i, b, &mut values[..len]);
-                    finite(&values[..len]).map_err(|c| (p, i, b + c))?;
-                }
-            }
-            return Ok(());
-        }
-        let mut rows = [[0.0f32; BLOCK]; ROWS];
-        let mut done = 0;
-        for b in (0..k).step_by(BLOCK) {
-            let len = BLOCK.min(k - b);
-            for (r, values) in rows.iter_mut().enumerate() {
-                let Some((p, i)) = row(r) else { continue };
-                parts.parts[p].values(i, b, &mut values[..len]);
-                finite(&values[..len]).map_err(|c| (p, i, b + c))?;
-            }
-            let bytes = form.row_block_bytes(len);
-            self.kernels.pack(form, &rows, len, &mut out[done..done + bytes]);
-            done += bytes;
-        }
-        Ok(())
-    }
-}
-
-/// `Err` with the index of the first number that is not finite.
-fn finite(x: &[f32]) -> std::result::Result<(), usize> {
-    // The sum of x * 0 is 0 unless something is not finite; vectors make that cheap.
-    let mut lanes = [0.0f32; 16];
-    for x in x.chunks(16) {
-        for (lane, x) in lanes.iter_mut().zip(x) {
-            *lane += x * 0.0;
-        }
-    }
-    if lanes.iter().all(|&l| l == 0.0) {
-        return Ok(());
-    }
-    x.iter().position(|x| !x.is_finite()).map_or(Ok(()), Err)
 }
 
 impl Backend for Cpu {
@@ -549,13 +261,14 @@ impl Backend for Cpu {
         how: &Routing,
         logits: &mut Buf,
         correction: Option<&Vec<f32>>,
+        scales: Option<&Vec<f32>>,
         experts: &[Expert<Mat, Vec<f32>>],
         act: Activation,
         width: usize,
         x: &Buf,
         out: &mut Buf,
     ) {
-        self.mixture(how, logits, correction, experts, Into::Gate(act, width), x, out);
+        self.mixture(how, logits, correction, scales, experts, Into::Gate(act, width), x, out);
     }
 
     fn add_gated(&self, gate: &mut Buf, y: &Buf, out: &mut Buf) {
@@ -584,6 +297,15 @@ impl Backend for Cpu {
 
     fn altup_correct(&self, coefficients: &Buf, seen: &Buf, streams: &mut [Buf]) {
         self.correct(coefficients, seen, streams);
+    }
+
+    fn multiply(&self, x: &Buf, gain: &Vec<f32>, out: &mut Buf) {
+        self.multiply_rows(x, gain, out);
+    }
+
+    fn copy(&self, x: &Buf, out: &mut Buf) {
+        out.shape(x.rows, x.width);
+        out.values_mut().copy_from_slice(x.values());
     }
 
     fn match_power(&self, x: &mut Buf, to: &Buf, least: f32) {
@@ -648,7 +370,9 @@ impl Backend for Cpu {
         spans: &[Span<'_>],
     ) {
         self.rotate(qkv, how, norms.as_ref(), table);
-        self.store(qkv, how, kv, layer, spans);
+        if !how.queries_only {
+            self.store(qkv, how, kv, layer, spans);
+        }
     }
 
     fn attend(
@@ -700,6 +424,7 @@ impl Backend for Cpu {
     fn recur(
         &self,
         x: &Buf,
+        rates: &Buf,
         conv: &mut Buf,
         how: &Recurrent,
         rows: &HeadRows<Vec<f32>>,
@@ -709,7 +434,7 @@ impl Backend for Cpu {
         spans: &[Span<'_>],
         out: &mut Buf,
     ) {
-        self.recurrence(x, conv, how, rows, eps, (states, layer), spans, out);
+        self.recurrence((x, rates), conv, how, rows, eps, (states, layer), spans, out);
     }
 
     fn select(&self, x: &Buf, rows: &[usize], out: &mut Buf) {
@@ -742,84 +467,6 @@ impl Backend for Cpu {
 
     fn read(&self, x: &Buf) -> Vec<f32> {
         x.values().to_vec()
-    }
-}
-
-impl Part<'_> {
-    /// Bytes of one stored number.
-    fn width(stored: Form) -> usize {
-        if stored == Form::F32 { 4 } else { 2 }
-    }
-
-    /// The `k` numbers of row `i` in a float form: their own, or F32.
-    fn floats_of(&self, form: Form, i: usize, k: usize) -> Cow<'_, [u8]> {
-        if self.stored == form && self.blocks.is_none() {
-            return self.range(i, 0, k);
-        }
-        let mut values = vec![0.0; k];
-        self.values(i, 0, &mut values);
-        values.iter().flat_map(|x| x.to_le_bytes()).collect()
-    }
-
-    /// The bytes of `len` numbers of row `i`, from number `from` on.
-    fn range(&self, i: usize, from: usize, len: usize) -> Cow<'_, [u8]> {
-        let width = Part::width(self.stored);
-        let start = i * self.row + from * self.column;
-        if self.column == 1 {
-            return Cow::Borrowed(&self.bytes[start * width..][..len * width]);
-        }
-        let number = |j| &self.bytes[(start + j * self.column) * width..][..width];
-        (0..len).flat_map(number).copied().collect()
-    }
-
-    /// Numbers `from..from + out.len()` of row `i`.
-    fn values(&self, i: usize, from: usize, out: &mut [f32]) {
-        if let Some(blocks) = self.blocks {
-            let before = (i * self.row + from) / blocks.weights() * blocks.bytes();
-            return blocks.decode(&self.bytes[before..], out);
-        }
-        let bytes = &self.range(i, from, out.len())[..];
-        match self.stored {
-            Form::F32 => {
-                for (out, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                    *out = f32::from_le_bytes(*b);
-                }
-            }
-            Form::F16 => {
-                for (out, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *out = half::f16::from_le_bytes(*b).to_f32();
-                }
-            }
-            _ => {
-                for (out, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                    *out = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
-                }
-            }
-        }
-    }
-}
-
-impl Parts<'_> {
-    /// Rows of the packed matrix.
-    pub fn n(&self) -> usize {
-        let n = self.parts.iter().map(|p| p.n).sum::<usize>();
-        if self.interleaved { 2 * (n / 2).next_multiple_of(ROWS) } else { n }
-    }
-
-    /// Part and row that packed row `r` comes from; `None` for padding.
-    fn locate(&self, r: usize) -> Option<(usize, usize)> {
-        if self.interleaved {
-            let (part, row) = (r / ROWS % 2, r / (2 * ROWS) * ROWS + r % ROWS);
-            return (row < self.parts[part].n).then_some((part, row));
-        }
-        let mut row = r;
-        for (p, part) in self.parts.iter().enumerate() {
-            if row < part.n {
-                return Some((p, row));
-            }
-            row -= part.n;
-        }
-        None
     }
 }
 

@@ -3,7 +3,8 @@
 //! they are added up by ascending expert.
 
 use super::memory::Disjoint;
-use super::{Buf, Cpu, Expert, Into, Job, Mat, Routing, TOKENS};
+use super::product::{Into, Job, TOKENS};
+use super::{Buf, Cpu, Expert, Mat, Routing};
 
 /// Room for one operation.
 #[derive(Default)]
@@ -29,6 +30,7 @@ impl Cpu {
         how: &Routing,
         logits: &mut Buf,
         correction: Option<&Vec<f32>>,
+        scales: Option<&Vec<f32>>,
         experts: &[Expert<Mat, Vec<f32>>],
         gate: Into,
         x: &Buf,
@@ -51,6 +53,9 @@ impl Cpu {
             };
             self.kernels.score(how.score, scores);
             choose(how, scores, correction.map(Vec::as_slice), chosen);
+            for (e, p) in chosen {
+                *p *= scales.map_or(1.0, |scales| scales[*e]);
+            }
         });
         // Gathered rows in the order of experts, those of one expert in the order of positions.
         ends.clear();

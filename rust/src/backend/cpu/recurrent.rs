@@ -133,7 +133,7 @@ impl Cpu {
 
     pub(super) fn recurrence(
         &self,
-        x: &Buf,
+        (x, rates): (&Buf, &Buf),
         conv: &mut Buf,
         how: &Recurrent,
         w: &HeadRows<Vec<f32>>,
@@ -147,10 +147,9 @@ impl Cpu {
         };
         let delta = matches!(how.core, Core::DeltaNet(_));
         let (keys, values) = (h.keys(), h.values());
-        // Where queries, keys and values begin in a row of `conv`; in `x` the gate of the norm and the last columns.
+        // Where queries, keys and values begin in a row of `conv`, and the gate of the norm in one of `x`.
         let [q, k, v] = if delta { [0, keys, 2 * keys] } else { [values + keys, values, 0] };
-        let (z, last) =
-            if delta { (2 * keys + values, x.width - 2 * h.heads) } else { (0, x.width - h.heads) };
+        let z = if delta { 2 * keys + values } else { 0 };
         let (rows, width) = (conv.rows, conv.width);
 
         // Decay and strength of each head.
@@ -165,10 +164,10 @@ impl Cpu {
                     channels.part(r * width..(r + 1) * width),
                 )
             };
-            let last = &x.row(r)[last..];
+            let rates = rates.row(r);
             for (i, to) in scalars.iter_mut().enumerate() {
-                let dt = softplus(last[last.len() - h.heads + i] + w.dt_bias[i]);
-                let beta = if delta { 1.0 / (1.0 + libm::expf(-last[i])) } else { dt };
+                let dt = softplus(rates[rates.len() - h.heads + i] + w.dt_bias[i]);
+                let beta = if delta { 1.0 / (1.0 + libm::expf(-rates[i])) } else { dt };
                 *to = [libm::expf(w.decay[i] * dt), beta];
             }
             if delta {

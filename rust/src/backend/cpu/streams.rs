@@ -77,6 +77,20 @@ impl Cpu {
         });
     }
 
+    /// [`Backend::multiply`](super::Backend::multiply).
+    pub(super) fn multiply_rows(&self, x: &Buf, gain: &[f32], out: &mut Buf) {
+        assert_eq!(x.width, gain.len());
+        out.shape(x.rows, x.width);
+        let values = Disjoint::new(out.values_mut());
+        self.each(x.rows, 4, |r| {
+            // SAFETY: each row is claimed by one thread.
+            let out = unsafe { values.part(r * x.width..(r + 1) * x.width) };
+            for ((out, x), gain) in out.iter_mut().zip(x.row(r)).zip(gain) {
+                *out = x * gain;
+            }
+        });
+    }
+
     /// [`Backend::match_power`](super::Backend::match_power).
     pub(super) fn match_rows(&self, x: &mut Buf, to: &Buf, least: f32) {
         let (rows, width) = (x.rows, x.width);

@@ -1,5 +1,6 @@
 //! The back end gives the same bits with any number of threads, and the formula's result.
 
+use super::product::TOKENS;
 use super::*;
 
 pub(super) fn noise(n: usize, mut seed: u32) -> Vec<f32> {
@@ -238,6 +239,7 @@ fn norms_of_queries_and_keys_are_over_a_head_or_over_all() {
         softcap: None,
         window: None,
         query_growth: None,
+        queries_only: false,
         rope_interleaved: false,
     };
     let x = noise(8 * 16, 3);
@@ -246,7 +248,7 @@ fn norms_of_queries_and_keys_are_over_a_head_or_over_all() {
     let (one, each) = (gain[..16].to_vec(), gain.clone());
     let run = |how: &Attention, q: &Vec<f32>, k: &Vec<f32>, full, centred| {
         let mut qkv = Buf::new(x.clone(), 8 * 16);
-        let norms = QkNorm { q, k, centred, full, after_rope: false, eps: 1e-5 };
+        let norms = QkNorm { q, k, v: None, centred, full, after_rope: false, eps: 1e-5 };
         cpu.rotate(&mut qkv, how, Some(&norms), None);
         qkv.values().to_vec()
     };
@@ -295,6 +297,7 @@ fn rotation_comes_before_a_norm_that_is_after_it_and_turns_the_first_dimensions(
             softcap: None,
             window: None,
             query_growth: None,
+            queries_only: false,
             rope_interleaved,
         };
         let run = |norm: Option<bool>| {
@@ -303,6 +306,7 @@ fn rotation_comes_before_a_norm_that_is_after_it_and_turns_the_first_dimensions(
             let norms = norm.map(|after_rope| QkNorm {
                 q,
                 k,
+                v: None,
                 centred: false,
                 full: false,
                 after_rope,
@@ -349,6 +353,7 @@ fn queries_grow_with_their_position() {
         softcap: None,
         window: None,
         query_growth: Some((0.3, every)),
+        queries_only: false,
         rope_interleaved: false,
     };
     let qkv = Buf::new(noise(n * 4 * d, 5), 4 * d);

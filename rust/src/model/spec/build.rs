@@ -3,8 +3,9 @@
 
 use super::config::{Facts, Object, bad, shown};
 use super::family::{Family, Format};
+use super::gemma;
 use super::ropes::Ropes;
-use super::{Act, Attention, Ffn, Gate, Latent, Layer, Mixer, Norms, Place, QkNorm, Spec};
+use super::{Act, Attention, Ffn, Gate, Latent, Layer, Mixer, Norms, Place, QkNorm, Spec, Values};
 use crate::{Error, Result};
 use serde_json::Value;
 use std::path::Path;
@@ -15,7 +16,7 @@ pub(super) const MAX_WIDTH: usize = 1 << 20;
 pub(super) const MAX_HEADS: usize = 1 << 14;
 pub(super) const MAX_HEAD_DIM: usize = 1 << 14;
 pub(super) const MAX_FFN: usize = 1 << 22;
-const MAX_VOCAB: usize = 1 << 24;
+pub(super) const MAX_VOCAB: usize = 1 << 24;
 pub(super) const MAX_POSITIONS: usize = 1 << 30;
 
 impl Spec {
@@ -93,6 +94,8 @@ impl Spec {
         if head_dim % 2 != 0 {
             return Err(bad("head_dim", &head_dim.to_string(), "an even number"));
         }
+        let full_dim = family.gemma.as_ref().map(|g| g.full_head_dim(facts)).transpose()?.flatten();
+        let dims = [full_dim.unwrap_or(head_dim), head_dim];
         let file_context = facts.need_count(&family.context_length, MAX_POSITIONS)?;
         let windows = windows(&family, facts)?;
         let positions = facts.count(&family.positions, MAX_POSITIONS)?;
@@ -106,7 +109,7 @@ impl Spec {
         };
         let ropes = match rotates {
             false => Ropes::none(windows.len()),
-            true => Ropes::read(&family, facts, head_dim, file_context, &windows)?,
+            true => Ropes::read(&family, facts, dims, file_context, &windows)?,
         };
         let scale_of = facts.number(&family.attn_scale_rsqrt_of, 1e-9, 1e9)?;
         let softcap =
@@ -157,11 +160,17 @@ impl Spec {
                     facts.need_count(&family.query_growth_every, MAX_POSITIONS)?,
                 )),
             },
+            values: Values::Projected,
+            kv_of: None,
             gate: if facts.flag(&family.use_attn_gate)? { family.attn_gate } else { Gate::None },
             sinks: facts.flag(&family.sinks)?,
             rope_interleaved: facts.flag(&family.rope_interleaved)?,
         };
         let latent = Latent::read(&family, facts, (hidden, heads, head_dim))?;
+        if parallel && latent.is_some() {
+            let what = "found latent attention in parallel layers, expected ordinary attention";
+            return Err(Error::format(format!("family of {architecture}"), what));
+        }
         let ffns = ffns(&family, facts, hidden, windows.len())?;
         let states = match &family.recurrent {
             Some(recurrent) => recurrent.at(facts, &family, windows.len())?,
@@ -178,7 +187,8 @@ impl Spec {
             };
             Layer { mixer, ffn }
         });
-        let layers: Vec<Layer> = layers.collect();
+        let mut layers: Vec<Layer> = layers.collect();
+        let gemma = family.gemma.as_ref().map(|g| g.read(facts, &mut layers)).transpose()?;
         let embed_scale = scale(&family.embed_scale)?;
         let depth = facts.number(&family.residual_depth, 1e-6, 1e6)?;
         let depth = depth.map_or(1.0, |depth| depth / (layers.len() as f64).sqrt());
@@ -206,7 +216,7 @@ impl Spec {
                 "gelu" | "gelu_python" => Act::Gelu,
                 "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" | "gelu_accurate" => Act::GeluTanh,
                 "relu2" => Act::Relu2,
-                "clamped_swiglu" => Act::ClampedSwiglu,
+                "clamped_swiglu" if family.gated => Act::ClampedSwiglu,
                 "xielu" if !family.gated => Act::XIelu,
                 other => {
                     return Err(Error::Unsupported(format!(
@@ -230,6 +240,7 @@ impl Spec {
             positions,
             tied: facts.flag(&family.tied)?,
             head_bias: facts.flag(&family.head_bias)?,
+            gemma,
             layers,
             ropes: ropes.all,
             context_length: match positions {
@@ -351,9 +362,14 @@ fn only_experts(object: &Object<'_>, key: &str) -> Result<()> {
 
 /// The feed-forward network of each layer.
 fn ffns(family: &Family, facts: &Facts<'_>, hidden: usize, layers: usize) -> Result<Vec<Ffn>> {
-    let width = ffn_width(family, facts, hidden)?;
+    let widths = gemma::widths(facts, &family.ffn, layers)?;
+    let width = match &widths {
+        Some(widths) => widths.first().copied(),
+        None => ffn_width(family, facts, hidden)?,
+    };
     let (moe, has) = match &family.moe {
         None => (None, vec![false; layers]),
+        Some(moe) if !moe.enabled(facts)? => (None, vec![false; layers]),
         Some(moe) => {
             // `refuse` lets nothing else pass.
             let mxfp4 = [&facts.top, &facts.text].map(|o| o.get("quantization_config"));
@@ -362,14 +378,20 @@ fn ffns(family: &Family, facts: &Facts<'_>, hidden: usize, layers: usize) -> Res
             (Some(moe), has)
         }
     };
-    let ffn = |has| match (moe, has) {
-        (Some(moe), true) => Ok(Ffn::Moe(moe)),
-        _ => {
-            let width = width.map_or_else(|| facts.need_count(&family.ffn, MAX_FFN), Ok)?;
-            Ok(if family.gated { Ffn::Dense(width) } else { Ffn::Plain(width) })
-        }
+    let beside = family.moe.as_ref().map(|moe| facts.flag(&moe.beside_dense)).transpose()?;
+    let ffn = |(l, has): (usize, bool)| {
+        let width = || match &widths {
+            Some(widths) => Ok(widths[l]),
+            None => width.map_or_else(|| facts.need_count(&family.ffn, MAX_FFN), Ok),
+        };
+        Ok(match (moe, has) {
+            (Some(moe), true) if beside == Some(true) => Ffn::Beside(width()?, moe),
+            (Some(moe), true) => Ffn::Moe(moe),
+            _ if family.gated => Ffn::Dense(width()?),
+            _ => Ffn::Plain(width()?),
+        })
     };
-    has.into_iter().map(ffn).collect()
+    has.into_iter().enumerate().map(ffn).collect()
 }
 
 /// The window of each layer.
@@ -390,6 +412,7 @@ fn windows(family: &Family, facts: &Facts<'_>) -> Result<Vec<Option<usize>>> {
     {
         return Err(bad("layer_types", &format!("{} entries", types.len()), &format!("{count}")));
     }
+    let full_last = facts.flag(&family.full_last)?;
     let state = |name: &str| family.recurrent.as_ref().is_some_and(|r| r.is_type(name));
     (0..count)
         .map(|l| {
@@ -419,7 +442,7 @@ fn windows(family: &Family, facts: &Facts<'_>) -> Result<Vec<Option<usize>>> {
                         && full_first.is_none_or(|n| l as f64 >= n)
                 }
             };
-            Ok(window.filter(|_| slides))
+            Ok(window.filter(|_| slides && !(full_last && l + 1 == count)))
         })
         .collect()
 }

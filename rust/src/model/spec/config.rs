@@ -92,13 +92,19 @@ impl<'a> Facts<'a> {
         }
     }
 
-    /// The objects that `fact` names, as they are in the file.
-    pub(super) fn objects(&self, fact: &Fact) -> Result<Vec<Object<'a>>> {
+    /// The objects that `fact` names, as they are in the file; or its default, if none is there.
+    pub(super) fn objects<'b>(&'b self, fact: &'b Fact) -> Result<Vec<Object<'b>>> {
         let found = fact.key.iter().map(|key| {
             let (object, key) = self.place(key);
             object.object(key)
         });
-        Ok(found.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect())
+        let found: Vec<_> = found.collect::<Result<Vec<_>>>()?.into_iter().flatten().collect();
+        match &fact.default {
+            Some(Value::Object(map)) if found.is_empty() => {
+                Ok(vec![Object { map, path: "the family's rotary embedding: ".to_owned() }])
+            }
+            _ => Ok(found),
+        }
     }
 
     /// What `fact` is for this model, and the key for errors. As in transformers' configuration classes, an

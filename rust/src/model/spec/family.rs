@@ -1,6 +1,7 @@
 //! Architecture families: the TOML files under `models/families`, each a difference from its base.
 //! Knows no number of any model and no tensor; `Spec` applies a family to one `config.json`.
 
+use super::gemma::GemmaFacts;
 use super::moe::MoeFacts;
 use super::recurrent::RecurrentFacts;
 use super::{Gate, Norm, Place, QkNorm, RopeOn};
@@ -60,6 +61,10 @@ families![
     "minicpm3",
     "deepseek_v2",
     "deepseek_v3",
+    "gemma4",
+    "gemma4_mm",
+    "gemma3n",
+    "gemma3n_mm",
     "lfm2",
     "lfm2_moe",
     "lfm3",
@@ -232,6 +237,8 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) full_first: Fact,
     #[serde(default)]
+    pub(super) full_last: Fact,
+    #[serde(default)]
     pub(super) rope_on: RopeOn,
     #[serde(default)]
     pub(super) rope_layers: Fact,
@@ -258,6 +265,7 @@ pub(super) struct Family {
     pub(super) rotates: Fact,
     pub(super) recurrent: Option<RecurrentFacts>,
     pub(super) moe: Option<MoeFacts>,
+    pub(super) gemma: Option<GemmaFacts>,
     #[serde(default)]
     pub(super) quantized: Vec<String>,
     pub(super) model: Vec<String>,
@@ -327,7 +335,8 @@ impl Family {
                 Some(other) => return Err(bad(format!("gguf: found {other}, expected a table"))),
             }
         }
-        let tables = ["moe", "recurrent"].iter().filter_map(|name| table.get(*name)?.as_object());
+        let tables =
+            ["moe", "recurrent", "gemma"].iter().filter_map(|name| table.get(*name)?.as_object());
         let facts = table.values().chain(tables.flat_map(|table| table.values()));
         let facts = facts.filter_map(|v| Fact::try_from(v.clone()).ok());
         let honoured = facts.flat_map(|fact| fact.key).collect();

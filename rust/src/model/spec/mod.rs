@@ -4,6 +4,7 @@
 mod build;
 mod config;
 mod family;
+mod gemma;
 pub mod gguf;
 mod latent;
 mod moe;
@@ -15,6 +16,7 @@ mod ropes;
 #[cfg(test)]
 mod tests;
 
+pub use gemma::{Gemma, Inputs, Streams};
 pub use latent::Latent;
 pub use moe::{Moe, Shared, Stored};
 pub use names::{Names, Weight};
@@ -135,6 +137,35 @@ pub enum Ffn {
     Moe(Moe),
     /// `down(act(up(x)))` of this width.
     Plain(usize),
+    /// `down(act(max(0, g - mean(g) - t * deviation(g))) * up(x))`, `g = gate(x)`, of this width and with this `t`
+    /// (Gemma 3n).
+    Sparse(usize, f32),
+    /// A dense network of this width beside experts (Gemma 4), with norms `n` of their own around each; the layer's
+    /// norm is on the input of the network and on the sum of both: `n(dense(norm(x))) + n(experts(n(x)))`. The
+    /// router's input is `x / rms(x) * router_norm / sqrt(hidden)`, and an expert's weight is multiplied by its
+    /// number in `expert_scale`.
+    Beside(usize, Moe),
+}
+
+impl Ffn {
+    /// The experts, if there are any.
+    pub fn moe(&self) -> Option<&Moe> {
+        match self {
+            Ffn::Moe(moe) | Ffn::Beside(_, moe) => Some(moe),
+            _ => None,
+        }
+    }
+}
+
+/// What the values of a layer are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Values {
+    /// A projection.
+    Projected,
+    /// A projection, each head divided by its root mean square (Gemma 3n).
+    Normed,
+    /// The same of the projection that keys are made from, before their norm (Gemma 4).
+    NormedKeys,
 }
 
 /// Shape of attention in one layer.
@@ -159,6 +190,10 @@ pub struct Attention {
     /// Queries of position p are multiplied by `1 + growth * ln(1 + floor(p / every))` after rotation (Ministral 3,
     /// as Llama 4): `(growth, every)`.
     pub query_growth: Option<(f32, usize)>,
+    /// What the values are.
+    pub values: Values,
+    /// The layer whose keys and values are read; the layer then makes none. `None`: its own.
+    pub kv_of: Option<usize>,
     /// What the heads' outputs are multiplied by.
     pub gate: Gate,
     /// One more score in each head's softmax, without a value: weight `sinks`, `[heads]` (gpt-oss).
@@ -298,6 +333,8 @@ pub struct Spec {
     pub tied: bool,
     /// A bias on the logits (Phi-2).
     pub head_bias: bool,
+    /// What only Gemma 3n and 4 have.
+    pub gemma: Option<Gemma>,
     /// The layers, first to last.
     pub layers: Vec<Layer>,
     /// The rotary embeddings that layers refer to.

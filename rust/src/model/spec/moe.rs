@@ -56,6 +56,10 @@ pub enum Stored {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct MoeFacts {
+    #[serde(default = "always")]
+    enabled: Fact,
+    #[serde(default)]
+    pub(super) beside_dense: Fact,
     experts: Fact,
     top_k: Fact,
     #[serde(default)]
@@ -95,7 +99,16 @@ pub(super) struct MoeFacts {
     every: Fact,
 }
 
+fn always() -> Fact {
+    Fact { key: Vec::new(), default: Some(true.into()) }
+}
+
 impl MoeFacts {
+    /// Whether the model has experts at all.
+    pub(super) fn enabled(&self, facts: &Facts<'_>) -> Result<bool> {
+        facts.flag(&self.enabled)
+    }
+
     /// The experts, and for each of `layers` whether it has them.
     pub(super) fn read(
         &self,

@@ -1,7 +1,7 @@
 //! The weights that a model has, and what they are called in a checkpoint. Never reads a tensor.
 
 use super::config::bad;
-use super::{Act, Ffn, Gate, Mixer, Moe, QkNorm, Slice, Spec};
+use super::{Act, Attention, Ffn, Gate, Mixer, Moe, QkNorm, Slice, Spec, Values};
 use crate::{Error, Result};
 use std::collections::{BTreeMap, HashSet};
 
@@ -62,6 +62,28 @@ pub(super) const WEIGHTS: &[&str] = &[
     "skip",
     "mix_norm",
     "mix_out",
+    "router_norm",
+    "router_scale",
+    "dense_after_norm",
+    "experts_norm",
+    "experts_after_norm",
+    "layer_scale",
+    "input_embed",
+    "input_proj",
+    "input_proj_norm",
+    "input_gate",
+    "input_out",
+    "input_norm",
+    "altup_in",
+    "altup_out",
+    "altup_router",
+    "altup_router_norm",
+    "altup_predict",
+    "altup_correct",
+    "altup_scale",
+    "laurel_left",
+    "laurel_right",
+    "laurel_norm",
 ];
 
 /// A weight that the model has.
@@ -106,6 +128,36 @@ impl Spec {
         Ok(())
     }
 
+    /// Numbers that were trained: all, and those that one token is multiplied by. Of the experts that is the part that
+    /// is chosen, and of the embedding one row, unless it is the head, too.
+    pub fn parameters(&self) -> (u64, u64) {
+        let (mut all, mut active) = (0u64, 0u64);
+        let mut add = |weight: &Weight, used: u64, of: u64| {
+            let n = weight.shape.iter().fold(1u64, |n, &d| n.saturating_mul(d as u64));
+            all = all.saturating_add(n);
+            active = active.saturating_add(n / of * used);
+        };
+        for weight in self.model_weights() {
+            match weight.what {
+                "embed" | "positions" if !(self.tied && weight.what == "embed") => {
+                    add(&weight, 1, weight.shape[0] as u64);
+                }
+                _ => add(&weight, 1, 1),
+            }
+        }
+        for (l, layer) in self.layers.iter().enumerate() {
+            for weight in self.layer_weights(l) {
+                match &layer.ffn {
+                    Ffn::Moe(moe) | Ffn::Beside(_, moe) if weight.what.starts_with("expert_") => {
+                        add(&weight, moe.routing.top_k as u64, moe.experts as u64);
+                    }
+                    _ => add(&weight, 1, 1),
+                }
+            }
+        }
+        (all, active)
+    }
+
     /// The weights outside the layers.
     pub fn model_weights(&self) -> Vec<Weight> {
         let all = [
@@ -116,7 +168,8 @@ impl Spec {
             (!self.tied, "head", vec![self.vocab, self.hidden]),
             (self.head_bias, "head_bias", vec![self.vocab]),
         ];
-        existing(all)
+        let gemma = self.gemma.iter().flat_map(|g| g.model_weights(self.hidden, self.layers.len()));
+        existing(all).into_iter().chain(gemma).collect()
     }
 
     /// The weights of layer `l`.
@@ -141,17 +194,18 @@ impl Spec {
                     QkNorm::EachHead => vec![heads, d],
                     QkNorm::Full => vec![heads * d],
                 };
+                let own = a.kv_of.is_none();
                 existing([
                     (true, "q", vec![q, hidden]),
-                    (true, "k", vec![kv, hidden]),
-                    (true, "v", vec![kv, hidden]),
+                    (own, "k", vec![kv, hidden]),
+                    (own && a.values != Values::NormedKeys, "v", vec![kv, hidden]),
                     (true, "o", vec![hidden, q]),
                     (self.qkv_bias, "q_bias", vec![q]),
                     (self.qkv_bias, "k_bias", vec![kv]),
                     (self.qkv_bias, "v_bias", vec![kv]),
                     (self.o_bias, "o_bias", vec![hidden]),
                     (normed, "q_norm", norm(a.heads)),
-                    (normed, "k_norm", norm(a.kv_heads)),
+                    (normed && own, "k_norm", norm(a.kv_heads)),
                     (a.sinks, "sinks", vec![a.heads]),
                     (a.gate != Gate::None, "attn_gate", vec![a.gate_width(), hidden]),
                 ])
@@ -160,7 +214,7 @@ impl Spec {
             Mixer::Recurrent(recurrent) => recurrent.weights(hidden),
         });
         all.extend(match &layer.ffn {
-            &Ffn::Dense(ffn) => existing([
+            &Ffn::Dense(ffn) | &Ffn::Sparse(ffn, _) | &Ffn::Beside(ffn, _) => existing([
                 (true, "gate", vec![ffn, hidden]),
                 (true, "up", vec![ffn, hidden]),
                 (true, "down", vec![hidden, ffn]),
@@ -168,25 +222,7 @@ impl Spec {
                 (self.mlp_bias, "up_bias", vec![ffn]),
                 (self.mlp_bias, "down_bias", vec![hidden]),
             ]),
-            Ffn::Moe(moe) => {
-                let Moe { experts, width, .. } = *moe;
-                let shared = moe.shared.map_or(0, |shared| shared.width);
-                existing([
-                    (true, "router", vec![experts, hidden]),
-                    (moe.router_bias, "router_bias", vec![experts]),
-                    (moe.correction, "router_correction", vec![experts]),
-                    (true, "expert_gate", vec![experts, width, hidden]),
-                    (true, "expert_up", vec![experts, width, hidden]),
-                    (true, "expert_down", vec![experts, hidden, width]),
-                    (moe.expert_bias, "expert_gate_bias", vec![experts, width]),
-                    (moe.expert_bias, "expert_up_bias", vec![experts, width]),
-                    (moe.expert_bias, "expert_down_bias", vec![experts, hidden]),
-                    (shared > 0, "shared_gate", vec![shared, hidden]),
-                    (shared > 0, "shared_up", vec![shared, hidden]),
-                    (shared > 0, "shared_down", vec![hidden, shared]),
-                    (moe.shared.is_some_and(|s| s.gate), "shared_router", vec![1, hidden]),
-                ])
-            }
+            Ffn::Moe(_) => Vec::new(),
             &Ffn::Plain(ffn) => {
                 let xielu = self.act == Act::XIelu;
                 existing([
@@ -201,6 +237,34 @@ impl Spec {
                 ])
             }
         });
+        if let Some(moe) = layer.ffn.moe() {
+            let Moe { experts, width, .. } = *moe;
+            let shared = moe.shared.map_or(0, |shared| shared.width);
+            let beside = matches!(layer.ffn, Ffn::Beside(..));
+            all.extend(existing([
+                (true, "router", vec![experts, hidden]),
+                (moe.router_bias, "router_bias", vec![experts]),
+                (moe.correction, "router_correction", vec![experts]),
+                (beside, "router_norm", vec![hidden]),
+                (beside, "router_scale", vec![experts]),
+                (true, "expert_gate", vec![experts, width, hidden]),
+                (true, "expert_up", vec![experts, width, hidden]),
+                (true, "expert_down", vec![experts, hidden, width]),
+                (moe.expert_bias, "expert_gate_bias", vec![experts, width]),
+                (moe.expert_bias, "expert_up_bias", vec![experts, width]),
+                (moe.expert_bias, "expert_down_bias", vec![experts, hidden]),
+                (shared > 0, "shared_gate", vec![shared, hidden]),
+                (shared > 0, "shared_up", vec![shared, hidden]),
+                (shared > 0, "shared_down", vec![hidden, shared]),
+                (moe.shared.is_some_and(|s| s.gate), "shared_router", vec![1, hidden]),
+                (beside, "dense_after_norm", vec![hidden]),
+                (beside, "experts_norm", vec![hidden]),
+                (beside, "experts_after_norm", vec![hidden]),
+            ]));
+        }
+        if let Some(gemma) = &self.gemma {
+            all.extend(gemma.layer_weights(hidden, l));
+        }
         all
     }
 
@@ -234,6 +298,12 @@ impl Spec {
             for weight in self.layer_weights(l) {
                 let places = self.places(names, l, weight.what);
                 known.extend(places.iter().flat_map(Slice::tensors).map(|(name, _)| name));
+            }
+            if let Mixer::Attention(Attention { kv_of: Some(_), .. }) = self.layers[l].mixer {
+                // Releases have them also where nothing reads them.
+                let all = ["k", "v", "k_norm"].into_iter();
+                let all = all.filter(|&what| self.names.contains_key(what));
+                known.extend(all.map(|what| names.layer(l, what)));
             }
         }
         let ignored = |name: &str| self.ignore.iter().any(|pattern| matches(pattern, name));

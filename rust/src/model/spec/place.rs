@@ -1,6 +1,6 @@
 //! Where a weight lies among a checkpoint's tensors. Never reads one.
 
-use super::{Ffn, Names, Spec, Stored};
+use super::{Names, Spec, Stored};
 
 /// Where a weight is, or one expert's part of it: its number `(i, j)` is number `first + i * row + j * column` of a
 /// tensor.
@@ -55,8 +55,8 @@ impl Spec {
     /// or as [`Stored`] says. Panics if the layer has no such weight.
     pub fn place(&self, names: &Names, l: usize, what: &str, e: usize) -> Slice {
         let name = names.model(what);
-        let (of_experts, stored) = match &self.layers[l].ffn {
-            Ffn::Moe(moe) if what.starts_with("expert_") => (true, moe.stored),
+        let (of_experts, stored) = match self.layers[l].ffn.moe() {
+            Some(moe) if what.starts_with("expert_") => (true, moe.stored),
             _ => (false, Stored::Rows),
         };
         let one_each = name.contains("{e}");

@@ -102,10 +102,11 @@ impl RecurrentFacts {
             Kind::DeltaNet => Core::DeltaNet(self.heads(facts)?),
             Kind::Mamba2 => Core::Mamba2(self.heads(facts)?),
         };
-        let shape = backend::Recurrent {
-            width: facts.need_count(&self.width, backend::Recurrent::MAX_WIDTH)?,
-            core,
-        };
+        let width = facts.need_count(&self.width, backend::Recurrent::MAX_WIDTH)?;
+        if width == 1 {
+            return Err(bad("the width of the convolution", "1", "at least 2"));
+        }
+        let shape = backend::Recurrent { width, core };
         Ok(Recurrent {
             shape,
             conv_bias: facts.flag(&self.conv_bias)?,
@@ -149,8 +150,8 @@ impl Recurrent {
                 (true, "mix_a", vec![h.heads, hidden]),
             ]),
             Core::Gated(_) | Core::Mamba2(_) => existing([
-                (true, "mix_in", vec![shape.projection(), hidden]),
-                (bias, "mix_in_bias", vec![shape.projection()]),
+                (true, "mix_in", vec![shape.projection() + shape.rates(), hidden]),
+                (bias, "mix_in_bias", vec![shape.projection() + shape.rates()]),
             ]),
         };
         all.extend(existing([

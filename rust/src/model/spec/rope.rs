@@ -98,10 +98,9 @@ impl Base<'_> {
             ];
             let known = COMMON.contains(&key)
                 || own.contains(&key)
-                || self
-                    .honoured
-                    .iter()
-                    .any(|path| path.rsplit_once('/').is_some_and(|p| p.1 == key));
+                || self.honoured.iter().any(|fact| {
+                    fact.split_once('/').is_some_and(|(object, k)| !object.is_empty() && k == key)
+                });
             if !known {
                 return Err(Error::Unsupported(format!(
                     "config.json: {} is not supported with rope type {kind:?}",

@@ -24,7 +24,8 @@ pub(super) struct Ropes {
 struct Reader<'a> {
     family: &'a Family,
     facts: &'a Facts<'a>,
-    head_dim: usize,
+    /// Widths of a head on full and on sliding layers.
+    head_dims: [usize; 2],
     max_position: usize,
 }
 
@@ -38,11 +39,11 @@ impl Ropes {
     pub(super) fn read(
         family: &Family,
         facts: &Facts<'_>,
-        head_dim: usize,
+        head_dims: [usize; 2],
         max_position: usize,
         windows: &[Option<usize>],
     ) -> Result<Ropes> {
-        let reader = Reader { family, facts, head_dim, max_position };
+        let reader = Reader { family, facts, head_dims, max_position };
         let mut ropes = match facts.list(&family.rope_theta_layers)? {
             Some(thetas) => reader.by_layer(thetas, windows.len())?,
             None => reader.by_type(windows)?,
@@ -72,7 +73,7 @@ impl Ropes {
 impl<'a> Reader<'a> {
     /// Base and part of the head. The base is outside of `params` (old spelling), inside (new) or both; two that
     /// disagree are an error.
-    fn base(&self, params: Option<&Object<'_>>, fact: &Fact) -> Result<Base<'a>> {
+    fn base(&self, params: Option<&Object<'_>>, fact: &Fact, head_dim: usize) -> Result<Base<'a>> {
         let outside = self.facts.need_number(fact, THETA.0, THETA.1);
         let inside = match params {
             Some(params) => params.number_in("rope_theta", THETA.0, THETA.1)?,
@@ -87,12 +88,17 @@ impl<'a> Reader<'a> {
             Some(theta) => theta,
             None => outside?,
         };
-        self.with_theta(params, theta)
+        self.with_theta(params, theta, head_dim)
     }
 
-    fn with_theta(&self, params: Option<&Object<'_>>, theta: f64) -> Result<Base<'a>> {
+    fn with_theta(
+        &self,
+        params: Option<&Object<'_>>,
+        theta: f64,
+        head_dim: usize,
+    ) -> Result<Base<'a>> {
         Ok(Base {
-            dim: rotary_dim(self.family, self.facts, params, self.head_dim)?,
+            dim: rotary_dim(self.family, self.facts, params, head_dim)?,
             theta,
             max_position: self.max_position,
             original: self.facts.count(&self.family.original_context, MAX_POSITIONS)?,
@@ -102,7 +108,7 @@ impl<'a> Reader<'a> {
 
     /// One embedding for full layers, perhaps another for sliding ones.
     fn by_type(&self, windows: &[Option<usize>]) -> Result<Ropes> {
-        let Reader { family, facts, .. } = *self;
+        let Reader { family, facts, head_dims: [full_dim, local_dim], .. } = *self;
         let (mut full, mut local, mut reach) = (Vec::new(), Vec::new(), None);
         let own_local = !family.rope_theta_local.key.is_empty();
         let local_theta = if own_local { &family.rope_theta_local } else { &family.rope_theta };
@@ -115,19 +121,19 @@ impl<'a> Reader<'a> {
             let full_params =
                 if per_type { params.object("full_attention")? } else { Some(params.clone()) };
             if let Some(p) = full_params {
-                let (rope, to) = self.base(Some(&p), &family.rope_theta)?.scaled(&p)?;
+                let (rope, to) = self.base(Some(&p), &family.rope_theta, full_dim)?.scaled(&p)?;
                 reach = reach.max(to);
                 full.push(rope);
             }
             if per_type && let Some(p) = params.object("sliding_attention")? {
-                local.push(self.base(Some(&p), local_theta)?.scaled(&p)?.0);
+                local.push(self.base(Some(&p), local_theta, local_dim)?.scaled(&p)?.0);
             }
         }
         if full.is_empty() {
-            full.push(self.base(None, &family.rope_theta)?.unscaled());
+            full.push(self.base(None, &family.rope_theta, full_dim)?.unscaled());
         }
         if local.is_empty() && own_local {
-            local.push(self.base(None, local_theta)?.unscaled());
+            local.push(self.base(None, local_theta, local_dim)?.unscaled());
         }
         for all in [&mut full, &mut local] {
             if all.windows(2).any(|two| two[0] != two[1]) {
@@ -163,7 +169,7 @@ impl<'a> Reader<'a> {
                 ropes.of.push(None);
                 continue;
             }
-            let base = self.with_theta(params.first(), value)?;
+            let base = self.with_theta(params.first(), value, self.head_dims[0])?;
             let (rope, reach) = match params.first() {
                 Some(params) => base.scaled(params)?,
                 None => (base.unscaled(), None),

@@ -1,6 +1,7 @@
 //! Tests of `Spec` on small configurations.
 
 use super::family::{FAMILIES, Family, Format};
+use super::gemma::GemmaFacts;
 use super::moe::MoeFacts;
 use super::names::{WEIGHTS, matches};
 use super::recurrent::RecurrentFacts;
@@ -9,6 +10,7 @@ use crate::backend::{Groups, Routing, Score};
 use serde_json::{Value, json};
 
 mod dense;
+mod gemma;
 mod recurrent;
 
 fn config(architecture: &str, more: Value) -> Value {
@@ -75,6 +77,7 @@ fn the_readme_lists_every_field_and_every_weight() {
     unknown += &serde_json::from_value::<MoeFacts>(json!({"": 0})).unwrap_err().to_string();
     let recurrent = serde_json::from_value::<RecurrentFacts>(json!({"": 0}));
     unknown += &recurrent.unwrap_err().to_string();
+    unknown += &serde_json::from_value::<GemmaFacts>(json!({"": 0})).unwrap_err().to_string();
     let fields = unknown.split('`').skip(3).step_by(2).filter(|field| !field.is_empty());
     let mut count = 0;
     for name in fields.chain(WEIGHTS.iter().copied()).chain(["base"]) {

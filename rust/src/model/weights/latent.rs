@@ -1,9 +1,23 @@
-//! Reads the weights of latent attention: the stored `kv_b` holds, for each head, rows that make a key and rows that
+//! The weights of latent attention: the stored `kv_b` holds, for each head, rows that make a key and rows that
 //! make a value; here each is a matrix of its own, in the direction in which the forward pass applies it.
 
-use super::{Latent, Reader, Source};
+use super::{Reader, Source};
 use crate::Result;
 use crate::model::spec::{self, Slice};
+
+/// The weights of latent attention, see [`spec::Latent`].
+pub(in crate::model) struct Latent<M, V> {
+    pub(in crate::model) q_a: Option<(M, V)>,
+    /// From the input, or from `q_a`'s output.
+    pub(in crate::model) q: M,
+    pub(in crate::model) kv_a: M,
+    pub(in crate::model) kv_norm: V,
+    pub(in crate::model) o: M,
+    /// For each head `[rank, nope]`: what the released `kv_b` makes keys with, transposed.
+    pub(in crate::model) keys: M,
+    /// For each head `[value, rank]`: what it makes values with.
+    pub(in crate::model) values: M,
+}
 
 impl Reader<'_> {
     pub(super) fn latent<M, V>(

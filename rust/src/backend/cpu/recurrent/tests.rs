@@ -26,7 +26,7 @@ fn cases() -> Vec<Case> {
     let h = |heads, groups, key_dim, value_dim| Heads { heads, groups, key_dim, value_dim };
     let cores = [
         (3, Core::Gated(1100)),
-        (1, Core::Gated(5)),
+        (2, Core::Gated(5)),
         (4, Core::DeltaNet(h(4, 2, 12, 32))),
         (4, Core::Mamba2(h(6, 2, 20, 16))),
     ];
@@ -59,6 +59,10 @@ impl Case {
         noise(len * self.how.projection(), 10 + sequence as u32)
     }
 
+    fn rates(&self, sequence: usize, len: usize) -> Vec<f32> {
+        noise(len * self.how.rates(), 20 + sequence as u32)
+    }
+
     /// Runs batches of parts; what comes out of each sequence. State `2 s` or `2 s + 1` is that of sequence `s`.
     fn run(&self, threads: usize, batches: &[Vec<Part>]) -> Vec<Vec<f32>> {
         let cpu = Cpu::new(threads, None).unwrap();
@@ -74,16 +78,29 @@ impl Case {
                     [2 * s as u32 + turn[s], 2 * s as u32 + 1 - turn[s]]
                 })
                 .collect();
-            let (mut x, mut spans) = (Vec::new(), Vec::new());
+            let (mut x, mut rates, mut spans) = (Vec::new(), Vec::new(), Vec::new());
             for (&(s, start, len), table) in batch.iter().zip(&tables) {
                 spans.push(Span { first_row: x.len() / width, len, start, table });
                 x.extend_from_slice(&self.input(s, start + len)[start * width..]);
+                rates.extend_from_slice(&self.rates(s, start + len)[start * self.how.rates()..]);
             }
             let mut x = Buf::new(x, width);
             let bias = self.bias.as_ref();
             cpu.conv(&mut x, &self.how, &self.taps, bias, &mut states, 1, &spans, &mut conv);
             if let Some(rows) = &self.rows {
-                cpu.recur(&x, &mut conv, &self.how, rows, EPS, &mut states, 1, &spans, &mut out);
+                let rates = Buf::new(rates, self.how.rates());
+                cpu.recur(
+                    &x,
+                    &rates,
+                    &mut conv,
+                    &self.how,
+                    rows,
+                    EPS,
+                    &mut states,
+                    1,
+                    &spans,
+                    &mut out,
+                );
             }
             let found = if self.rows.is_some() { &out } else { &conv };
             for (span, &(s, ..)) in spans.iter().zip(batch) {
@@ -119,6 +136,7 @@ impl Case {
         };
         let delta = w.skip.is_none();
         let (keys, values, dk, dv) = (h.keys(), h.values(), h.key_dim, h.value_dim);
+        let rates = self.rates(sequence, len);
         let mut states = vec![vec![0.0; dk * dv]; h.heads];
         let mut all = Vec::new();
         for t in 0..len {
@@ -129,15 +147,15 @@ impl Case {
                 let group = i / (h.heads / h.groups) * dk;
                 let (mut q, mut k) = (c[q + group..][..dk].to_vec(), c[k + group..][..dk].to_vec());
                 let v = &c[v + i * dv..][..dv];
-                let last = row(t).len() - h.heads + i;
-                let dt = softplus(row(t)[last] + f64::from(w.dt_bias[i]));
+                let rates = &rates[t * self.how.rates()..][..self.how.rates()];
+                let dt = softplus(f64::from(rates[rates.len() - h.heads + i] + w.dt_bias[i]));
                 let (decay, mut beta) = ((f64::from(w.decay[i]) * dt).exp(), dt);
                 if delta {
                     for (x, scale) in [(&mut q, (dk as f64).sqrt()), (&mut k, 1.0)] {
                         let length = (x.iter().map(|x| x * x).sum::<f64>() + 1e-6).sqrt() * scale;
                         x.iter_mut().for_each(|x| *x /= length);
                     }
-                    beta = 1.0 / (1.0 + (-row(t)[last - h.heads]).exp());
+                    beta = 1.0 / (1.0 + f64::from(-rates[i]).exp());
                 }
                 let mut out = vec![0.0; dv];
                 for c in 0..dv {

@@ -78,6 +78,10 @@ fn parallel_layers() {
     let phi = spec("PhiForCausalLM", json!({}));
     assert_eq!((phi.parallel, phi.norms, phi.head_bias, phi.act), (true, one, true, Act::GeluTanh));
     assert_eq!(phi.layers[0].ffn, Ffn::Plain(112));
+    let text = "base = 'minicpm3'\narchitectures = ['MyForCausalLM']\nparallel = true";
+    let sizes = json!({"kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8});
+    let e = Spec::new(&config("MyForCausalLM", sizes), Some(text)).unwrap_err().to_string();
+    assert!(e.contains("latent attention in parallel layers"), "{e}");
     let e = error("PhiForCausalLM", json!({"qk_layernorm": true}));
     assert!(e.contains("qk_layernorm: true changes the model"), "{e}");
 }
@@ -104,6 +108,8 @@ fn activations() {
         let e = error("LlamaForCausalLM", json!({"hidden_act": name}));
         assert!(e.contains(&format!("activation {name:?} is not supported")), "{e}");
     }
+    let e = error("Starcoder2ForCausalLM", json!({"hidden_act": "clamped_swiglu"}));
+    assert!(e.contains("is not supported"), "{e}");
     let e = error("Starcoder2ForCausalLM", json!({"hidden_act": "xielu"}));
     assert!(e.contains("names.xielu_alpha_p: found nothing"), "{e}");
 }

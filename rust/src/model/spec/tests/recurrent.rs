@@ -67,7 +67,7 @@ fn a_delta_net_and_its_gated_attention() {
     let spec = spec("Qwen3_5ForCausalLM", more);
     let (r, h) = (first(&spec), Heads { heads: 6, groups: 3, key_dim: 20, value_dim: 16 });
     assert_eq!((r.shape.core, r.shape.width), (Core::DeltaNet(h), 4));
-    assert_eq!(r.shape.projection(), 2 * 60 + 2 * 96 + 12);
+    assert_eq!((r.shape.projection(), r.shape.rates()), (2 * 60 + 2 * 96, 12));
     assert_eq!((r.shape.channels(), r.shape.output()), ((0, 216), 96));
     // Three positions of 216 channels are 648, in lines of 16: 656; and 6 * 20 * 16.
     assert_eq!(r.shape.state(), 656 + 1920);
@@ -96,7 +96,8 @@ fn mamba_layers_beside_attention_without_positions() {
     let nope = spec("GraniteMoeHybridForCausalLM", granite(json!("nope")));
     let (r, h) = (first(&nope), Heads { heads: 8, groups: 2, key_dim: 24, value_dim: 16 });
     assert_eq!((r.shape.core, r.conv_bias, r.bias), (Core::Mamba2(h), true, true));
-    assert_eq!((r.shape.projection(), r.shape.channels()), (256 + 96 + 8, (128, 224)));
+    assert_eq!((r.shape.projection(), r.shape.rates()), (256 + 96, 8));
+    assert_eq!(r.shape.channels(), (128, 224));
     assert_eq!((attention(&nope.layers[2]).rope, nope.ropes.len()), (None, 0));
     assert!(names(&nope, 0).contains(&"skip"));
     assert_eq!(spec("GraniteMoeHybridForCausalLM", granite(json!(null))).ropes.len(), 0);
@@ -133,6 +134,8 @@ fn what_no_layer_with_a_state_has_is_an_error() {
         wide.contains("conv_L_cache: found 17, expected a positive integer up to 16"),
         "{wide}"
     );
+    let narrow = lfm2(json!({"full_attn_idxs": [0], "conv_L_cache": 1}));
+    assert!(narrow.contains("the convolution: found 1, expected at least 2"), "{narrow}");
     let kind = lfm2(json!({"layer_types": vec!["mamba"; 4]}));
     assert!(kind.contains("layer_types[0]: \"mamba\" is not supported"), "{kind}");
     let qwen = |more| error("Qwen3_5ForCausalLM", more);

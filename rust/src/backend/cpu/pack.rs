@@ -1,0 +1,178 @@
+//! From a checkpoint's rows to packed matrices: 16 rows at a time, checked for numbers that are not finite.
+
+use super::memory::Disjoint;
+use super::pool::Claims;
+use super::{Cpu, Form, NotFinite, Part, Parts, exact};
+use crate::kernels::layout::{self, ROWS};
+use crate::quant::BLOCK;
+use std::borrow::Cow;
+use std::sync::Mutex;
+
+impl Cpu {
+    /// Packs `parts` into `out`, which is as long as the packed matrix and zero.
+    pub fn pack_into(
+        &self,
+        form: Form,
+        parts: &Parts<'_>,
+        out: &mut [u8],
+    ) -> std::result::Result<(), NotFinite> {
+        let (n, k) = (parts.n(), parts.k);
+        assert_eq!(out.len(), form.bytes(n, k));
+        let size = form.row_block_bytes(k);
+        let bad = Mutex::new(None);
+        let blocks = n.div_ceil(ROWS);
+        let out = Disjoint::new(out);
+        let claims = Claims::new(blocks, self.pool.threads(), 4);
+        self.pool.run(&|thread| {
+            claims.each(thread, |run| {
+                for rb in run {
+                    // SAFETY: each row block is claimed by one thread.
+                    let out = unsafe { out.part(rb * size..(rb + 1) * size) };
+                    if let Err(at) = self.pack_row_block(form, parts, rb, out) {
+                        let mut bad = bad.lock().unwrap_or_else(|e| e.into_inner());
+                        *bad = Some(bad.map_or(at, |b: NotFinite| b.min(at)));
+                    }
+                }
+            });
+        });
+        bad.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)
+    }
+
+    fn pack_row_block(
+        &self,
+        form: Form,
+        parts: &Parts<'_>,
+        rb: usize,
+        out: &mut [u8],
+    ) -> std::result::Result<(), NotFinite> {
+        let k = parts.k;
+        let row = |r: usize| parts.locate(rb * ROWS + r);
+        if exact::holds(form, parts) {
+            return exact::pack(form, parts, rb, out);
+        }
+        if !form.is_quantized() {
+            let width = Part::width(form);
+            let rows: Vec<_> = (0..ROWS)
+                .map(|r| row(r).map(|(p, i)| parts.parts[p].floats_of(form, i, k)))
+                .collect();
+            layout::pack_float(width, |r| rows[r].as_deref(), out);
+            // Checked like quantized weights: a NaN would spread over every answer.
+            let mut values = [0.0; BLOCK];
+            for (p, i) in (0..ROWS).filter_map(row) {
+                for b in (0..k).step_by(BLOCK) {
+                    let len = BLOCK.min(k - b);
+                    parts.parts[p].values(i, b, &mut values[..len]);
+                    finite(&values[..len]).map_err(|c| (p, i, b + c))?;
+                }
+            }
+            return Ok(());
+        }
+        let mut rows = [[0.0f32; BLOCK]; ROWS];
+        let mut done = 0;
+        for b in (0..k).step_by(BLOCK) {
+            let len = BLOCK.min(k - b);
+            for (r, values) in rows.iter_mut().enumerate() {
+                let Some((p, i)) = row(r) else { continue };
+                parts.parts[p].values(i, b, &mut values[..len]);
+                finite(&values[..len]).map_err(|c| (p, i, b + c))?;
+            }
+            let bytes = form.row_block_bytes(len);
+            self.kernels.pack(form, &rows, len, &mut out[done..done + bytes]);
+            done += bytes;
+        }
+        Ok(())
+    }
+}
+
+/// `Err` with the index of the first number that is not finite.
+fn finite(x: &[f32]) -> std::result::Result<(), usize> {
+    // The sum of x * 0 is 0 unless something is not finite; vectors make that cheap.
+    let mut lanes = [0.0f32; 16];
+    for x in x.chunks(16) {
+        for (lane, x) in lanes.iter_mut().zip(x) {
+            *lane += x * 0.0;
+        }
+    }
+    if lanes.iter().all(|&l| l == 0.0) {
+        return Ok(());
+    }
+    x.iter().position(|x| !x.is_finite()).map_or(Ok(()), Err)
+}
+
+impl Part<'_> {
+    /// Bytes of one stored number.
+    fn width(stored: Form) -> usize {
+        if stored == Form::F32 { 4 } else { 2 }
+    }
+
+    /// The `k` numbers of row `i` in a float form: their own, or F32.
+    pub(super) fn floats_of(&self, form: Form, i: usize, k: usize) -> Cow<'_, [u8]> {
+        if self.stored == form && self.blocks.is_none() {
+            return self.range(i, 0, k);
+        }
+        let mut values = vec![0.0; k];
+        self.values(i, 0, &mut values);
+        values.iter().flat_map(|x| x.to_le_bytes()).collect()
+    }
+
+    /// The bytes of `len` numbers of row `i`, from number `from` on.
+    fn range(&self, i: usize, from: usize, len: usize) -> Cow<'_, [u8]> {
+        let width = Part::width(self.stored);
+        let start = i * self.row + from * self.column;
+        if self.column == 1 {
+            return Cow::Borrowed(&self.bytes[start * width..][..len * width]);
+        }
+        let number = |j| &self.bytes[(start + j * self.column) * width..][..width];
+        (0..len).flat_map(number).copied().collect()
+    }
+
+    /// Numbers `from..from + out.len()` of row `i`.
+    pub(super) fn values(&self, i: usize, from: usize, out: &mut [f32]) {
+        if let Some(blocks) = self.blocks {
+            let before = (i * self.row + from) / blocks.weights() * blocks.bytes();
+            return blocks.decode(&self.bytes[before..], out);
+        }
+        let bytes = &self.range(i, from, out.len())[..];
+        match self.stored {
+            Form::F32 => {
+                for (out, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                    *out = f32::from_le_bytes(*b);
+                }
+            }
+            Form::F16 => {
+                for (out, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *out = half::f16::from_le_bytes(*b).to_f32();
+                }
+            }
+            _ => {
+                for (out, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *out = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
+                }
+            }
+        }
+    }
+}
+
+impl Parts<'_> {
+    /// Rows of the packed matrix.
+    pub fn n(&self) -> usize {
+        let n = self.parts.iter().map(|p| p.n).sum::<usize>();
+        if self.interleaved { 2 * (n / 2).next_multiple_of(ROWS) } else { n }
+    }
+
+    /// Part and row that packed row `r` comes from; `None` for padding.
+    pub(super) fn locate(&self, r: usize) -> Option<(usize, usize)> {
+        if self.interleaved {
+            let (part, row) = (r / ROWS % 2, r / (2 * ROWS) * ROWS + r % ROWS);
+            return (row < self.parts[part].n).then_some((part, row));
+        }
+        let mut row = r;
+        for (p, part) in self.parts.iter().enumerate() {
+            if row < part.n {
+                return Some((p, row));
+            }
+            row -= part.n;
+        }
+        None
+    }
+}

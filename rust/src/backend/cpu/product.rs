@@ -1,0 +1,216 @@
+//! Matrix products: activations quantized once, row blocks claimed by the threads, finished tiles taken over.
+
+use super::memory::Disjoint;
+use super::pool::Claims;
+use super::{Activation, Acts, Buf, Cpu, Mat};
+use crate::kernels::layout::{self, ROWS};
+use crate::quant::{BLOCK, GROUPS};
+use std::ops::Range;
+
+/// Tokens of a tile of a matrix product: its f32 sums (128 bytes a token) stay in L2.
+pub(super) const TOKENS: usize = 512;
+/// Bytes of weights that a thread claims at once when they are read once: long streams, small remainders.
+const CLAIM: usize = 128 << 10;
+
+/// Quantized activations of the operation that runs.
+#[derive(Default)]
+pub(super) struct ActBuf {
+    q: Vec<i8>,
+    s: Vec<f32>,
+    sums: Vec<[i16; GROUPS]>,
+    totals: Vec<i32>,
+    /// Where the values begin in `q`.
+    start: usize,
+}
+
+impl ActBuf {
+    /// The activations of `m` rows with `rows` before them, of `width` inputs.
+    fn of(&self, rows: usize, m: usize, width: usize) -> Acts<'_> {
+        let k = layout::padded_k(width);
+        let (from, n) = (rows * k.div_ceil(BLOCK), m * k.div_ceil(BLOCK));
+        Acts {
+            m,
+            k,
+            q: &self.q[self.start + rows * k..][..m * k],
+            s: &self.s[from..][..n],
+            sums: &self.sums[from..][..n],
+            totals: &self.totals[from..][..n],
+        }
+    }
+}
+
+/// A matrix, or some of its row blocks, against some rows of the activations; the same rows of the output take
+/// the product.
+pub(super) struct Job<'a> {
+    pub(super) w: &'a Mat,
+    /// First row block.
+    pub(super) block: usize,
+    /// Rows from there on.
+    pub(super) n: usize,
+    pub(super) bias: Option<&'a Vec<f32>>,
+    /// At most [`TOKENS`].
+    pub(super) rows: Range<usize>,
+}
+
+/// What happens to a finished tile of a product.
+#[derive(Clone, Copy)]
+pub(super) enum Into {
+    Store,
+    Add,
+    Act(Activation),
+    /// Gate and up are interleaved; their columns, padding left out, are as many as this.
+    Gate(Activation, usize),
+}
+
+impl Cpu {
+    /// The rows of `jobs`, quantized, in `buf`: each job's activations stand together, see [`ActBuf::of`].
+    fn quantize(&self, jobs: &[Job<'_>], x: &Buf, buf: &mut ActBuf) {
+        let k = layout::padded_k(x.width);
+        let blocks = k.div_ceil(BLOCK);
+        let first = jobs[0].rows.start;
+        let rows = jobs[jobs.len() - 1].rows.end - first;
+        // The values start at a line of the cache, as the tiles of AMX like them.
+        buf.q.resize(rows * k + 64, 0);
+        buf.start = buf.q.as_ptr().addr().wrapping_neg() % 64;
+        let values = &mut buf.q[buf.start..][..rows * k];
+        buf.s.resize(rows * blocks, 0.0);
+        buf.sums.resize(rows * blocks, [0; GROUPS]);
+        buf.totals.resize(rows * blocks, 0);
+        let (q, s) = (Disjoint::new(values), Disjoint::new(&mut buf.s));
+        let (sums, totals) = (Disjoint::new(&mut buf.sums), Disjoint::new(&mut buf.totals));
+        self.each(rows, 4, |r| {
+            let job = &jobs[jobs.partition_point(|job| job.rows.end <= first + r)].rows;
+            let (m, before, t) = (job.len(), job.start - first, first + r - job.start);
+            for b in 0..blocks {
+                let len = BLOCK.min(k - b * BLOCK);
+                let start = (b * BLOCK).min(x.width);
+                let x = &x.row(first + r)[start..(start + len).min(x.width)];
+                let at = before * k + b * BLOCK * m + t * len;
+                let i = before * blocks + b * m + t;
+                // SAFETY: `(b, r)` names these ranges, and each `r` is claimed by one thread.
+                let (q, s, sums, totals) = unsafe {
+                    (
+                        q.part(at..at + len),
+                        s.part(i..i + 1),
+                        sums.part(i..i + 1),
+                        totals.part(i..i + 1),
+                    )
+                };
+                (s[0], totals[0]) = self.kernels.quantize(x, q, &mut sums[0]);
+            }
+        });
+    }
+
+    /// One matrix product: `out` takes `x w^T + bias` as `into` says.
+    pub(super) fn product(
+        &self,
+        w: &Mat,
+        bias: Option<&Vec<f32>>,
+        x: &Buf,
+        into: Into,
+        out: &mut Buf,
+    ) {
+        match into {
+            Into::Store | Into::Act(_) => out.shape(x.rows, w.n),
+            Into::Add => assert!(out.rows == x.rows && out.width == w.n),
+            Into::Gate(_, width) => out.shape(x.rows, width),
+        }
+        for t in (0..x.rows).step_by(TOKENS) {
+            let rows = t..x.rows.min(t + TOKENS);
+            self.products(&[Job { w, block: 0, n: w.n, bias, rows }], x, into, out);
+        }
+    }
+
+    /// Matrix products side by side. All matrices have one shape; the rows of the jobs follow each other.
+    pub(super) fn products(&self, jobs: &[Job<'_>], x: &Buf, into: Into, out: &mut Buf) {
+        let Some(&Job { w, n, .. }) = jobs.first() else { return };
+        assert!(jobs.iter().all(|job| job.n == n && job.w.k == x.width));
+        let width = out.width;
+        let first = jobs[0].rows.start;
+        let mut acts = self.acts.lock().unwrap_or_else(|e| e.into_inner());
+        if jobs.iter().any(|job| job.w.form.is_quantized()) {
+            self.quantize(jobs, x, &mut acts);
+        }
+        let acts = &*acts;
+        // Pairs of row blocks: gate and up stand side by side, and AMX takes two.
+        let pairs = n.div_ceil(2 * ROWS);
+        let size = w.form.row_block_bytes(w.k);
+        let few = jobs.iter().all(|job| job.rows.len() <= 4);
+        let grain = if few { (CLAIM / (2 * size)).clamp(1, 64) } else { 1 };
+        let claims = Claims::new(jobs.len() * pairs, self.pool.threads(), grain);
+        let values = Disjoint::new(out.values_mut());
+        self.pool.run(&|thread| {
+            let mut tile = Vec::new();
+            claims.each(thread, |run| {
+                let mut piece = run.start;
+                while piece < run.end {
+                    // A run may go on into the next job.
+                    let (job, start) = (&jobs[piece / pairs], piece % pairs);
+                    let end = pairs.min(start + run.end - piece);
+                    piece += end - start;
+                    let blocks = start * 2..(end * 2).min(n.div_ceil(ROWS));
+                    let (m, columns) = (job.rows.len(), blocks.len() * ROWS);
+                    tile.resize(m * columns, 0.0);
+                    let size = job.w.form.row_block_bytes(job.w.k);
+                    let weights = &job.w.bytes()[job.block * size..];
+                    let weights = &weights[blocks.start * size..blocks.end * size];
+                    if job.w.form.is_quantized() {
+                        let acts = acts.of(job.rows.start - first, m, x.width);
+                        self.kernels.gemm(job.w.form, weights, &acts, &mut tile);
+                    } else {
+                        let x = &x.values()[job.rows.start * x.width..job.rows.end * x.width];
+                        self.kernels.gemm_float(job.w.form, weights, job.w.k, x, &mut tile);
+                    }
+                    for (i, tile) in tile.chunks_mut(columns).enumerate() {
+                        let row = (job.rows.start + i) * width;
+                        self.finish(into, n, job.bias, start * 2 * ROWS, tile, &values, row);
+                    }
+                }
+            });
+        });
+    }
+
+    /// Takes one row of a tile, columns `first..` of the matrix, into the row of `out` that begins at `row`.
+    fn finish(
+        &self,
+        into: Into,
+        n: usize,
+        bias: Option<&Vec<f32>>,
+        first: usize,
+        tile: &mut [f32],
+        out: &Disjoint<'_, f32>,
+        row: usize,
+    ) {
+        let last = n.min(first + tile.len());
+        let tile = &mut tile[..last - first];
+        if let Some(bias) = bias {
+            self.kernels.add(tile, &bias[first..last]);
+        }
+        match into {
+            Into::Store | Into::Add | Into::Act(_) => {
+                if let Into::Act(act) = into {
+                    // A gate of what is multiplied by one.
+                    for part in tile.chunks_mut(ROWS) {
+                        self.kernels.gate(act, part, &[1.0; ROWS][..part.len()]);
+                    }
+                }
+                // SAFETY: columns `first..last` of this row belong to the claimed run of row blocks.
+                let out = unsafe { out.part(row + first..row + last) };
+                match into {
+                    Into::Add => self.kernels.add(out, tile),
+                    _ => out.copy_from_slice(tile),
+                }
+            }
+            Into::Gate(act, width) => {
+                for (i, pair) in tile.chunks_mut(2 * ROWS).enumerate() {
+                    let (gate, up) = pair.split_at_mut(ROWS);
+                    self.kernels.gate(act, gate, up);
+                    let column = first / 2 + i * ROWS;
+                    let n = ROWS.min(width - column);
+                    // SAFETY: as above; a pair of row blocks gives half as many columns.
+                    unsafe { out.part(row + column..row + column + n) }.copy_from_slice(&gate[..n]);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! What a model is and what it will take, from its headers: no matrix is read.
+
+use super::spec::{self, Ffn, Mixer};
+use super::{LoadOptions, forward, kv, weights};
+use crate::Result;
+use std::path::Path;
+
+/// What a model is and what it will take.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Description {
+    /// Name in `config.json`'s `architectures`.
+    pub architecture: String,
+    /// Numbers that were trained.
+    pub parameters: u64,
+    /// Those that one token is multiplied by.
+    pub active_parameters: u64,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Rows of the embedding.
+    pub vocab: usize,
+    /// Positions it was made for.
+    pub context_length: usize,
+    /// Kinds of layers and how many there are of each, in the order of their first.
+    pub layers: Vec<(String, usize)>,
+    /// Bytes in the files by type, of all tensors.
+    pub stored: Vec<(&'static str, u64)>,
+    /// Bytes in memory by form, of all matrices.
+    pub packed: Vec<(&'static str, u64)>,
+    /// Bytes of keys, values and states of one sequence of 1,000 positions.
+    pub kv_bytes_1000: u64,
+    /// The same of one sequence as long as the context.
+    pub kv_bytes_context: u64,
+}
+
+/// Positions computed at once, which windows need room for.
+const CHUNK: usize = 512;
+
+/// Describes the model in `folder`, or the GGUF file that it is, as it would be loaded with `options`.
+pub fn describe(folder: &Path, options: &LoadOptions) -> Result<Description> {
+    let (spec, checkpoint, path) = super::open(folder, options)?;
+    let packed = weights::sizes(&path, &checkpoint, &spec, options.quantization)?;
+    let mut stored = Vec::new();
+    for tensor in checkpoint.names().filter_map(|name| checkpoint.get(name)) {
+        add(&mut stored, tensor.dtype.name(), tensor.bytes.len() as u64);
+    }
+    let mut layers = Vec::new();
+    for layer in &spec.layers {
+        let mixer = match &layer.mixer {
+            Mixer::Attention(a) => {
+                let window = a.window.map_or(String::new(), |w| format!(" over {w} positions"));
+                let (h, kv, d) = (a.heads, a.kv_heads, a.head_dim);
+                format!("attention{window} ({h} heads of {d}, {kv} for keys and values)")
+            }
+            Mixer::Latent(a) => {
+                format!("latent attention ({} heads, {} numbers kept)", a.heads, a.key_dim())
+            }
+            Mixer::Recurrent(r) => format!("recurrence (a state of {} numbers)", r.shape.state()),
+        };
+        let experts = |moe: &spec::Moe| {
+            format!("{} of {} experts of {}", moe.routing.top_k, moe.experts, moe.width)
+        };
+        let ffn = match &layer.ffn {
+            Ffn::Moe(moe) => experts(moe),
+            Ffn::Beside(width, moe) => format!("{width} wide and {}", experts(moe)),
+            Ffn::Dense(width) | Ffn::Plain(width) | Ffn::Sparse(width, _) => {
+                format!("{width} wide")
+            }
+        };
+        add(&mut layers, format!("{mixer}, {ffn}"), 1);
+    }
+    let (groups, _) = forward::kv_groups(&spec, options.kv_dtype);
+    let (parameters, active_parameters) = spec.parameters();
+    Ok(Description {
+        architecture: spec.architecture.clone(),
+        parameters,
+        active_parameters,
+        hidden: spec.hidden,
+        vocab: spec.vocab,
+        context_length: spec.context_length,
+        layers,
+        stored,
+        packed,
+        kv_bytes_1000: kv::bytes_for(&groups, 1000, CHUNK),
+        kv_bytes_context: kv::bytes_for(&groups, spec.context_length, CHUNK),
+    })
+}
+
+/// Adds to the count of a name.
+fn add<N: PartialEq, T: std::ops::AddAssign>(counts: &mut Vec<(N, T)>, name: N, count: T) {
+    match counts.iter_mut().find(|(known, _)| *known == name) {
+        Some((_, sum)) => *sum += count,
+        None => counts.push((name, count)),
+    }
+}

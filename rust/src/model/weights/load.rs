@@ -1,0 +1,173 @@
+//! Plans how each matrix is packed; packs them, or maps what was packed before.
+
+use super::{Reader, Source, Weights};
+use crate::backend::cpu::{Bytes, Cpu, Mat};
+use crate::backend::{Backend, Form, Kept, Parts};
+use crate::file::Checkpoint;
+use crate::model::spec::{Slice, Spec};
+use crate::model::{LoadOptions, Quantization, cache};
+use crate::{Error, Result};
+use std::path::Path;
+
+/// One packed matrix to be: what it comes from.
+#[derive(Debug)]
+pub(in crate::model) struct Plan {
+    parts: Vec<(Slice, usize)>,
+    pub(in crate::model) n: usize,
+    pub(in crate::model) k: usize,
+    pub(in crate::model) form: Form,
+    interleaved: bool,
+}
+
+impl Plan {
+    pub(in crate::model) fn bytes(&self) -> usize {
+        self.form.bytes(self.n, self.k)
+    }
+}
+
+impl Reader<'_> {
+    /// How a matrix will be packed.
+    fn plan(&self, quantization: Quantization, source: Source) -> Result<Plan> {
+        let Source { parts, k, interleaved, exact } = source;
+        let mut form = None;
+        for (place, _) in &parts {
+            let (tensors, stored) = self.tensors(place)?;
+            let blocks = tensors[0].dtype.blocks();
+            let kept = blocks.map_or(stored, |blocks| match blocks.kept() {
+                Kept::Q4 => Form::Q4,
+                Kept::Q8 => Form::Q8,
+                Kept::Mxfp4 => Form::Mxfp4,
+            });
+            let wanted = match quantization {
+                Quantization::None if kept == Form::Mxfp4 => Form::Mxfp4Float,
+                Quantization::None => stored,
+                _ if exact => stored,
+                _ if kept == Form::Mxfp4 => kept,
+                Quantization::Int4 => Form::Q4,
+                Quantization::Int8 => Form::Q8,
+                Quantization::Auto => kept,
+            };
+            let form = form.get_or_insert(wanted);
+            if *form == wanted {
+                continue;
+            }
+            if self.checkpoint.metadata().is_none() {
+                return Err(Error::Unsupported(format!(
+                    "tensor `{}`: found {}, but `{}` beside it is stored otherwise; use quantization=\"int8\"",
+                    place.tensor,
+                    stored.name(),
+                    parts[0].0.tensor
+                )));
+            }
+            // GGUF files mix types: a form that holds both nearly, or exactly.
+            let exact = !form.is_quantized() && !wanted.is_quantized();
+            *form = if exact { Form::F32 } else { Form::Q8 };
+        }
+        let n = parts.iter().map(|(_, n)| n).sum::<usize>();
+        let n = if interleaved { 2 * (n / 2).next_multiple_of(16) } else { n };
+        Ok(Plan { parts, n, k, form: form.unwrap_or(Form::F32), interleaved })
+    }
+
+    /// Packs one matrix into `out`.
+    fn pack(&self, cpu: &Cpu, plan: &Plan, out: &mut [u8]) -> Result<()> {
+        let part = |(place, n): &(Slice, usize)| self.part(place, *n, plan.k);
+        let sources: Vec<_> = plan.parts.iter().map(part).collect::<Result<_>>()?;
+        let parts = sources.iter().map(|(_, part)| *part).collect();
+        let parts = Parts { parts, k: plan.k, interleaved: plan.interleaved };
+        cpu.pack_into(plan.form, &parts, out)
+            .map_err(|(p, row, column)| self.not_finite(&plan.parts[p].0, row, column))?;
+        sources.iter().flat_map(|(tensors, _)| tensors).for_each(|t| self.checkpoint.release(t));
+        Ok(())
+    }
+
+    /// All matrices, in the order in which `weights` takes them and the cache keeps them.
+    fn plans(&self, quantization: Quantization) -> Result<Vec<Plan>> {
+        let mut plans = Vec::new();
+        self.weights(
+            |_| (),
+            |source| {
+                plans.push(self.plan(quantization, source)?);
+                Ok(())
+            },
+        )?;
+        Ok(plans)
+    }
+}
+
+/// What the weights will take in memory: the bytes of each form.
+pub(in crate::model) fn sizes(
+    folder: &Path,
+    checkpoint: &Checkpoint,
+    spec: &Spec,
+    quantization: Quantization,
+) -> Result<Vec<(&'static str, u64)>> {
+    let reader = Reader::new(folder, checkpoint, spec);
+    let plans = reader.plans(quantization)?;
+    reader.refuse_unused()?;
+    let mut sizes: Vec<(&str, u64)> = Vec::new();
+    for plan in plans {
+        let (form, bytes) = (plan.form.name(), plan.bytes() as u64);
+        match sizes.iter_mut().find(|(name, _)| *name == form) {
+            Some((_, sum)) => *sum += bytes,
+            None => sizes.push((form, bytes)),
+        }
+    }
+    Ok(sizes)
+}
+
+/// Reads, quantizes and packs all weights; or maps them, if `options.cache_dir` holds them packed.
+pub(in crate::model) fn load(
+    folder: &Path,
+    checkpoint: &Checkpoint,
+    spec: &Spec,
+    cpu: &Cpu,
+    options: &mut LoadOptions,
+) -> Result<Weights<Mat, Vec<f32>>> {
+    let reader = Reader::new(folder, checkpoint, spec);
+    let plans = reader.plans(options.quantization)?;
+    reader.refuse_unused()?;
+    let joined = |mats: Vec<Mat>| {
+        let mut mats = mats.into_iter();
+        reader.weights(|values| cpu.row(values), |_| mats.next().ok_or(Error::Closed))
+    };
+    let total: u64 = plans.iter().map(|p| p.bytes() as u64).sum();
+    let mut cache = match &options.cache_dir {
+        Some(dir) if total >= cache::WORTH => Some(cache::Cache::new(dir, checkpoint, &plans)),
+        _ => None,
+    };
+    if let Some(mats) = cache.as_ref().and_then(|cache| cache.read(&plans)) {
+        options.report(total, total);
+        return joined(mats);
+    }
+    // Straight to disk, one matrix in memory at a time, then mapped; or, without a cache, into memory.
+    if let Some(mut writer) = cache.as_mut().and_then(|cache| cache.writer(&plans)) {
+        let mut done = 0;
+        let mut buffer = Vec::new();
+        for plan in &plans {
+            buffer.clear();
+            buffer.resize(plan.bytes(), 0);
+            reader.pack(cpu, plan, &mut buffer)?;
+            if !writer.write(&buffer) {
+                break; // a full disk: without a cache, then
+            }
+            done += plan.bytes() as u64;
+            options.report(done, total);
+        }
+        drop(buffer);
+        if writer.finish()
+            && let Some(mats) = cache.and_then(|cache| cache.read(&plans))
+        {
+            return joined(mats);
+        }
+    }
+    let mut done = 0;
+    let mut mats = Vec::with_capacity(plans.len());
+    for plan in &plans {
+        let mut bytes = Bytes::zeroed(plan.bytes(), "packed weights")?;
+        reader.pack(cpu, plan, bytes.get_mut())?;
+        mats.push(Mat::new(plan.form, plan.n, plan.k, bytes)?);
+        done += plan.bytes() as u64;
+        options.report(done, total);
+    }
+    joined(mats)
+}
