@@ -43,16 +43,17 @@ struct Session<'a> {
     kv: <Model<Cpu> as Forward>::Kv,
     pages: Vec<Vec<u32>>,
     len: usize,
+    long: bool,
 }
 
 impl<'a> Session<'a> {
     fn new(model: &'a Model<Cpu>) -> Session<'a> {
         let groups = model.kv_groups().len();
         let pages = vec![(0..4).collect(); groups];
-        Session { model, kv: model.new_kv(&vec![4; groups]).unwrap(), pages, len: 0 }
+        Session { model, kv: model.new_kv(&vec![4; groups]).unwrap(), pages, len: 0, long: false }
     }
     fn feed(&mut self, tokens: &[u32], wanted: Wanted) -> Vec<f32> {
-        let chunk = Chunk { tokens, start: self.len, long: false, pages: &self.pages, wanted };
+        let chunk = Chunk { tokens, start: self.len, long: self.long, pages: &self.pages, wanted };
         self.len += tokens.len();
         assert!(self.len <= 4 * PAGE);
         self.model.forward(&mut self.kv, &[chunk], &AtomicBool::new(false)).unwrap()
@@ -347,4 +348,59 @@ fn mutated_models_are_errors_or_run() {
         good > 40 && bad > 100,
         "{good} loaded, {bad} were refused: the mutations miss their mark"
     );
+}
+
+/// Golden checkpoints that llama.cpp's converter has made GGUF files of (`tests/golden/make_gguf.py`), in the folder
+/// `FERRULE_CONVERTED`: the same logits and ids as the originals.
+#[test]
+fn converted_models_equal_their_originals() {
+    let (Some(converted), Some(shared)) =
+        (std::env::var_os("FERRULE_CONVERTED"), std::env::var_os("FERRULE_SHARED"))
+    else {
+        return eprintln!("skipped: FERRULE_CONVERTED and FERRULE_SHARED are not set");
+    };
+    let mut failed = Vec::new();
+    for file in models(Path::new(&converted)) {
+        let name = file.file_stem().unwrap().to_str().unwrap().to_owned();
+        let folder = Path::new(&shared).join("goldens").join(&name);
+        match compare(&file, &folder) {
+            Ok(worst) => println!("{name}: {worst:.1e}"),
+            Err(e) => failed.push(format!("{name}: {e}")),
+        }
+    }
+    assert!(failed.is_empty(), "{}", failed.join("\n"));
+}
+
+/// The largest difference of logits, or where they or the ids differ.
+fn compare(file: &Path, folder: &Path) -> Result<f32, String> {
+    let golden = Golden::open(folder);
+    let model = load(file, options(Quantization::None)).map_err(|e| e.to_string())?;
+    let vocab = model.vocab();
+    let mut worst = 0f32;
+    for prompt in ["p1", "p7", "p33", "p130"] {
+        let ids = golden.ints(&format!("{prompt}.ids")).unwrap();
+        let positions = golden.ints(&format!("{prompt}.positions")).unwrap();
+        let expected = golden.floats(&format!("{prompt}.logits"));
+        let long = model.long_after().is_some_and(|after| ids.len() > after);
+        let mut session = Session { long, ..Session::new(&model) };
+        let logits = session.feed(&ids, Wanted::All);
+        for (row, &position) in positions.iter().enumerate() {
+            let found = &logits[position as usize * vocab..][..vocab];
+            for (f, e) in found.iter().zip(&expected[row * vocab..][..vocab]) {
+                worst = worst.max((f - e).abs());
+            }
+        }
+        if worst > 3e-3 {
+            return Err(format!("{prompt}: logits are off by {worst}"));
+        }
+        let Some(greedy) = golden.ints(&format!("{prompt}.greedy")) else { continue };
+        let mut next = argmax(&logits[(ids.len() - 1) * vocab..]);
+        for (step, &expected) in greedy.iter().enumerate() {
+            if next != expected {
+                return Err(format!("{prompt}: greedy step {step}"));
+            }
+            next = argmax(&session.feed(&[next], Wanted::Last));
+        }
+    }
+    Ok(worst)
 }

@@ -38,8 +38,12 @@ pub fn facts(path: &Path, checkpoint: &Checkpoint) -> Result<Value> {
     };
     let mut facts = keys(metadata, architecture).map_err(wrong)?;
     vocabulary(metadata, checkpoint, &mut facts);
-    rope(path, checkpoint, &mut facts)?;
+    rope(path, architecture, checkpoint, &mut facts)?;
     types(&mut facts).map_err(wrong)?;
+    // A window of 0 is none.
+    if facts.get("attention.sliding_window").and_then(Value::as_u64) == Some(0) {
+        facts.remove("attention.sliding_window");
+    }
     // Keys and values of one width are said twice.
     if facts.get("attention.value_length") == facts.get("attention.key_length") {
         facts.remove("attention.value_length");
@@ -133,54 +137,67 @@ fn types(facts: &mut Map<String, Value>) -> std::result::Result<(), String> {
 }
 
 /// The scaling of rotary frequencies in the words of config.json.
-fn rope(path: &Path, checkpoint: &Checkpoint, facts: &mut Map<String, Value>) -> Result<()> {
-    let kind = facts.remove("rope.scaling.type");
+fn rope(
+    path: &Path,
+    architecture: &str,
+    checkpoint: &Checkpoint,
+    facts: &mut Map<String, Value>,
+) -> Result<()> {
+    let numbers = |name: &str| numbers(path, checkpoint, name);
+    let freqs = numbers("rope_freqs.weight")?;
+    let long = numbers("rope_factors_long.weight")?;
+    let short = numbers("rope_factors_short.weight")?;
+    let given = facts.remove("rope.scaling.type");
     let factor = facts.remove("rope.scaling.factor").or_else(|| facts.remove("rope.scale_linear"));
-    let kind = kind.as_ref().map_or(Some("linear"), Value::as_str);
-    let scaled = factor.as_ref().and_then(Value::as_f64).is_some_and(|f| f != 0.0);
-    let mut scaling = match kind {
-        Some("linear") if scaled => json!({"rope_type": "linear"}),
-        Some("yarn" | "longrope") => json!({"rope_type": kind}),
-        Some("none" | "linear") => Value::Null,
-        _ => {
-            let found =
-                facts.get("rope.scaling.type").map_or("nothing".to_owned(), Value::to_string);
-            let what = format!(
-                "key `rope.scaling.type`: found {found}, expected none, linear, yarn or longrope"
-            );
-            return Err(Error::format(path, what));
-        }
-    };
-    if let (Some(scaling), true) = (scaling.as_object_mut(), scaled) {
-        scaling.extend(factor.map(|factor| ("factor".to_owned(), factor)));
-    }
-    if let Some(scaling) = scaling.as_object_mut() {
-        for (key, name) in [
+    let factor = factor.filter(|f| f.as_f64() != Some(0.0)); // 0 is none
+    // Phi-3's files have the numbers of a rule and not its name.
+    let unnamed = if long.is_some() { "longrope" } else { "linear" };
+    let kind = given.as_ref().map_or(Some(unnamed), Value::as_str);
+    let keys: &[(&str, &str)] = match kind {
+        Some("none" | "linear") => &[],
+        Some("longrope") => &[
             ("rope.scaling.original_context_length", "original_max_position_embeddings"),
             ("rope.scaling.attn_factor", "attention_factor"),
+        ],
+        Some("yarn") => &[
+            ("rope.scaling.original_context_length", "original_max_position_embeddings"),
             ("rope.scaling.yarn_attn_factor", "attention_factor"),
             ("rope.scaling.yarn_beta_fast", "beta_fast"),
             ("rope.scaling.yarn_beta_slow", "beta_slow"),
-        ] {
-            // A linear rule has no other number.
-            if let (Some(value), true) = (facts.get(key), kind != Some("linear")) {
-                scaling.insert(name.to_owned(), value.clone());
-                facts.remove(key);
-            }
+            ("rope.scaling.yarn_log_multiplier", "mscale_all_dim"),
+        ],
+        _ => {
+            let found = given.as_ref().map_or("nothing".to_owned(), Value::to_string);
+            let expected = "none, linear, yarn or longrope";
+            let what = format!("key `rope.scaling.type`: found {found}, expected {expected}");
+            return Err(Error::format(path, what));
         }
+    };
+    let plain = kind == Some("none") || (kind == Some("linear") && factor.is_none());
+    let mut rule = Map::new();
+    rule.insert("rope_type".to_owned(), json!(kind));
+    rule.extend(factor.map(|factor| ("factor".to_owned(), factor)));
+    for (key, name) in keys {
+        rule.extend(facts.remove(*key).map(|value| ((*name).to_owned(), value)));
     }
-    let divisors = |name: &str| numbers(path, checkpoint, name);
-    let freqs = divisors("rope_freqs.weight")?;
-    let (long, short) =
-        (divisors("rope_factors_long.weight")?, divisors("rope_factors_short.weight")?);
-    match (&mut scaling, freqs, long, short) {
-        (_, None, None, None) => {}
-        (Value::Null, Some(freqs), None, None) => {
-            scaling = json!({"rope_type": "divisors", "divisors": freqs});
+    if rule.contains_key("mscale_all_dim") {
+        rule.insert("mscale".to_owned(), json!(1.0));
+    }
+    // No file has it; the released model's config.json does.
+    if architecture == "gpt-oss" && kind == Some("yarn") {
+        rule.insert("truncate".to_owned(), json!(false));
+    }
+    match (freqs, long, short) {
+        (None, None, None) => {}
+        (Some(freqs), None, None) if plain => {
+            rule = Map::new();
+            rule.insert("rope_type".to_owned(), json!("divisors"));
+            rule.insert("divisors".to_owned(), json!(freqs));
         }
-        (Value::Object(scaling), None, Some(long), Some(short)) => {
-            scaling.insert("long_factor".to_owned(), json!(long));
-            scaling.insert("short_factor".to_owned(), json!(short));
+        (None, Some(long), Some(short)) if kind == Some("longrope") => {
+            rule.insert("long_factor".to_owned(), json!(long));
+            rule.insert("short_factor".to_owned(), json!(short));
+            rule.entry("attention_factor").or_insert(json!(1.0));
         }
         _ => {
             let what =
@@ -188,8 +205,8 @@ fn rope(path: &Path, checkpoint: &Checkpoint, facts: &mut Map<String, Value>) ->
             return Err(Error::Unsupported(format!("{}: {what}", path.display())));
         }
     }
-    if !scaling.is_null() {
-        facts.insert("rope_scaling".to_owned(), scaling);
+    if !plain || rule.contains_key("divisors") {
+        facts.insert("rope_scaling".to_owned(), Value::Object(rule));
     }
     Ok(())
 }
