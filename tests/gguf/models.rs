@@ -273,7 +273,11 @@ fn absurd_metadata_is_an_error_that_names_the_key() {
             Some(item("general.type", 8, text("adapter"))),
             "key `general.type`: found \"adapter\"",
         ),
-        ("general.name", Some(u32_item("llama.expert_count", 8)), "llama with experts"),
+        (
+            "general.name",
+            Some(u32_item("llama.expert_count", 8)),
+            "expert_used_count: found nothing",
+        ),
         (
             "general.name",
             Some(f32_item("llama.attn_logit_softcapping", 50.0)),
