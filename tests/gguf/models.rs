@@ -6,7 +6,7 @@ use super::{Folder, message};
 use ferrule::backend::cpu::Cpu;
 use ferrule::file::Checkpoint;
 use ferrule::model::{
-    Chunk, Forward, KvDtype, LoadOptions, Model, PAGE, Quantization, Wanted, load,
+    Chunk, Forward, KvDtype, KvGroup, LoadOptions, Model, PAGE, Quantization, Sees, Wanted, load,
 };
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -48,15 +48,19 @@ struct Session<'a> {
 
 impl<'a> Session<'a> {
     fn new(model: &'a Model<Cpu>) -> Session<'a> {
-        let groups = model.kv_groups().len();
-        let pages = vec![(0..4).collect(); groups];
-        Session { model, kv: model.new_kv(&vec![4; groups]).unwrap(), pages, len: 0, long: false }
+        let table = |g: &KvGroup| if g.sees == Sees::State { vec![0, 1] } else { vec![0, 1, 2, 3] };
+        let pages: Vec<_> = model.kv_groups().iter().map(table).collect();
+        let kv = model.new_kv(&vec![4; pages.len()]).unwrap();
+        Session { model, kv, pages, len: 0, long: false }
     }
     fn feed(&mut self, tokens: &[u32], wanted: Wanted) -> Vec<f32> {
         let chunk = Chunk { tokens, start: self.len, long: self.long, pages: &self.pages, wanted };
         self.len += tokens.len();
         assert!(self.len <= 4 * PAGE);
-        self.model.forward(&mut self.kv, &[chunk], &AtomicBool::new(false)).unwrap()
+        let logits = self.model.forward(&mut self.kv, &[chunk], &AtomicBool::new(false)).unwrap();
+        // States are read from the first and written to the second.
+        self.pages.iter_mut().filter(|table| table.len() == 2).for_each(|states| states.swap(0, 1));
+        logits
     }
 }
 

@@ -72,7 +72,14 @@ impl Spec {
         if format == Format::Gguf {
             only_known(&family, architecture, &top)?;
         }
-        Spec::build(family, architecture, &Facts { top, text })
+        let facts = Facts { top, text };
+        let mut spec = Spec::build(family, architecture, &facts)?;
+        if format == Format::Gguf {
+            let behind = facts.top.number_in("nextn_predict_layers", 0.0, 64.0)?.unwrap_or(0.0);
+            let layers = spec.layers.len();
+            spec.ignore.extend((layers..layers + behind as usize).map(|l| format!("blk.{l}.*")));
+        }
+        Ok(spec)
     }
 
     fn build(family: Family, architecture: &str, facts: &Facts<'_>) -> Result<Spec> {

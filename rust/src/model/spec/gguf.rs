@@ -6,10 +6,12 @@
 //!
 //! | key | is |
 //! |---|---|
-//! | the name of a tensor of the first layer or outside the layers | true |
+//! | the name of a tensor outside the layers; of one in any layer, without its number: `blk.attn_q.bias` | true |
 //! | `tied` | there is no `output.weight` |
 //! | `vocab_size` | where it is not given: the number of tokens |
-//! | `layer_types` | what `attention.sliding_window_pattern` says for each layer |
+//! | `layer_types` | what `attention.sliding_window_pattern` says for each layer, and `recurrent` where a layer has no keys |
+//! | `block_count` | without the layers behind the last, for drafting |
+//! | `attention.key_length_nope` | the part of a key of latent attention that does not rotate |
 //! | `rope_scaling` | the keys below `rope.scaling`, or the tensors that scale each frequency, as in config.json |
 
 use crate::file::gguf::{Metadata, Value as Item, shown};
@@ -40,6 +42,14 @@ pub fn facts(path: &Path, checkpoint: &Checkpoint) -> Result<Value> {
     vocabulary(metadata, checkpoint, &mut facts);
     rope(path, architecture, checkpoint, &mut facts)?;
     types(&mut facts).map_err(wrong)?;
+    latent(&mut facts);
+    drafting(&mut facts);
+    let score = match facts.get("expert_gating_func").and_then(Value::as_u64) {
+        Some(1) => Some("softmax"),
+        Some(2) => Some("sigmoid"),
+        _ => None, // none, or a number that no family takes
+    };
+    facts.extend(score.map(|score| ("expert_gating_func".to_owned(), json!(score))));
     // A window of 0 is none.
     if facts.get("attention.sliding_window").and_then(Value::as_u64) == Some(0) {
         facts.remove("attention.sliding_window");
@@ -60,12 +70,18 @@ pub fn facts(path: &Path, checkpoint: &Checkpoint) -> Result<Value> {
         }
     }
     let experts = facts.get("expert_count").and_then(Value::as_u64).unwrap_or(0) > 0;
-    // Mixtral is a Llama with experts there.
-    let name = if architecture == "llama" && experts { "llama with experts" } else { architecture };
+    // Several models share a name there.
+    let name = match architecture {
+        "llama" if experts => "llama with experts",
+        "deepseek2" if score == Some("sigmoid") => "deepseek2 with sigmoid",
+        name => name,
+    };
     facts.insert("architectures".to_owned(), json!([name]));
     facts.insert("tied".to_owned(), json!(checkpoint.get("output.weight").is_none()));
-    for name in checkpoint.names().filter(|n| n.starts_with("blk.0.") || !n.starts_with("blk.")) {
-        facts.insert(name.to_owned(), json!(true));
+    for name in checkpoint.names() {
+        let inside = name.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
+        let name = inside.map_or_else(|| name.to_owned(), |(_, rest)| format!("blk.{rest}"));
+        facts.insert(name, json!(true));
     }
     Ok(Value::Object(facts))
 }
@@ -119,21 +135,61 @@ fn vocabulary(metadata: Metadata<'_>, checkpoint: &Checkpoint, facts: &mut Map<S
     }
 }
 
-/// Which layers slide.
+/// Which layers slide, and which have a state instead of keys.
 fn types(facts: &mut Map<String, Value>) -> std::result::Result<(), String> {
-    const KEY: &str = "attention.sliding_window_pattern";
-    let Some(Value::Array(pattern)) = facts.get(KEY) else { return Ok(()) };
-    let name = |slides: &Value| {
-        Some(if slides.as_bool()? { "sliding_attention" } else { "full_attention" })
-    };
-    let types: Option<Vec<&str>> = pattern.iter().map(name).collect();
-    let types = types.ok_or_else(|| {
-        format!("key `{KEY}`: found a list, expected true or false for each layer")
-    })?;
-    let types = json!(types);
-    facts.remove(KEY);
-    facts.insert("layer_types".to_owned(), types);
+    const WINDOWS: &str = "attention.sliding_window_pattern";
+    const KEYS: &str = "attention.head_count_kv";
+    let mut types: Option<Vec<&str>> = None;
+    if let Some(Value::Array(pattern)) = facts.get(WINDOWS) {
+        let name = |slides: &Value| {
+            Some(if slides.as_bool()? { "sliding_attention" } else { "full_attention" })
+        };
+        types = pattern.iter().map(name).collect();
+        if types.is_none() {
+            let expected = "true or false for each layer";
+            return Err(format!("key `{WINDOWS}`: found a list, expected {expected}"));
+        }
+        facts.remove(WINDOWS);
+    }
+    if let (None, Some(Value::Array(heads))) = (&types, facts.get(KEYS)) {
+        let mut some = heads.iter().filter(|n| n.as_u64() != Some(0));
+        let first = some.next().cloned();
+        if let (Some(first), true) = (first.clone(), some.all(|n| Some(n) == first.as_ref())) {
+            let name = |n: &Value| if *n == first { "full_attention" } else { "recurrent" };
+            types = Some(heads.iter().map(name).collect());
+            facts.insert(KEYS.to_owned(), first);
+        }
+    }
+    let types = types.map(|types| json!(types));
+    facts.extend(types.map(|types| ("layer_types".to_owned(), types)));
     Ok(())
+}
+
+/// Widths of latent attention: those of a head before it is absorbed, as config.json says them.
+fn latent(facts: &mut Map<String, Value>) {
+    if !facts.contains_key("attention.kv_lora_rank") {
+        return;
+    }
+    for of in ["key", "value"] {
+        let length = format!("attention.{of}_length");
+        let inner = facts.remove(&format!("{length}_mla"));
+        facts.extend(inner.map(|inner| (length, inner)));
+    }
+    let number = |key: &str| facts.get(key).and_then(Value::as_u64);
+    if let (Some(key), Some(turned)) =
+        (number("attention.key_length"), number("rope.dimension_count"))
+    {
+        facts.insert("attention.key_length_nope".to_owned(), json!(key.saturating_sub(turned)));
+    }
+    facts.remove("attention.key_length");
+}
+
+/// Takes the layers for drafting off, which stand behind the others.
+fn drafting(facts: &mut Map<String, Value>) {
+    let number = |key: &str| facts.get(key).and_then(Value::as_u64);
+    if let (Some(all), Some(n @ 1..)) = (number("block_count"), number("nextn_predict_layers")) {
+        facts.insert("block_count".to_owned(), json!(all.saturating_sub(n)));
+    }
 }
 
 /// The scaling of rotary frequencies in the words of config.json.
@@ -180,7 +236,12 @@ fn rope(
     for (key, name) in keys {
         rule.extend(facts.remove(*key).map(|value| ((*name).to_owned(), value)));
     }
-    if rule.contains_key("mscale_all_dim") {
+    // DeepSeek's is a tenth of it, and stands for both numbers.
+    let all = rule.get("mscale_all_dim").and_then(Value::as_f64);
+    if let (Some(all), true) = (all, architecture == "deepseek2") {
+        rule.insert("mscale_all_dim".to_owned(), json!(all * 10.0));
+        rule.insert("mscale".to_owned(), json!(all * 10.0));
+    } else if all.is_some() {
         rule.insert("mscale".to_owned(), json!(1.0));
     }
     // No file has it; the released model's config.json does.

@@ -22,6 +22,8 @@ pub(super) const WEIGHTS: &[&str] = &[
     "kv_a",
     "kv_a_norm",
     "kv_b",
+    "k_b",
+    "v_b",
     "o",
     "q_norm",
     "k_norm",
