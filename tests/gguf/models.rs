@@ -189,10 +189,15 @@ fn absurd_metadata_is_an_error_that_names_the_key() {
         let path = folder.write("m.gguf", file.bytes());
         load(&path, options(Quantization::Auto))
     };
-    open(&file.items).unwrap();
+    let page_bytes = |items: &[Vec<u8>]| open(items).unwrap().kv_groups()[0].page_bytes;
+    let both = page_bytes(&file.items);
     let named = |key: &str| {
         file.items.iter().position(|item| item[8..].starts_with(key.as_bytes())).unwrap()
     };
+    // A layer for drafting is no layer of the model.
+    let mut drafting = file.items.clone();
+    drafting.push(item("llama.nextn_predict_layers", 4, 1u32.to_le_bytes()));
+    assert_eq!(2 * page_bytes(&drafting), both);
     let u32_item = |key: &str, x: u32| item(key, 4, x.to_le_bytes());
     let f32_item = |key: &str, x: f32| item(key, 6, x.to_le_bytes());
     for (key, changed, expected) in [
@@ -277,7 +282,22 @@ fn absurd_metadata_is_an_error_that_names_the_key() {
             Some(item("general.type", 8, text("adapter"))),
             "key `general.type`: found \"adapter\"",
         ),
-        ("general.name", Some(u32_item("llama.expert_count", 8)), "llama with experts"),
+        (
+            "general.name",
+            Some(u32_item("llama.expert_count", 8)),
+            "expert_used_count: found nothing",
+        ),
+        (
+            "llama.attention.head_count_kv",
+            Some(item("llama.attention.head_count_kv", 9, list(4, 2, [2, 0, 0, 0, 0, 0, 0, 0]))),
+            "\"recurrent\" is not supported",
+        ),
+        ("general.name", Some(u32_item("llama.nextn_predict_layers", 2)), "block_count: found 0"),
+        (
+            "general.name",
+            Some(u32_item("llama.nextn_predict_layers", 1 << 20)),
+            "block_count: found 0",
+        ),
         (
             "general.name",
             Some(f32_item("llama.attn_logit_softcapping", 50.0)),

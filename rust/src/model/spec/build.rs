@@ -310,8 +310,9 @@ fn refuse(family: &Family, architecture: &str, top: &Object<'_>, text: &Object<'
 
 /// Checks that a GGUF file says nothing that the family does not know: there, every key is about the arithmetic.
 fn only_known(family: &Family, architecture: &str, top: &Object<'_>) -> Result<()> {
-    let own =
-        |key: &str| key == "architectures" || key.ends_with(".weight") || key.ends_with(".bias");
+    let tensor =
+        |key: &str| key.starts_with("blk.") || key.ends_with(".weight") || key.ends_with(".bias");
+    let own = |key: &str| key == "architectures" || tensor(key);
     let known = |key: &str| family.honoured.contains(key) || family.neutral.contains_key(key);
     match top.keys().find(|key| !own(key) && !known(key)) {
         None => Ok(()),

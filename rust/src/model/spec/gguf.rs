@@ -8,9 +8,12 @@
 //! |---|---|
 //! | the name of a tensor outside the layers; of one in any layer, without its number: `blk.attn_q.bias` | true |
 //! | `tied` | there is no `output.weight` |
-//! | `vocab_size` | where it is not given: the number of tokens |
+//! | `vocab_size` | where it is not given: the rows of the embedding |
 //! | `layer_types` | what `attention.sliding_window_pattern` says for each layer, and `recurrent` where a layer has no keys |
 //! | `block_count` | without the layers behind the last, for drafting |
+//! | `attention.head_count_kv_full` | the number on layers that do not slide, where it is another one |
+//! | `keys_without_values` | a layer has keys and no values |
+//! | `laurel_rank`, `per_layer_vocab` | the rows of those tensors |
 //! | `attention.key_length_nope` | the part of a key of latent attention that does not rotate |
 //! | `rope_scaling` | the keys below `rope.scaling`, or the tensors that scale each frequency, as in config.json |
 
@@ -18,6 +21,7 @@ use crate::file::gguf::{Metadata, Value as Item, shown};
 use crate::file::{Checkpoint, Dtype};
 use crate::{Error, Result};
 use serde_json::{Map, Value, json};
+use std::f64::consts::FRAC_1_SQRT_2;
 use std::path::Path;
 
 /// The longest list of numbers that is one for each layer, or one for each frequency.
@@ -39,10 +43,14 @@ pub fn facts(path: &Path, checkpoint: &Checkpoint) -> Result<Value> {
         return Err(wrong("key `general.architecture`: found nothing, expected a name".into()));
     };
     let mut facts = keys(metadata, architecture).map_err(wrong)?;
-    vocabulary(metadata, checkpoint, &mut facts);
+    let embedding = checkpoint.get("token_embd.weight").and_then(|t| t.shape.first());
+    if let (Some(n), false) = (embedding, facts.contains_key("vocab_size")) {
+        facts.insert("vocab_size".to_owned(), json!(n));
+    }
     rope(path, architecture, checkpoint, &mut facts)?;
     types(&mut facts).map_err(wrong)?;
     latent(&mut facts);
+    gemma(checkpoint, &mut facts);
     drafting(&mut facts);
     let score = match facts.get("expert_gating_func").and_then(Value::as_u64) {
         Some(1) => Some("softmax"),
@@ -55,8 +63,11 @@ pub fn facts(path: &Path, checkpoint: &Checkpoint) -> Result<Value> {
         facts.remove("attention.sliding_window");
     }
     // Keys and values of one width are said twice.
-    if facts.get("attention.value_length") == facts.get("attention.key_length") {
-        facts.remove("attention.value_length");
+    for end in ["", "_swa"] {
+        let value = format!("attention.value_length{end}");
+        if facts.get(&value) == facts.get(&format!("attention.key_length{end}")) {
+            facts.remove(&value);
+        }
     }
     // The only two Gemmas whose scores are not scaled by the width of a head; llama.cpp tells them by their layers.
     if let ("gemma2", Some(46)) | ("gemma3", Some(62)) =
@@ -97,7 +108,10 @@ fn keys(
         else {
             continue;
         };
+        let sparsity = key == "activation_sparsity_scale";
         let plain = |value: Item<'_>| match value {
+            // In standard deviations; the families want the part of the gates that is cut.
+            Item::Float(x) if sparsity => Some(json!(0.5 * libm::erfc(-x * FRAC_1_SQRT_2))),
             Item::Unsigned(x) => Some(json!(x)),
             Item::Signed(x) => Some(json!(x)),
             Item::Float(x) => serde_json::Number::from_f64(x).map(Value::Number),
@@ -110,7 +124,9 @@ fn keys(
                 let values: Option<Vec<Value>> = list.iter().map(plain).collect();
                 values.map(|values| match values.first() {
                     // One for each layer, all the same.
-                    Some(first) if first.is_number() && values.iter().all(|v| v == first) => {
+                    Some(first)
+                        if !sparsity && first.is_number() && values.iter().all(|v| v == first) =>
+                    {
                         first.clone()
                     }
                     _ => Value::Array(values),
@@ -125,14 +141,6 @@ fn keys(
         facts.insert(key.to_owned(), json);
     }
     Ok(facts)
-}
-
-fn vocabulary(metadata: Metadata<'_>, checkpoint: &Checkpoint, facts: &mut Map<String, Value>) {
-    let tokens = metadata.get("tokenizer.ggml.tokens").and_then(Item::as_list).map(|l| l.len);
-    let embedding = || checkpoint.get("token_embd.weight").map(|t| t.shape[0]);
-    if let (Some(n), false) = (tokens.or_else(embedding), facts.contains_key("vocab_size")) {
-        facts.insert("vocab_size".to_owned(), json!(n));
-    }
 }
 
 /// Which layers slide, and which have a state instead of keys.
@@ -150,6 +158,23 @@ fn types(facts: &mut Map<String, Value>) -> std::result::Result<(), String> {
             return Err(format!("key `{WINDOWS}`: found a list, expected {expected}"));
         }
         facts.remove(WINDOWS);
+    }
+    if let (Some(types), Some(Value::Array(heads))) = (&types, facts.get(KEYS))
+        && types.len() == heads.len()
+    {
+        let of = |kind: &str| -> Vec<&Value> {
+            let all = types.iter().zip(heads).filter(|(t, _)| **t == kind);
+            all.map(|(_, n)| n).collect()
+        };
+        let (sliding, full) = (of("sliding_attention"), of("full_attention"));
+        let same = |all: &[&Value]| all.windows(2).all(|two| two[0] == two[1]);
+        if let ([first, ..], [other, ..], true) =
+            (&sliding[..], &full[..], same(&sliding) && same(&full))
+        {
+            let (first, other) = ((*first).clone(), (*other).clone());
+            facts.insert(KEYS.to_owned(), first);
+            facts.insert(format!("{KEYS}_full"), other);
+        }
     }
     if let (None, Some(Value::Array(heads))) = (&types, facts.get(KEYS)) {
         let mut some = heads.iter().filter(|n| n.as_u64() != Some(0));
@@ -182,6 +207,32 @@ fn latent(facts: &mut Map<String, Value>) {
         facts.insert("attention.key_length_nope".to_owned(), json!(key.saturating_sub(turned)));
     }
     facts.remove("attention.key_length");
+}
+
+/// What Gemma 3n and 4 say by their tensors.
+fn gemma(checkpoint: &Checkpoint, facts: &mut Map<String, Value>) {
+    let values = |key: &str| key.strip_suffix("attn_k.weight").map(|l| format!("{l}attn_v.weight"));
+    if checkpoint.names().filter_map(values).any(|values| checkpoint.get(&values).is_none()) {
+        facts.insert("keys_without_values".to_owned(), json!(true));
+    }
+    for (key, tensor) in [
+        ("laurel_rank", "blk.0.laurel_l.weight"),
+        ("per_layer_vocab", "per_layer_token_embd.weight"),
+    ] {
+        let tensor = checkpoint.get(tensor);
+        facts.extend(tensor.map(|tensor| (key.to_owned(), json!(tensor.shape.first()))));
+    }
+    // Where there are two kinds of heads, all of both rotate.
+    let heads = ["", "_swa"].map(|end| {
+        let rotates = format!("rope.dimension_count{end}");
+        (facts.get(&rotates) == facts.get(&format!("attention.key_length{end}"))).then_some(rotates)
+    });
+    if let ([Some(full), Some(sliding)], true) =
+        (heads, facts.contains_key("attention.key_length_swa"))
+    {
+        facts.remove(&full);
+        facts.remove(&sliding);
+    }
 }
 
 /// Takes the layers for drafting off, which stand behind the others.
@@ -267,6 +318,13 @@ fn rope(
         }
     }
     if !plain || rule.contains_key("divisors") {
+        // Gemma 4's tensor is for its full layers.
+        if architecture == "gemma4" {
+            let sliding = json!({"rope_type": "default"});
+            let full = std::mem::take(&mut rule);
+            rule.insert("sliding_attention".to_owned(), sliding);
+            rule.insert("full_attention".to_owned(), Value::Object(full));
+        }
         facts.insert("rope_scaling".to_owned(), Value::Object(rule));
     }
     Ok(())
