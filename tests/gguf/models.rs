@@ -1,6 +1,6 @@
 //! GGUF models against reference logits from their dequantized weights, in f32.
 
-use super::tokenizers::{goldens, models};
+use super::tokenizers::{goldens, models, same_ids};
 use super::write::{Writer, item, list, tensor, text};
 use super::{Folder, message};
 use ferrule::backend::cpu::Cpu;
@@ -374,8 +374,24 @@ fn mutated_models_are_errors_or_run() {
     );
 }
 
+/// What no file says: windows of Qwen, Mistral and StarCoder 2 (the last has those of the release), the scale of
+/// Gemma's scores and those of MiniCPM; and what the converter writes as in releases, whatever the checkpoint has: the
+/// width of Phi 2, the rotating part of Nemotron's heads, the bases of Granite's layers.
+const LOSSY: &[&str] = &[
+    "gemma2-a",
+    "gemma3-a",
+    "granite-swa-a",
+    "minicpm3-a",
+    "mistral-a",
+    "nemotron-a",
+    "phi2-a",
+    "qwen25-swa-a",
+    "starcoder2-a",
+];
+
 /// Golden checkpoints that llama.cpp's converter has made GGUF files of (`tests/golden/make_gguf.py`), in the folder
-/// `FERRULE_CONVERTED`: the same logits and ids as the originals.
+/// `FERRULE_CONVERTED`: the same logits and ids as the originals; and the same ids of texts, where the converter does
+/// not guess the kind of tokenizer from a list of releases.
 #[test]
 fn converted_models_equal_their_originals() {
     let (Some(converted), Some(shared)) =
@@ -387,6 +403,16 @@ fn converted_models_equal_their_originals() {
     for file in models(Path::new(&converted)) {
         let name = file.file_stem().unwrap().to_str().unwrap().to_owned();
         let folder = Path::new(&shared).join("goldens").join(&name);
+        // Nor does a file say that a space in front of a text is not doubled.
+        if name != "mistral-a"
+            && let Err(e) = same_ids(&file, &folder)
+        {
+            failed.push(format!("{name}: {e}"));
+        }
+        if LOSSY.contains(&&name[..]) {
+            assert!(compare(&file, &folder).is_err(), "{name} says all");
+            continue;
+        }
         match compare(&file, &folder) {
             Ok(worst) => println!("{name}: {worst:.1e}"),
             Err(e) => failed.push(format!("{name}: {e}")),

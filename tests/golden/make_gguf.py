@@ -10,14 +10,10 @@ tokenizers, and to take configurations that leave defaults out. Its arithmetic o
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-# What releases have in config.json and these goldens leave to the default.
-CONFIG = {"pythia": {"rotary_pct": 0.25}}
 # Models whose releases have layers for drafting, and these goldens none.
 DRAFTING = ("glm4-moe", "qwen3-next", "qwen35")
 
@@ -46,6 +42,13 @@ def convert(llama: Path, folder: str, out: str, flags: list[str]) -> None:
         return self._set_vocab_gpt2() if by_bytes else self._set_vocab_llama_hf()
 
     text._set_vocab_sentencepiece = vocabulary
+
+    # transformers renames keys that the converter knows by their old names.
+    load = base.ModelBase.load_hparams
+    config = json.loads((Path(folder) / "config.json").read_text())
+    base.ModelBase.load_hparams = staticmethod(
+        lambda *args, **more: {**config, **load(*args, **more)}
+    )
 
     # GPT-2's masks, which the converter means to leave out.
     names = conversion.gpt2.GPT2Model.filter_tensors
@@ -79,19 +82,13 @@ def main() -> None:
         return convert(Path(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5:])
     llama, goldens, out = (Path(arg).resolve() for arg in sys.argv[1:4])
     for name in sys.argv[4:] or sorted(p.parent.name for p in goldens.glob("*/config.json")):
-        with tempfile.TemporaryDirectory() as copy:
-            for file in (goldens / name).iterdir():
-                shutil.copyfile(file, Path(copy) / file.name)
-            config = Path(copy) / "config.json"
-            more = next((more for key, more in CONFIG.items() if name.startswith(key)), {})
-            config.write_text(json.dumps({**more, **json.loads(config.read_text())}))
-            flags = ["--no-mtp"] if name.startswith(DRAFTING) else []
-            command = [sys.executable, __file__, "--one", llama, copy, out / f"{name}.gguf", *flags]
-            log = out / f"{name}.log"
-            env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-            with log.open("w") as output:
-                code = subprocess.run(command, stdout=output, stderr=output, env=env).returncode
-        print(name, "ok" if code == 0 else log.read_text().strip().splitlines()[-1])
+        flags = ["--no-mtp"] if name.startswith(DRAFTING) else []
+        command = [sys.executable, __file__, "--one", llama, goldens / name, out / f"{name}.gguf"]
+        log = out / f"{name}.log"
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        with log.open("w") as output:
+            code = subprocess.run([*command, *flags], stdout=output, stderr=output, env=env)
+        print(name, "ok" if code.returncode == 0 else log.read_text().strip().splitlines()[-1])
 
 
 if __name__ == "__main__":

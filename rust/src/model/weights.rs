@@ -194,7 +194,7 @@ impl<'a> Reader<'a> {
         // In GGUF files dimensions of 1 come and go.
         let ones = self.checkpoint.metadata().is_none();
         let plain = |shape: &[usize]| shape.iter().copied().filter(|&n| ones || n != 1).collect();
-        let (found, expected): (Vec<usize>, Vec<usize>) = (plain(&tensor.shape), plain(shape));
+        let (found, expected): (Vec<usize>, Vec<usize>) = (plain(tensor.shape), plain(shape));
         if found != expected {
             let what =
                 format!("tensor `{name}`: found shape {:?}, expected {shape:?}", tensor.shape);
@@ -457,14 +457,22 @@ impl<'a> Reader<'a> {
                 let number = |what: &str| -> Result<f32> {
                     Ok(self.vector(&self.spec.place(&self.names, l, what, 0), 1)?[0])
                 };
+                let [alpha_p, alpha_n, beta, eps] = match &self.spec.xielu {
+                    Some(all) => all[l],
+                    None => [
+                        number("xielu_alpha_p")?,
+                        number("xielu_alpha_n")?,
+                        number("xielu_beta")?,
+                        number("xielu_eps")?,
+                    ],
+                };
                 let softplus =
                     |x: f32| x.max(0.0) + libm::log1p(libm::exp(-f64::from(x.abs()))) as f32;
-                let beta = number("xielu_beta")?;
                 Activation::XIelu {
-                    alpha_p: softplus(number("xielu_alpha_p")?),
-                    alpha_n: beta + softplus(number("xielu_alpha_n")?),
+                    alpha_p: softplus(alpha_p),
+                    alpha_n: beta + softplus(alpha_n),
                     beta,
-                    eps: number("xielu_eps")?,
+                    eps,
                 }
             }
         })

@@ -232,6 +232,7 @@ impl Spec {
                     )));
                 }
             },
+            xielu: xielu(&family, facts, layers.len())?,
             transposed: family.transposed,
             qkv_by_head: family.qkv_by_head,
             qkv_bias,
@@ -344,6 +345,20 @@ fn ffn_width(family: &Family, facts: &Facts<'_>, hidden: usize) -> Result<Option
         1..=MAX_FFN => Ok(Some(width)),
         _ => Err(bad("the adjusted width", &width.to_string(), &format!("1 to {MAX_FFN}"))),
     }
+}
+
+/// The numbers of xIELU of each layer, where the file lists them.
+fn xielu(family: &Family, facts: &Facts<'_>, layers: usize) -> Result<Option<Vec<[f32; 4]>>> {
+    let Some(list) = facts.list(&family.xielu)? else { return Ok(None) };
+    let number = |v: &Value| v.as_f64().map(|x| x as f32).filter(|x| x.is_finite());
+    let four = |v: &Value| {
+        <[f32; 4]>::try_from(v.as_array()?.iter().map(number).collect::<Option<Vec<_>>>()?).ok()
+    };
+    let all = list.iter().map(four).collect::<Option<Vec<_>>>();
+    let all = all.filter(|all| all.len() == layers);
+    all.map(Some).ok_or_else(|| {
+        bad("xielu", &format!("{} entries", list.len()), "four numbers for each layer")
+    })
 }
 
 /// Checks that a description of MXFP4 weights says no more than that experts are so.

@@ -221,6 +221,8 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) latent_split: Fact,
     #[serde(default)]
+    pub(super) xielu: Fact,
+    #[serde(default)]
     pub(super) attn_softcap: Fact,
     pub(super) attn_gate: Gate,
     pub(super) use_attn_gate: Fact,

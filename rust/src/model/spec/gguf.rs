@@ -14,6 +14,9 @@
 //! | `attention.head_count_kv_full` | the number on layers that do not slide, where it is another one |
 //! | `keys_without_values` | a layer has keys and no values |
 //! | `laurel_rank`, `per_layer_vocab` | the rows of those tensors |
+//! | `ssm.value_length` | `ssm.inner_size`, of one head |
+//! | `position_embedding_type` | of Granite: `rope` or `nope` |
+//! | `xielu` | for each layer its `alpha_p`, `alpha_n`, `beta` and `eps` |
 //! | `attention.key_length_nope` | the part of a key of latent attention that does not rotate |
 //! | `rope_scaling` | the keys below `rope.scaling`, or the tensors that scale each frequency, as in config.json |
 
@@ -48,10 +51,12 @@ pub fn facts(path: &Path, checkpoint: &Checkpoint) -> Result<Value> {
         facts.insert("vocab_size".to_owned(), json!(n));
     }
     rope(path, architecture, checkpoint, &mut facts)?;
+    drafting(&mut facts);
     types(&mut facts).map_err(wrong)?;
     latent(&mut facts);
     gemma(checkpoint, &mut facts);
-    drafting(&mut facts);
+    xielu(metadata, &mut facts);
+    states(architecture, &mut facts);
     let score = match facts.get("expert_gating_func").and_then(Value::as_u64) {
         Some(1) => Some("softmax"),
         Some(2) => Some("sigmoid"),
@@ -145,19 +150,21 @@ fn keys(
 
 /// Which layers slide, and which have a state instead of keys.
 fn types(facts: &mut Map<String, Value>) -> std::result::Result<(), String> {
-    const WINDOWS: &str = "attention.sliding_window_pattern";
     const KEYS: &str = "attention.head_count_kv";
     let mut types: Option<Vec<&str>> = None;
-    if let Some(Value::Array(pattern)) = facts.get(WINDOWS) {
-        let name = |slides: &Value| {
-            Some(if slides.as_bool()? { "sliding_attention" } else { "full_attention" })
-        };
-        types = pattern.iter().map(name).collect();
-        if types.is_none() {
-            let expected = "true or false for each layer";
-            return Err(format!("key `{WINDOWS}`: found a list, expected {expected}"));
+    for (key, is) in [
+        ("attention.sliding_window_pattern", "sliding_attention"),
+        ("attention.recurrent_layers", "recurrent"),
+    ] {
+        if let Some(Value::Array(pattern)) = facts.get(key) {
+            let name = |it: &Value| Some(if it.as_bool()? { is } else { "full_attention" });
+            types = pattern.iter().map(name).collect();
+            if types.is_none() {
+                let expected = "true or false for each layer";
+                return Err(format!("key `{key}`: found a list, expected {expected}"));
+            }
+            facts.remove(key);
         }
-        facts.remove(WINDOWS);
     }
     if let (Some(types), Some(Value::Array(heads))) = (&types, facts.get(KEYS))
         && types.len() == heads.len()
@@ -209,6 +216,21 @@ fn latent(facts: &mut Map<String, Value>) {
     facts.remove("attention.key_length");
 }
 
+/// The numbers of xIELU, whose keys have no architecture in front: four for each layer.
+fn xielu(metadata: Metadata<'_>, facts: &mut Map<String, Value>) {
+    let lists = ["alpha_p", "alpha_n", "beta", "eps"].map(|name| {
+        let list = metadata.get(&format!("xielu.{name}"))?.as_list()?;
+        let number = |x: Item<'_>| if let Item::Float(x) = x { Some(x) } else { None };
+        if list.len > MAX_LIST { None } else { list.iter().map(number).collect::<Option<Vec<_>>>() }
+    });
+    if let [Some(p), Some(n), Some(beta), Some(eps)] = lists
+        && [n.len(), beta.len(), eps.len()] == [p.len(); 3]
+    {
+        let layers = (0..p.len()).map(|l| json!([p[l], n[l], beta[l], eps[l]])).collect();
+        facts.insert("xielu".to_owned(), Value::Array(layers));
+    }
+}
+
 /// What Gemma 3n and 4 say by their tensors.
 fn gemma(checkpoint: &Checkpoint, facts: &mut Map<String, Value>) {
     let values = |key: &str| key.strip_suffix("attn_k.weight").map(|l| format!("{l}attn_v.weight"));
@@ -238,8 +260,32 @@ fn gemma(checkpoint: &Checkpoint, facts: &mut Map<String, Value>) {
 /// Takes the layers for drafting off, which stand behind the others.
 fn drafting(facts: &mut Map<String, Value>) {
     let number = |key: &str| facts.get(key).and_then(Value::as_u64);
-    if let (Some(all), Some(n @ 1..)) = (number("block_count"), number("nextn_predict_layers")) {
-        facts.insert("block_count".to_owned(), json!(all.saturating_sub(n)));
+    let (Some(all), Some(n @ 1..)) = (number("block_count"), number("nextn_predict_layers")) else {
+        return;
+    };
+    let left = all.saturating_sub(n);
+    for list in facts.values_mut().filter_map(Value::as_array_mut) {
+        if list.len() as u64 == all {
+            list.truncate(left as usize);
+        }
+    }
+    facts.insert("block_count".to_owned(), json!(left));
+}
+
+/// What layers with a state and the others around them say.
+fn states(architecture: &str, facts: &mut Map<String, Value>) {
+    let number = |key: &str| facts.get(key).and_then(Value::as_u64);
+    if let (Some(all), Some(heads @ 1..)) = (number("ssm.inner_size"), number("ssm.time_step_rank"))
+        && all % heads == 0
+    {
+        facts.remove("ssm.inner_size");
+        facts.insert("ssm.value_length".to_owned(), json!(all / heads));
+    }
+    // Granite's files say so whether layers rotate.
+    if architecture.starts_with("granite") {
+        let rotates = facts.remove("rope.scaling.finetuned") != Some(json!(false));
+        let kind = if rotates { "rope" } else { "nope" };
+        facts.insert("position_embedding_type".to_owned(), json!(kind));
     }
 }
 

@@ -226,7 +226,7 @@ impl Spec {
             ]),
             Ffn::Moe(_) => Vec::new(),
             &Ffn::Plain(ffn) => {
-                let xielu = self.act == Act::XIelu;
+                let xielu = self.act == Act::XIelu && self.xielu.is_none();
                 existing([
                     (true, "up", vec![ffn, hidden]),
                     (true, "down", vec![hidden, ffn]),
