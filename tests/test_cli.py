@@ -158,7 +158,7 @@ def test_info() -> None:
     assert facts["cuda"] is False
     assert facts["threads"] >= 1
     model = facts["model"]
-    assert model["parameters"] == 853_120
+    assert (model["family"], model["parameters"]) == ("llama", 853_120)
     assert model["active_parameters"] == model["parameters"]
     assert model["stored_bytes"] == {"BF16": 2 * model["parameters"]}
     # Keys and values in f16 of pages of 64 positions.

@@ -1,17 +1,17 @@
 //! GGUF models against reference logits from their dequantized weights, in f32.
 
-use super::tokenizers::{goldens, models};
+use super::tokenizers::{goldens, models, same_ids};
 use super::write::{Writer, item, list, tensor, text};
 use super::{Folder, message};
 use ferrule::backend::cpu::Cpu;
 use ferrule::file::Checkpoint;
 use ferrule::model::{
-    Chunk, Forward, KvDtype, LoadOptions, Model, PAGE, Quantization, Wanted, load,
+    Chunk, Forward, KvDtype, KvGroup, LoadOptions, Model, PAGE, Quantization, Sees, Wanted, load,
 };
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-fn options(quantization: Quantization) -> LoadOptions {
+pub(crate) fn options(quantization: Quantization) -> LoadOptions {
     LoadOptions {
         quantization,
         kv_dtype: KvDtype::F32,
@@ -38,7 +38,7 @@ impl Golden {
 }
 
 /// Runs one sequence.
-struct Session<'a> {
+pub(crate) struct Session<'a> {
     model: &'a Model<Cpu>,
     kv: <Model<Cpu> as Forward>::Kv,
     pages: Vec<Vec<u32>>,
@@ -47,16 +47,20 @@ struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    fn new(model: &'a Model<Cpu>) -> Session<'a> {
-        let groups = model.kv_groups().len();
-        let pages = vec![(0..4).collect(); groups];
-        Session { model, kv: model.new_kv(&vec![4; groups]).unwrap(), pages, len: 0, long: false }
+    pub(crate) fn new(model: &'a Model<Cpu>) -> Session<'a> {
+        let table = |g: &KvGroup| if g.sees == Sees::State { vec![0, 1] } else { vec![0, 1, 2, 3] };
+        let pages: Vec<_> = model.kv_groups().iter().map(table).collect();
+        let kv = model.new_kv(&vec![4; pages.len()]).unwrap();
+        Session { model, kv, pages, len: 0, long: false }
     }
-    fn feed(&mut self, tokens: &[u32], wanted: Wanted) -> Vec<f32> {
+    pub(crate) fn feed(&mut self, tokens: &[u32], wanted: Wanted) -> Vec<f32> {
         let chunk = Chunk { tokens, start: self.len, long: self.long, pages: &self.pages, wanted };
         self.len += tokens.len();
         assert!(self.len <= 4 * PAGE);
-        self.model.forward(&mut self.kv, &[chunk], &AtomicBool::new(false)).unwrap()
+        let logits = self.model.forward(&mut self.kv, &[chunk], &AtomicBool::new(false)).unwrap();
+        // States are read from the first and written to the second.
+        self.pages.iter_mut().filter(|table| table.len() == 2).for_each(|states| states.swap(0, 1));
+        logits
     }
 }
 
@@ -279,6 +283,17 @@ fn absurd_metadata_is_an_error_that_names_the_key() {
             "expert_used_count: found nothing",
         ),
         (
+            "llama.attention.head_count_kv",
+            Some(item("llama.attention.head_count_kv", 9, list(4, 2, [2, 0, 0, 0, 0, 0, 0, 0]))),
+            "layer_types: found 2 entries, expected 1",
+        ),
+        ("general.name", Some(u32_item("llama.nextn_predict_layers", 2)), "block_count: found 0"),
+        (
+            "general.name",
+            Some(u32_item("llama.nextn_predict_layers", 1 << 20)),
+            "block_count: found 0",
+        ),
+        (
             "general.name",
             Some(f32_item("llama.attn_logit_softcapping", 50.0)),
             "attn_logit_softcapping: 50.0 changes the model",
@@ -354,8 +369,24 @@ fn mutated_models_are_errors_or_run() {
     );
 }
 
+/// What no file says: windows of Qwen, Mistral and StarCoder 2 (the last has those of the release), the scale of
+/// Gemma's scores and those of MiniCPM; and what the converter writes as in releases, whatever the checkpoint has: the
+/// width of Phi 2, the rotating part of Nemotron's heads, the bases of Granite's layers.
+const LOSSY: &[&str] = &[
+    "gemma2-a",
+    "gemma3-a",
+    "granite-swa-a",
+    "minicpm3-a",
+    "mistral-a",
+    "nemotron-a",
+    "phi2-a",
+    "qwen25-swa-a",
+    "starcoder2-a",
+];
+
 /// Golden checkpoints that llama.cpp's converter has made GGUF files of (`tests/golden/make_gguf.py`), in the folder
-/// `FERRULE_CONVERTED`: the same logits and ids as the originals.
+/// `FERRULE_CONVERTED`: the same logits and ids as the originals; and the same ids of texts, where the converter does
+/// not guess the kind of tokenizer from a list of releases.
 #[test]
 fn converted_models_equal_their_originals() {
     let (Some(converted), Some(shared)) =
@@ -367,6 +398,16 @@ fn converted_models_equal_their_originals() {
     for file in models(Path::new(&converted)) {
         let name = file.file_stem().unwrap().to_str().unwrap().to_owned();
         let folder = Path::new(&shared).join("goldens").join(&name);
+        // Nor does a file say that a space in front of a text is not doubled.
+        if name != "mistral-a"
+            && let Err(e) = same_ids(&file, &folder)
+        {
+            failed.push(format!("{name}: {e}"));
+        }
+        if LOSSY.contains(&&name[..]) {
+            assert!(compare(&file, &folder).is_err(), "{name} says all");
+            continue;
+        }
         match compare(&file, &folder) {
             Ok(worst) => println!("{name}: {worst:.1e}"),
             Err(e) => failed.push(format!("{name}: {e}")),

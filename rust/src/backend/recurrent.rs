@@ -35,8 +35,10 @@ pub enum Core {
 pub struct Heads {
     /// Heads, each with a state `[key_dim, value_dim]`.
     pub heads: usize,
-    /// Groups of neighbouring heads that share keys and queries.
+    /// Groups of heads that share keys and queries.
     pub groups: usize,
+    /// Head h is of group `h % groups`; else neighbouring heads are of one group.
+    pub tiled: bool,
     /// Rows of a state, a multiple of 4.
     pub key_dim: usize,
     /// Columns of a state, a multiple of 16.
@@ -44,6 +46,10 @@ pub struct Heads {
 }
 
 impl Heads {
+    /// The group of a head.
+    pub fn group(&self, head: usize) -> usize {
+        if self.tiled { head % self.groups } else { head / (self.heads / self.groups) }
+    }
     /// Width of all keys, and of all queries.
     pub fn keys(&self) -> usize {
         self.groups * self.key_dim

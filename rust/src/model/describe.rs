@@ -10,6 +10,8 @@ use std::path::Path;
 pub struct Description {
     /// Name in `config.json`'s `architectures`.
     pub architecture: String,
+    /// The file of `models/families` that describes it, or "given".
+    pub family: String,
     /// Numbers that were trained.
     pub parameters: u64,
     /// Those that one token is multiplied by.
@@ -72,6 +74,7 @@ pub fn describe(folder: &Path, options: &LoadOptions) -> Result<Description> {
     let (parameters, active_parameters) = spec.parameters();
     Ok(Description {
         architecture: spec.architecture.clone(),
+        family: spec.family.clone(),
         parameters,
         active_parameters,
         hidden: spec.hidden,

@@ -12,7 +12,7 @@ pub(super) use load::{Plan, load, sizes};
 pub(super) use moe::Moe;
 
 use super::spec::{self, Act, Gate, Names, QkNorm, Slice, Spec, Values};
-use crate::backend::{Activation, Form, HeadRows, Part};
+use crate::backend::{Activation, Blocks, Form, HeadRows, Part};
 use crate::file::{Checkpoint, Dtype, TensorView};
 use crate::{Error, Result};
 use std::path::Path;
@@ -191,7 +191,11 @@ impl<'a> Reader<'a> {
     /// A tensor, its shape checked.
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<TensorView<'a>> {
         let tensor = self.checkpoint.tensor(name)?;
-        if tensor.shape != shape {
+        // In GGUF files dimensions of 1 come and go.
+        let ones = self.checkpoint.metadata().is_none();
+        let plain = |shape: &[usize]| shape.iter().copied().filter(|&n| ones || n != 1).collect();
+        let (found, expected): (Vec<usize>, Vec<usize>) = (plain(tensor.shape), plain(shape));
+        if found != expected {
             let what =
                 format!("tensor `{name}`: found shape {:?}, expected {shape:?}", tensor.shape);
             return Err(Error::format(self.folder, what));
@@ -209,7 +213,7 @@ impl<'a> Reader<'a> {
                 (Dtype::F32, false) => Form::F32,
                 (Dtype::F16, false) => Form::F16,
                 (Dtype::BF16, false) => Form::Bf16,
-                (Dtype::Blocks(_), false) if place.column == 1 => Form::F32,
+                (Dtype::Blocks(_), false) => Form::F32,
                 (Dtype::U8, true) => Form::Mxfp4,
                 (other, mxfp4) => {
                     return Err(Error::Unsupported(format!(
@@ -229,6 +233,16 @@ impl<'a> Reader<'a> {
         let (mut tensors, stored) = self.tensors(place)?;
         let numbers: usize = place.shape.iter().product();
         let end = place.first + (n - 1) * place.row + (k - 1) * place.column + 1;
+        let blocks = tensors[0].dtype.blocks();
+        if let Some(blocks) = blocks
+            && [place.first, end].iter().any(|at| !at.is_multiple_of(blocks.weights()))
+        {
+            return Err(Error::Unsupported(format!(
+                "tensor `{}`: found {}, of which a part is needed that is not whole blocks",
+                place.tensor,
+                blocks.name()
+            )));
+        }
         for tensor in &mut tensors {
             // Whole bytes of codes and whole exponents: rows of MXFP4 start and end with a group.
             let byte =
@@ -237,7 +251,6 @@ impl<'a> Reader<'a> {
         }
         let scales = tensors.get(1).map_or(&[][..], |scales| scales.bytes);
         let Slice { row, column, .. } = *place;
-        let blocks = tensors[0].dtype.blocks();
         let part = Part { stored, blocks, n, bytes: tensors[0].bytes, row, column, scales };
         Ok((tensors, part))
     }
@@ -249,13 +262,10 @@ impl<'a> Reader<'a> {
 
     /// `n` rows of `k` numbers as f32.
     fn values(&self, place: &Slice, n: usize, k: usize) -> Result<Vec<f32>> {
-        let (_, Part { stored, blocks, bytes, row, column, .. }) = self.part(place, n, k)?;
-        let decoded: Vec<u8> = blocks.map_or(Vec::new(), |blocks| {
-            let mut values = vec![0.0f32; bytes.len() / blocks.bytes() * blocks.weights()];
-            blocks.decode(bytes, &mut values);
-            values.iter().flat_map(|x| x.to_le_bytes()).collect()
-        });
-        let bytes = if blocks.is_some() { &decoded } else { bytes };
+        let (_, part) = self.part(place, n, k)?;
+        let decoded = part.blocks.map(|blocks| decoded(blocks, part.bytes));
+        let bytes = decoded.as_deref().unwrap_or(part.bytes);
+        let Part { stored, row, column, .. } = part;
         let (words, halves) = (bytes.as_chunks().0, bytes.as_chunks().0);
         let value = |i: usize| {
             let at = i / k * row + i % k * column;
@@ -447,18 +457,33 @@ impl<'a> Reader<'a> {
                 let number = |what: &str| -> Result<f32> {
                     Ok(self.vector(&self.spec.place(&self.names, l, what, 0), 1)?[0])
                 };
+                let [alpha_p, alpha_n, beta, eps] = match &self.spec.xielu {
+                    Some(all) => all[l],
+                    None => [
+                        number("xielu_alpha_p")?,
+                        number("xielu_alpha_n")?,
+                        number("xielu_beta")?,
+                        number("xielu_eps")?,
+                    ],
+                };
                 let softplus =
                     |x: f32| x.max(0.0) + libm::log1p(libm::exp(-f64::from(x.abs()))) as f32;
-                let beta = number("xielu_beta")?;
                 Activation::XIelu {
-                    alpha_p: softplus(number("xielu_alpha_p")?),
-                    alpha_n: beta + softplus(number("xielu_alpha_n")?),
+                    alpha_p: softplus(alpha_p),
+                    alpha_n: beta + softplus(alpha_n),
                     beta,
-                    eps: number("xielu_eps")?,
+                    eps,
                 }
             }
         })
     }
+}
+
+/// The numbers of blocks, as F32.
+fn decoded(blocks: Blocks, bytes: &[u8]) -> Vec<u8> {
+    let mut values = vec![0.0f32; bytes.len() / blocks.bytes() * blocks.weights()];
+    blocks.decode(bytes, &mut values);
+    values.iter().flat_map(|x| x.to_le_bytes()).collect()
 }
 
 /// The rows of one kind, then those of the next, where one tensor has for each group `sizes` rows of the kinds.

@@ -530,6 +530,7 @@ fn describe<'py>(
     let (found, chat_template) = py.detach(describe).map_err(raise(py))?;
     let dict = PyDict::new(py);
     dict.set_item("architecture", found.architecture)?;
+    dict.set_item("family", found.family)?;
     dict.set_item("parameters", found.parameters)?;
     dict.set_item("active_parameters", found.active_parameters)?;
     dict.set_item("layers", counts(py, found.layers)?)?;

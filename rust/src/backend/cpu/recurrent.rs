@@ -184,7 +184,7 @@ impl Cpu {
         self.each(spans.len() * pieces, 4, |piece| {
             let (span, piece) = (&spans[piece / pieces], piece % pieces);
             let (head, column) = (piece / blocks, v + piece * 16);
-            let group = head / (h.heads / h.groups) * h.key_dim;
+            let group = h.group(head) * h.key_dim;
             let at = how.conv_state() + piece * size;
             // SAFETY: this part of the state belongs to the claimed piece.
             let state = unsafe { states.write(span, at, size) };

@@ -72,7 +72,14 @@ impl Spec {
         if format == Format::Gguf {
             only_known(&family, architecture, &top)?;
         }
-        Spec::build(family, architecture, &Facts { top, text })
+        let facts = Facts { top, text };
+        let mut spec = Spec::build(family, architecture, &facts)?;
+        if format == Format::Gguf {
+            let behind = facts.top.number_in("nextn_predict_layers", 0.0, 64.0)?.unwrap_or(0.0);
+            let layers = spec.layers.len();
+            spec.ignore.extend((layers..layers + behind as usize).map(|l| format!("blk.{l}.*")));
+        }
+        Ok(spec)
     }
 
     fn build(family: Family, architecture: &str, facts: &Facts<'_>) -> Result<Spec> {
@@ -196,6 +203,7 @@ impl Spec {
         let logit_width = logit_width as f64 / hidden as f64;
         let spec = Spec {
             architecture: architecture.to_owned(),
+            family: family.name.clone(),
             hidden,
             vocab: facts.need_count(&family.vocab, MAX_VOCAB)?,
             eps: facts.need_number(&family.eps, 1e-12, 1.0)? as f32,
@@ -225,6 +233,7 @@ impl Spec {
                     )));
                 }
             },
+            xielu: xielu(&family, facts, layers.len())?,
             transposed: family.transposed,
             qkv_by_head: family.qkv_by_head,
             qkv_bias,
@@ -303,8 +312,9 @@ fn refuse(family: &Family, architecture: &str, top: &Object<'_>, text: &Object<'
 
 /// Checks that a GGUF file says nothing that the family does not know: there, every key is about the arithmetic.
 fn only_known(family: &Family, architecture: &str, top: &Object<'_>) -> Result<()> {
-    let own =
-        |key: &str| key == "architectures" || key.ends_with(".weight") || key.ends_with(".bias");
+    let tensor =
+        |key: &str| key.starts_with("blk.") || key.ends_with(".weight") || key.ends_with(".bias");
+    let own = |key: &str| key == "architectures" || tensor(key);
     let known = |key: &str| family.honoured.contains(key) || family.neutral.contains_key(key);
     match top.keys().find(|key| !own(key) && !known(key)) {
         None => Ok(()),
@@ -336,6 +346,20 @@ fn ffn_width(family: &Family, facts: &Facts<'_>, hidden: usize) -> Result<Option
         1..=MAX_FFN => Ok(Some(width)),
         _ => Err(bad("the adjusted width", &width.to_string(), &format!("1 to {MAX_FFN}"))),
     }
+}
+
+/// The numbers of xIELU of each layer, where the file lists them.
+fn xielu(family: &Family, facts: &Facts<'_>, layers: usize) -> Result<Option<Vec<[f32; 4]>>> {
+    let Some(list) = facts.list(&family.xielu)? else { return Ok(None) };
+    let number = |v: &Value| v.as_f64().map(|x| x as f32).filter(|x| x.is_finite());
+    let four = |v: &Value| {
+        <[f32; 4]>::try_from(v.as_array()?.iter().map(number).collect::<Option<Vec<_>>>()?).ok()
+    };
+    let all = list.iter().map(four).collect::<Option<Vec<_>>>();
+    let all = all.filter(|all| all.len() == layers);
+    all.map(Some).ok_or_else(|| {
+        bad("xielu", &format!("{} entries", list.len()), "four numbers for each layer")
+    })
 }
 
 /// Checks that a description of MXFP4 weights says no more than that experts are so.

@@ -219,6 +219,10 @@ pub(super) struct Family {
     #[serde(default)]
     pub(super) latent_eps: Fact,
     #[serde(default)]
+    pub(super) latent_split: Fact,
+    #[serde(default)]
+    pub(super) xielu: Fact,
+    #[serde(default)]
     pub(super) attn_softcap: Fact,
     pub(super) attn_gate: Gate,
     pub(super) use_attn_gate: Fact,
@@ -272,6 +276,9 @@ pub(super) struct Family {
     pub(super) ignore: Vec<String>,
     pub(super) names: BTreeMap<String, Names>,
     pub(super) neutral: BTreeMap<String, Value>,
+    /// What the family is called.
+    #[serde(skip)]
+    pub(super) name: String,
     /// Keys of config.json that some fact reads.
     #[serde(skip)]
     pub(super) honoured: HashSet<String>,
@@ -342,6 +349,7 @@ impl Family {
         let honoured = facts.flat_map(|fact| fact.key).collect();
         let mut family: Family =
             serde_json::from_value(Value::Object(table)).map_err(|e| bad(e.to_string()))?;
+        family.name = source.to_owned();
         family.honoured = honoured;
         if family.architectures.is_empty() && (format == Format::Config || source == "given") {
             return Err(bad("architectures: found an empty list, expected names".to_owned()));

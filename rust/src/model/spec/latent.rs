@@ -33,6 +33,8 @@ pub struct Latent {
     pub turned: usize,
     /// Width of a value.
     pub value: usize,
+    /// A checkpoint has `N_h^T` of all heads in one tensor and `V_h` in another, not `Wkvb`.
+    pub split: bool,
     /// Epsilon of the two inner norms: the released code leaves it at 1e-6, whatever the other norms have.
     pub eps: f32,
     /// `1 / sqrt(nope + rope)`, and with YaRN times `(0.1 mscale_all_dim ln(factor) + 1)^2`.
@@ -75,6 +77,7 @@ impl Latent {
             nope,
             turned,
             value,
+            split: facts.flag(&family.latent_split)?,
             eps: facts.need_number(&family.latent_eps, 1e-12, 1.0)? as f32,
             scale: scale as f32,
             rope: None,
@@ -97,7 +100,9 @@ impl Latent {
             (low, "q_b", vec![q, q_rank]),
             (true, "kv_a", vec![self.rank + self.turned, hidden]),
             (true, "kv_a_norm", vec![self.rank]),
-            (true, "kv_b", vec![self.heads * (self.nope + self.value), self.rank]),
+            (!self.split, "kv_b", vec![self.heads * (self.nope + self.value), self.rank]),
+            (self.split, "k_b", vec![self.heads, self.rank, self.nope]),
+            (self.split, "v_b", vec![self.heads, self.value, self.rank]),
             (true, "o", vec![hidden, self.heads * self.value]),
         ])
     }

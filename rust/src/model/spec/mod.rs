@@ -286,8 +286,10 @@ pub enum RopeOn {
 /// ```
 #[derive(Clone, Debug, PartialEq)]
 pub struct Spec {
-    /// Name in `config.json`'s `architectures`.
+    /// Name in `config.json`'s `architectures`, or a GGUF file's `general.architecture`.
     pub architecture: String,
+    /// The family that it is: a file of `models/families`, or "given".
+    pub family: String,
     /// Width of the residual stream.
     pub hidden: usize,
     /// Rows of the embedding; may exceed the tokenizer's.
@@ -315,6 +317,8 @@ pub struct Spec {
     /// Queries, keys and values are one tensor `[kv_heads, heads / kv_heads + 2, head_dim]`: of each key/value head
     /// its queries, its key, its value (GPT-NeoX).
     pub qkv_by_head: bool,
+    /// xIELU's `alpha_p`, `alpha_n`, `beta` and `eps` in each layer, where a checkpoint has them elsewhere than in tensors.
+    pub xielu: Option<Vec<[f32; 4]>>,
     /// Biases on q, k, v.
     pub qkv_bias: bool,
     /// Bias on the attention's output projection.

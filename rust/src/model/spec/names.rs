@@ -22,6 +22,8 @@ pub(super) const WEIGHTS: &[&str] = &[
     "kv_a",
     "kv_a_norm",
     "kv_b",
+    "k_b",
+    "v_b",
     "o",
     "q_norm",
     "k_norm",
@@ -224,7 +226,7 @@ impl Spec {
             ]),
             Ffn::Moe(_) => Vec::new(),
             &Ffn::Plain(ffn) => {
-                let xielu = self.act == Act::XIelu;
+                let xielu = self.act == Act::XIelu && self.xielu.is_none();
                 existing([
                     (true, "up", vec![ffn, hidden]),
                     (true, "down", vec![hidden, ffn]),

@@ -18,6 +18,8 @@ pub struct Recurrent {
     pub conv_bias: bool,
     /// The projections before and after have biases.
     pub bias: bool,
+    /// A checkpoint has `-exp(A_log)`, not `A_log`.
+    pub decay: bool,
 }
 
 /// Names of [`Core`]s.
@@ -50,6 +52,10 @@ pub(super) struct RecurrentFacts {
     key_dim: Fact,
     #[serde(default)]
     value_dim: Fact,
+    #[serde(default)]
+    tiled: Fact,
+    #[serde(default)]
+    decay: Fact,
 }
 
 impl RecurrentFacts {
@@ -111,6 +117,7 @@ impl RecurrentFacts {
             shape,
             conv_bias: facts.flag(&self.conv_bias)?,
             bias: facts.flag(&self.bias)?,
+            decay: facts.flag(&self.decay)?,
         })
     }
 
@@ -118,6 +125,7 @@ impl RecurrentFacts {
         let h = Heads {
             heads: facts.need_count(&self.heads, MAX_HEADS)?,
             groups: facts.need_count(&self.groups, MAX_HEADS)?,
+            tiled: facts.flag(&self.tiled)?,
             key_dim: facts.need_count(&self.key_dim, MAX_HEAD_DIM)?,
             value_dim: facts.need_count(&self.value_dim, MAX_HEAD_DIM)?,
         };

@@ -217,7 +217,7 @@ impl Base<'_> {
         let factors = list.as_array().filter(|list| list.len() == powers.len());
         let factors = factors.ok_or_else(|| bad(shown(list)))?.iter().zip(&powers);
         let divided = factors.map(|(factor, power)| {
-            let factor = factor.as_f64().filter(|x| *x > 0.0 && *x < 1e9);
+            let factor = factor.as_f64().filter(|x| *x > 0.0 && *x < 1e31); // Gemma 4 has 1e30
             factor.map(|factor| 1.0 / (factor as f32 * power)).ok_or_else(|| bad(shown(list)))
         });
         divided.collect()

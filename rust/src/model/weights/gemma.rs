@@ -106,7 +106,15 @@ impl Reader<'_> {
         let inputs = gemma.inputs.map(|i| inputs(i, mat)).transpose()?;
         let streams = gemma.streams.map_or(0, |streams| streams.count - 1);
         let mut one = |i: usize, what: &str| {
-            mat(source(s.place(&self.names, i, what, 0), s.hidden, s.hidden, false))
+            let (n, name) = (s.hidden, self.names.model(what));
+            let place = match name.contains("{l}") {
+                true => s.place(&self.names, i, what, 0),
+                // All in one tensor.
+                false => {
+                    Slice { first: i * n * n, row: n, ..Slice::whole(name, vec![streams, n, n]) }
+                }
+            };
+            mat(source(place, n, n, false))
         };
         let streams = (0..streams).map(|i| Ok((one(i, "altup_in")?, one(i, "altup_out")?)));
         Ok(Some(Gemma { inputs, streams: streams.collect::<Result<_>>()? }))

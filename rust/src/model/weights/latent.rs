@@ -1,5 +1,5 @@
-//! The weights of latent attention: the stored `kv_b` holds, for each head, rows that make a key and rows that
-//! make a value; here each is a matrix of its own, in the direction in which the forward pass applies it.
+//! The weights of latent attention: a stored `kv_b` holds, for each head, rows that make a key and rows that make a
+//! value; here each is a matrix of its own, in the direction in which the forward pass applies it.
 
 use super::{Reader, Source};
 use crate::Result;
@@ -42,20 +42,32 @@ impl Reader<'_> {
         };
         let kv_a = whole("kv_a", a.rank + a.turned, hidden)?;
         let o = whole("o", hidden, a.heads * a.value)?;
-        // Of each head, from row `at` of its part on.
-        let kv_b = place("kv_b");
-        let first = |h: usize, at: usize| (h * (a.nope + a.value) + at) * a.rank;
-        let key =
-            |h| (Slice { first: first(h, 0), row: 1, column: a.rank, ..kv_b.clone() }, a.rank);
-        let value = |h| (Slice { first: first(h, a.nope), ..kv_b.clone() }, a.value);
+        let (keys, values) = match a.split {
+            // One head below the other.
+            true => {
+                let plain = |what: &str, rows, k| (Slice { row: k, ..place(what) }, a.heads * rows);
+                (vec![plain("k_b", a.rank, a.nope)], vec![plain("v_b", a.value, a.rank)])
+            }
+            false => {
+                // Of each head, from row `at` of its part on.
+                let kv_b = place("kv_b");
+                let first = |h: usize, at: usize| (h * (a.nope + a.value) + at) * a.rank;
+                let key = |h| Slice { first: first(h, 0), row: 1, column: a.rank, ..kv_b.clone() };
+                let value = |h| Slice { first: first(h, a.nope), ..kv_b.clone() };
+                (
+                    (0..a.heads).map(|h| (key(h), a.rank)).collect(),
+                    (0..a.heads).map(|h| (value(h), a.value)).collect(),
+                )
+            }
+        };
         Ok(Latent {
             q_a,
             q,
             kv_a,
             kv_norm: norm("kv_a_norm", a.rank)?,
             o,
-            keys: mat(plain((0..a.heads).map(key).collect(), a.nope))?,
-            values: mat(plain((0..a.heads).map(value).collect(), a.rank))?,
+            keys: mat(plain(keys, a.nope))?,
+            values: mat(plain(values, a.rank))?,
         })
     }
 }

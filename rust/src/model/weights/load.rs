@@ -2,7 +2,7 @@
 
 use super::{Reader, Source, Weights};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
-use crate::backend::{Backend, Form, Kept, Parts};
+use crate::backend::{Backend, Form, Kept, Part, Parts};
 use crate::file::Checkpoint;
 use crate::model::spec::{Slice, Spec};
 use crate::model::{LoadOptions, Quantization, cache};
@@ -34,6 +34,7 @@ impl Reader<'_> {
             let (tensors, stored) = self.tensors(place)?;
             let blocks = tensors[0].dtype.blocks();
             let kept = blocks.map_or(stored, |blocks| match blocks.kept() {
+                _ if place.column != 1 => Form::Q8, // no block is one of the packed matrix
                 Kept::Q4 => Form::Q4,
                 Kept::Q8 => Form::Q8,
                 Kept::Mxfp4 => Form::Mxfp4,
@@ -72,7 +73,17 @@ impl Reader<'_> {
     fn pack(&self, cpu: &Cpu, plan: &Plan, out: &mut [u8]) -> Result<()> {
         let part = |(place, n): &(Slice, usize)| self.part(place, *n, plan.k);
         let sources: Vec<_> = plan.parts.iter().map(part).collect::<Result<_>>()?;
-        let parts = sources.iter().map(|(_, part)| *part).collect();
+        // Columns of blocks: decoded once, not for each number.
+        let columns = sources.iter().map(|(_, part)| {
+            let blocks = part.blocks.filter(|_| part.column != 1);
+            blocks.map(|blocks| super::decoded(blocks, part.bytes))
+        });
+        let columns: Vec<_> = columns.collect();
+        let parts = sources.iter().zip(&columns).map(|((_, part), decoded)| match decoded {
+            None => *part,
+            Some(bytes) => Part { blocks: None, bytes, ..*part },
+        });
+        let parts = parts.collect();
         let parts = Parts { parts, k: plan.k, interleaved: plan.interleaved };
         cpu.pack_into(plan.form, &parts, out)
             .map_err(|(p, row, column)| self.not_finite(&plan.parts[p].0, row, column))?;

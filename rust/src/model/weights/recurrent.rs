@@ -67,7 +67,10 @@ impl Reader<'_> {
         let heads = |h: backend::Heads, mat: &mut dyn FnMut(Source) -> Result<M>| {
             let mamba = matches!(shape.core, Core::Mamba2(_));
             let decay = vector("a_log", h.heads)?;
-            let decay: Vec<f32> = decay.into_iter().map(|a| -libm::expf(a)).collect();
+            let decay: Vec<f32> = match how.decay {
+                true => decay,
+                false => decay.into_iter().map(|a| -libm::expf(a)).collect(),
+            };
             // Its weight is as stored, also where all other norms are `1 + w`.
             let norm = vector("mix_norm", if mamba { h.values() } else { h.value_dim })?;
             Ok(Heads {

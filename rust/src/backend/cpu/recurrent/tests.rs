@@ -23,12 +23,19 @@ struct Case {
 const EPS: f32 = 1e-5;
 
 fn cases() -> Vec<Case> {
-    let h = |heads, groups, key_dim, value_dim| Heads { heads, groups, key_dim, value_dim };
+    let h = |heads, groups, tiled, key_dim, value_dim| Heads {
+        heads,
+        groups,
+        tiled,
+        key_dim,
+        value_dim,
+    };
     let cores = [
         (3, Core::Gated(1100)),
         (2, Core::Gated(5)),
-        (4, Core::DeltaNet(h(4, 2, 12, 32))),
-        (4, Core::Mamba2(h(6, 2, 20, 16))),
+        (4, Core::DeltaNet(h(4, 2, false, 12, 32))),
+        (4, Core::DeltaNet(h(6, 2, true, 12, 16))),
+        (4, Core::Mamba2(h(6, 2, false, 20, 16))),
     ];
     let case = |(width, core)| {
         let how = Recurrent { width, core };
@@ -144,7 +151,7 @@ impl Case {
             let [q, k, v] = if delta { [0, keys, 2 * keys] } else { [values + keys, values, 0] };
             let mut outs = Vec::new();
             for (i, state) in states.iter_mut().enumerate() {
-                let group = i / (h.heads / h.groups) * dk;
+                let group = if h.tiled { i % h.groups } else { i / (h.heads / h.groups) } * dk;
                 let (mut q, mut k) = (c[q + group..][..dk].to_vec(), c[k + group..][..dk].to_vec());
                 let v = &c[v + i * dv..][..dv];
                 let rates = &rates[t * self.how.rates()..][..self.how.rates()];

@@ -65,7 +65,8 @@ fn a_delta_net_and_its_gated_attention() {
     let more = json!({"head_dim": 32, "linear_num_value_heads": 6, "linear_num_key_heads": 3,
         "linear_key_head_dim": 20, "linear_value_head_dim": 16, "layer_types": null});
     let spec = spec("Qwen3_5ForCausalLM", more);
-    let (r, h) = (first(&spec), Heads { heads: 6, groups: 3, key_dim: 20, value_dim: 16 });
+    let (r, h) =
+        (first(&spec), Heads { heads: 6, groups: 3, tiled: false, key_dim: 20, value_dim: 16 });
     assert_eq!((r.shape.core, r.shape.width), (Core::DeltaNet(h), 4));
     assert_eq!((r.shape.projection(), r.shape.rates()), (2 * 60 + 2 * 96, 12));
     assert_eq!((r.shape.channels(), r.shape.output()), ((0, 216), 96));
@@ -94,7 +95,8 @@ fn mamba_layers_beside_attention_without_positions() {
         more
     };
     let nope = spec("GraniteMoeHybridForCausalLM", granite(json!("nope")));
-    let (r, h) = (first(&nope), Heads { heads: 8, groups: 2, key_dim: 24, value_dim: 16 });
+    let (r, h) =
+        (first(&nope), Heads { heads: 8, groups: 2, tiled: false, key_dim: 24, value_dim: 16 });
     assert_eq!((r.shape.core, r.conv_bias, r.bias), (Core::Mamba2(h), true, true));
     assert_eq!((r.shape.projection(), r.shape.rates()), (256 + 96, 8));
     assert_eq!(r.shape.channels(), (128, 224));
