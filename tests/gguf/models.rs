@@ -11,7 +11,7 @@ use ferrule::model::{
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-fn options(quantization: Quantization) -> LoadOptions {
+pub(crate) fn options(quantization: Quantization) -> LoadOptions {
     LoadOptions {
         quantization,
         kv_dtype: KvDtype::F32,
@@ -38,7 +38,7 @@ impl Golden {
 }
 
 /// Runs one sequence.
-struct Session<'a> {
+pub(crate) struct Session<'a> {
     model: &'a Model<Cpu>,
     kv: <Model<Cpu> as Forward>::Kv,
     pages: Vec<Vec<u32>>,
@@ -47,13 +47,13 @@ struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    fn new(model: &'a Model<Cpu>) -> Session<'a> {
+    pub(crate) fn new(model: &'a Model<Cpu>) -> Session<'a> {
         let table = |g: &KvGroup| if g.sees == Sees::State { vec![0, 1] } else { vec![0, 1, 2, 3] };
         let pages: Vec<_> = model.kv_groups().iter().map(table).collect();
         let kv = model.new_kv(&vec![4; pages.len()]).unwrap();
         Session { model, kv, pages, len: 0, long: false }
     }
-    fn feed(&mut self, tokens: &[u32], wanted: Wanted) -> Vec<f32> {
+    pub(crate) fn feed(&mut self, tokens: &[u32], wanted: Wanted) -> Vec<f32> {
         let chunk = Chunk { tokens, start: self.len, long: self.long, pages: &self.pages, wanted };
         self.len += tokens.len();
         assert!(self.len <= 4 * PAGE);
@@ -189,15 +189,10 @@ fn absurd_metadata_is_an_error_that_names_the_key() {
         let path = folder.write("m.gguf", file.bytes());
         load(&path, options(Quantization::Auto))
     };
-    let page_bytes = |items: &[Vec<u8>]| open(items).unwrap().kv_groups()[0].page_bytes;
-    let both = page_bytes(&file.items);
+    open(&file.items).unwrap();
     let named = |key: &str| {
         file.items.iter().position(|item| item[8..].starts_with(key.as_bytes())).unwrap()
     };
-    // A layer for drafting is no layer of the model.
-    let mut drafting = file.items.clone();
-    drafting.push(item("llama.nextn_predict_layers", 4, 1u32.to_le_bytes()));
-    assert_eq!(2 * page_bytes(&drafting), both);
     let u32_item = |key: &str, x: u32| item(key, 4, x.to_le_bytes());
     let f32_item = |key: &str, x: f32| item(key, 6, x.to_le_bytes());
     for (key, changed, expected) in [
@@ -290,7 +285,7 @@ fn absurd_metadata_is_an_error_that_names_the_key() {
         (
             "llama.attention.head_count_kv",
             Some(item("llama.attention.head_count_kv", 9, list(4, 2, [2, 0, 0, 0, 0, 0, 0, 0]))),
-            "\"recurrent\" is not supported",
+            "layer_types: found 2 entries, expected 1",
         ),
         ("general.name", Some(u32_item("llama.nextn_predict_layers", 2)), "block_count: found 0"),
         (
@@ -375,16 +370,19 @@ fn mutated_models_are_errors_or_run() {
 }
 
 /// What no file says: windows of Qwen, Mistral and StarCoder 2 (the last has those of the release), the scale of
-/// Gemma's scores and those of MiniCPM; and what the converter writes as in releases, whatever the checkpoint has: the
-/// width of Phi 2, the rotating part of Nemotron's heads, the bases of Granite's layers.
+/// Gemma's scores and those of MiniCPM, another GELU than that of GPT-NeoX. And what the converter writes as in
+/// releases, whatever the checkpoint has: the width of Phi 2, the rotating part of Nemotron's heads, the bases of
+/// Granite's layers.
 const LOSSY: &[&str] = &[
     "gemma2-a",
+    "gemma2-b",
     "gemma3-a",
     "granite-swa-a",
     "minicpm3-a",
     "mistral-a",
     "nemotron-a",
     "phi2-a",
+    "pythia-b",
     "qwen25-swa-a",
     "starcoder2-a",
 ];
@@ -440,7 +438,7 @@ fn compare(file: &Path, folder: &Path) -> Result<f32, String> {
                 worst = worst.max((f - e).abs());
             }
         }
-        if worst > 3e-3 {
+        if worst > 3e-4 {
             return Err(format!("{prompt}: logits are off by {worst}"));
         }
         let Some(greedy) = golden.ints(&format!("{prompt}.greedy")) else { continue };
