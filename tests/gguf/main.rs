@@ -3,6 +3,7 @@
 #![allow(unsafe_code)] // the counting allocator
 
 mod hostile;
+mod made;
 mod models;
 mod tokenizers;
 mod write;

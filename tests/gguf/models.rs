@@ -370,16 +370,19 @@ fn mutated_models_are_errors_or_run() {
 }
 
 /// What no file says: windows of Qwen, Mistral and StarCoder 2 (the last has those of the release), the scale of
-/// Gemma's scores and those of MiniCPM; and what the converter writes as in releases, whatever the checkpoint has: the
-/// width of Phi 2, the rotating part of Nemotron's heads, the bases of Granite's layers.
+/// Gemma's scores and those of MiniCPM, another GELU than that of GPT-NeoX. And what the converter writes as in
+/// releases, whatever the checkpoint has: the width of Phi 2, the rotating part of Nemotron's heads, the bases of
+/// Granite's layers.
 const LOSSY: &[&str] = &[
     "gemma2-a",
+    "gemma2-b",
     "gemma3-a",
     "granite-swa-a",
     "minicpm3-a",
     "mistral-a",
     "nemotron-a",
     "phi2-a",
+    "pythia-b",
     "qwen25-swa-a",
     "starcoder2-a",
 ];
@@ -435,7 +438,7 @@ fn compare(file: &Path, folder: &Path) -> Result<f32, String> {
                 worst = worst.max((f - e).abs());
             }
         }
-        if worst > 3e-3 {
+        if worst > 3e-4 {
             return Err(format!("{prompt}: logits are off by {worst}"));
         }
         let Some(greedy) = golden.ints(&format!("{prompt}.greedy")) else { continue };
