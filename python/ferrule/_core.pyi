@@ -14,6 +14,7 @@ __all__ = [
     "News",
     "QMatrix",
     "Request",
+    "Trial",
     "cpu_features",
     "describe",
     "gguf_at",
@@ -39,6 +40,8 @@ class Engine:
         *,
         quantization: str = "auto",
         threads: int | None = None,
+        tile_tokens: int | None = None,
+        claim_bytes: int | None = None,
         context_length: int | None = None,
         kv_cache_dtype: str = "f16",
         kv_cache_bytes: int | None = None,
@@ -137,6 +140,11 @@ class QMatrix:
     def bits_per_weight(self) -> float: ...
     def matmul(self, x: NDArray[np.float32]) -> NDArray[np.float32]: ...
     def dequantize(self) -> NDArray[np.float32]: ...
+
+@final
+class Trial:
+    def __new__(cls, n: int, k: int) -> Trial: ...
+    def seconds(self, m: int, threads: int, tile_tokens: int, claim_bytes: int) -> float: ...
 
 def quantize_int4(
     w: NDArray[np.float32], *, threads: int | None = None, isa: str | None = None

@@ -102,6 +102,16 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", metavar="FILE")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_lazy("inspect"))
+
+    tune = commands.add_parser(
+        "tune",
+        help="find this machine's best settings",
+        description="Try numbers of threads and ways of cutting the work, for 10 seconds, and keep "
+        "what is faster than the default. Close other programs first. Results do not change.",
+    )
+    tune.add_argument("--reset", action="store_true", help="go back to the defaults")
+    tune.add_argument("--json", action="store_true", help="print JSON")
+    tune.set_defaults(run=_lazy("tune"))
     return parser
 
 

@@ -12,6 +12,7 @@ mod attention;
 mod float;
 pub mod layout;
 mod mxfp4;
+mod pack;
 mod recurrent;
 mod scalar;
 mod simd;

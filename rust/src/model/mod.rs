@@ -11,7 +11,7 @@ pub use crate::backend::{KvDtype, PAGE};
 pub use describe::{Description, describe};
 pub use forward::{Kv, Model};
 
-use crate::backend::cpu::Cpu;
+use crate::backend::cpu::{Cpu, Tiles};
 use crate::file::{self, Checkpoint};
 use crate::{Error, Result};
 use spec::Spec;
@@ -123,6 +123,8 @@ pub struct LoadOptions {
     pub quantization: Quantization,
     /// Threads; `None` = as [`topology::auto`](crate::backend::cpu::topology::auto) says.
     pub threads: Option<usize>,
+    /// How matrix products are cut.
+    pub tiles: Tiles,
     /// The kernel set to use; `None` = the best one.
     pub isa: Option<String>,
     /// How keys and values are kept.
@@ -140,6 +142,7 @@ impl Default for LoadOptions {
         LoadOptions {
             quantization: Quantization::Auto,
             threads: None,
+            tiles: Tiles::default(),
             isa: None,
             kv_dtype: KvDtype::F16,
             cache_dir: None,
@@ -181,7 +184,7 @@ fn open(folder: &Path, options: &LoadOptions) -> Result<(Spec, Checkpoint, PathB
 pub fn load(folder: &Path, mut options: LoadOptions) -> Result<Model<Cpu>> {
     let (spec, checkpoint, path) = open(folder, &options)?;
     let threads = options.threads.unwrap_or_else(|| crate::backend::cpu::topology::auto().count);
-    let backend = Cpu::new(threads, options.isa.as_deref())?;
+    let backend = Cpu::new(threads, options.isa.as_deref())?.with_tiles(options.tiles)?;
     let weights = weights::load(&path, &checkpoint, &spec, &backend, &mut options)?;
     let (groups, group_of) = forward::kv_groups(&spec, options.kv_dtype);
     Ok(Model { spec, backend, weights, kv_dtype: options.kv_dtype, group_of, groups })

@@ -5,7 +5,7 @@ mod convert;
 mod driver;
 mod matrix;
 
-use crate::backend::cpu::{Cpu, topology};
+use crate::backend::cpu::{Cpu, Tiles, topology};
 use crate::chat::{ChatTemplate, special_tokens};
 use crate::engine::{self, EngineConfig};
 use crate::file;
@@ -81,7 +81,7 @@ struct Loaded {
 #[pymethods]
 impl Engine {
     #[new]
-    #[pyo3(signature = (folder, *, quantization="auto", threads=None, context_length=None,
+    #[pyo3(signature = (folder, *, quantization="auto", threads=None, tile_tokens=None, claim_bytes=None, context_length=None,
         kv_cache_dtype="f16", kv_cache_bytes=None, max_batch=16, max_queue=256, prefix_cache=true, cache_dir=None,
         chat_template=None, family=None, eos=Vec::new(), progress=None))]
     fn new(
@@ -89,6 +89,8 @@ impl Engine {
         folder: &str,
         quantization: &str,
         threads: Option<i64>,
+        tile_tokens: Option<usize>,
+        claim_bytes: Option<usize>,
         context_length: Option<i64>,
         kv_cache_dtype: &str,
         kv_cache_bytes: Option<u64>,
@@ -109,6 +111,10 @@ impl Engine {
                 load: LoadOptions {
                     quantization: named("quantization", quantization, &QUANTIZATIONS)?,
                     threads: count("threads", threads)?,
+                    tiles: Tiles {
+                        tokens: tile_tokens.unwrap_or(Tiles::default().tokens),
+                        claim: claim_bytes.unwrap_or(Tiles::default().claim),
+                    },
                     isa: std::env::var("FERRULE_ISA").ok(),
                     kv_dtype: named("kv_cache_dtype", kv_cache_dtype, &KV_DTYPES)?,
                     cache_dir: cache_dir.map(PathBuf::from),
@@ -620,6 +626,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(matrix::quantize_int4, module)?)?;
     module.add_function(wrap_pyfunction!(matrix::quantize_int8, module)?)?;
     module.add_class::<matrix::QMatrix>()?;
+    module.add_class::<matrix::Trial>()?;
     module.add_class::<Engine>()?;
     module.add_class::<Request>()?;
     module.add_class::<convert::News>()?;

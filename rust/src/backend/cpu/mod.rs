@@ -15,6 +15,7 @@ pub mod topology;
 
 pub use attention::Kv;
 pub use memory::Bytes;
+pub use product::Tiles;
 pub use recurrent::States;
 
 use super::{
@@ -35,6 +36,7 @@ const MANY: usize = 8;
 pub struct Cpu {
     kernels: &'static Kernels,
     pool: Pool,
+    tiles: Tiles,
     acts: Mutex<ActBuf>,
     moe: Mutex<moe::Scratch>,
     heads: Mutex<latent::Scratch>,
@@ -118,10 +120,23 @@ impl Cpu {
         Ok(Cpu {
             kernels: crate::kernels::choose(isa)?,
             pool,
+            tiles: Tiles::default(),
             acts: Mutex::default(),
             moe: Mutex::default(),
             heads: Mutex::default(),
         })
+    }
+
+    /// This CPU, with matrix products cut as `tiles` says.
+    pub fn with_tiles(self, tiles: Tiles) -> Result<Cpu> {
+        let Tiles { tokens, claim } = tiles;
+        if !(1..=1 << 16).contains(&tokens) {
+            return Err(Error::parameter("tile_tokens", tokens, "1 to 65536"));
+        }
+        if !(1 << 10..=1 << 30).contains(&claim) {
+            return Err(Error::parameter("claim_bytes", claim, "1 KiB to 1 GiB"));
+        }
+        Ok(Cpu { tiles, ..self })
     }
 
     /// The kernel set in use.

@@ -1,6 +1,6 @@
 //! The back end gives the same bits with any number of threads, and the formula's result.
 
-use super::product::TOKENS;
+const TOKENS: usize = 512;
 use super::*;
 
 pub(super) fn noise(n: usize, mut seed: u32) -> Vec<f32> {
