@@ -225,6 +225,8 @@ pub trait Backend: Send + Sync {
     ) -> Result<std::result::Result<Self::Mat, NotFinite>>;
     /// Pages for each layer.
     fn kv(&self, dtype: KvDtype, layers: &[KvLayer]) -> Result<Self::Kv>;
+    /// Page `to` of a layer becomes equal to page `from`.
+    fn copy_page(&self, kv: &mut Self::Kv, layer: usize, from: u32, to: u32);
 
     /// States for each layer: how many, and the f32 of each.
     fn states(&self, layers: &[(usize, usize)]) -> Result<Self::States>;

@@ -92,6 +92,8 @@ pub trait Forward {
     fn kv_groups(&self) -> Vec<KvGroup>;
     /// Memory for this many pages of each group.
     fn new_kv(&self, pages: &[usize]) -> Result<Self::Kv>;
+    /// Copies pages, one after the other.
+    fn copy_pages(&self, kv: &mut Self::Kv, copies: &[kv::PageCopy]);
     /// Runs every chunk; the logits of the wanted rows, f32 [rows, vocab], in order. Looks at
     /// `interrupt` between layers: `Error::Interrupted` leaves the chunks' positions undefined, and
     /// the states before them as they were.

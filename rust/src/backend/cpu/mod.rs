@@ -187,6 +187,10 @@ impl Backend for Cpu {
         Kv::new(dtype, layers)
     }
 
+    fn copy_page(&self, kv: &mut Kv, layer: usize, from: u32, to: u32) {
+        kv.copy_page(layer, from, to);
+    }
+
     fn embed(&self, table: &Mat, ids: &[u32], scale: f32, out: &mut Buf) {
         out.shape(ids.len(), table.k);
         let width = table.k;

@@ -14,6 +14,9 @@ use std::time::{Duration, Instant};
 
 /// How long to spin before sleeping.
 const SPIN: Duration = Duration::from_micros(50);
+/// How long a worker runs before it offers its core to others. It does so between regions, where it holds nothing:
+/// taken off its core inside a region, it would keep all others waiting.
+const TURN: Duration = Duration::from_millis(1);
 
 type Job = *const (dyn Fn(usize) + Sync);
 
@@ -161,8 +164,12 @@ impl Drop for Pool {
 }
 
 fn worker(shared: &Shared, index: usize) {
-    let mut done = 0;
+    let (mut done, mut since) = (0, Instant::now());
     loop {
+        if since.elapsed() > TURN {
+            std::thread::yield_now();
+            since = Instant::now();
+        }
         let open = || {
             let epoch = shared.epoch.load(SeqCst);
             (epoch % 2 == 1 && epoch != done).then_some(epoch)
