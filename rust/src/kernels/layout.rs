@@ -159,7 +159,7 @@ fn get_codes(lines: &[u8], r: usize, q: &mut [u8; BLOCK]) {
 }
 
 /// Writes one block of 16 rows. `out` is as long as the block.
-pub(super) fn pack_q8(rows: &[BlockQ8; ROWS], out: &mut [u8]) {
+pub fn pack_q8(rows: &[BlockQ8; ROWS], out: &mut [u8]) {
     let (header, lines) = out.split_at_mut(Q8_HEADER);
     for (r, row) in rows.iter().enumerate() {
         header[4 * r..4 * r + 4].copy_from_slice(&row.d.to_le_bytes());

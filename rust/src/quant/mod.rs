@@ -15,13 +15,25 @@
 //! The third, [`BlockMxfp4`], is a format of checkpoints: small integers and a power of two for each [`GROUP`], hence
 //! an exact integer and one float step per group.
 
+mod awq;
+mod bitsandbytes;
 mod blocks;
+mod compressed;
+mod encoded;
+mod float8;
+mod gptq;
 mod grids;
 mod mxfp4;
 mod q4;
 mod q8;
 
+pub use awq::awq;
+pub use bitsandbytes::{llm_int8, nibbles};
 pub use blocks::{Blocks, Kept};
+pub use compressed::{int8, packed};
+pub use encoded::{Encoded, Floats, Groups, Scales};
+pub use float8::float8;
+pub use gptq::gptq;
 pub use mxfp4::{BlockMxfp4, TWICE};
 pub use q4::BlockQ4;
 pub use q8::BlockQ8;

@@ -81,6 +81,7 @@ fn mxfp4_is_kept_as_it_is() {
     let part = |first: usize| Part {
         stored: Form::Mxfp4,
         blocks: None,
+        encoded: None,
         n,
         bytes: &codes[first * k / 2..],
         row: 2 * k,

@@ -28,12 +28,18 @@ impl Plan {
 impl Reader<'_> {
     /// How a matrix will be packed.
     fn plan(&self, quantization: Quantization, source: Source) -> Result<Plan> {
-        let Source { parts, k, interleaved, exact } = source;
+        let Source { mut parts, k, interleaved, exact } = source;
+        for (place, _) in &mut parts {
+            place.scheme = self.scheme(&place.tensor)?;
+        }
         let mut form = None;
-        for (place, _) in &parts {
-            let (tensors, stored) = self.tensors(place)?;
-            let blocks = tensors[0].dtype.blocks();
-            let kept = blocks.map_or(stored, |blocks| match blocks.kept() {
+        for (place, n) in &parts {
+            let (_, Part { stored, blocks, encoded, .. }) = self.part(place, *n, k)?;
+            let kept = encoded.map_or(stored, |encoded| match encoded.fits_q4() {
+                true if place.column == 1 => Form::Q4,
+                _ => Form::Q8,
+            });
+            let kept = blocks.map_or(kept, |blocks| match blocks.kept() {
                 _ if place.column != 1 => Form::Q8, // no block is one of the packed matrix
                 Kept::Q4 => Form::Q4,
                 Kept::Q8 => Form::Q8,
@@ -52,7 +58,7 @@ impl Reader<'_> {
             if *form == wanted {
                 continue;
             }
-            if self.checkpoint.metadata().is_none() {
+            if self.checkpoint.metadata().is_none() && self.spec.quantized.is_none() {
                 return Err(Error::Unsupported(format!(
                     "tensor `{}`: found {}, but `{}` beside it is stored otherwise; use quantization=\"int8\"",
                     place.tensor,
@@ -60,7 +66,7 @@ impl Reader<'_> {
                     parts[0].0.tensor
                 )));
             }
-            // GGUF files mix types: a form that holds both nearly, or exactly.
+            // GGUF files mix types, and quantized checkpoints leave some matrices as they are: a form that holds both nearly, or exactly.
             let exact = !form.is_quantized() && !wanted.is_quantized();
             *form = if exact { Form::F32 } else { Form::Q8 };
         }
