@@ -281,3 +281,6 @@ impl Encoded<'_> {
         Some(block)
     }
 }
+
+#[cfg(test)]
+mod tests;

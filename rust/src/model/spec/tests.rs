@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 mod dense;
 mod gemma;
+mod quantized;
 mod recurrent;
 
 fn config(architecture: &str, more: Value) -> Value {
