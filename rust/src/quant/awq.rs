@@ -6,7 +6,7 @@
 //! | `qzeros` i32 `[groups, n / 8]` | zero points, likewise |
 //! | `scales` `[groups, n]` | |
 
-use super::encoded::{Codes, Encoded, Floats, Groups, Scales, Words, Zeros};
+use super::encoded::{Codes, Encoded, Floats, Groups, Scaling, Words, Zeros};
 
 /// Nibbles 0 to 7 of a word are outputs 0, 2, 4, 6, 1, 3, 5, 7: the bit of each output.
 const SHIFTS: [u8; 8] = [0, 16, 4, 20, 8, 24, 12, 28];
@@ -33,7 +33,7 @@ pub fn awq<'a>(
         first: 0,
         codes: Codes::Words(words(qweight)),
         groups: Groups::Even(group),
-        scales: Scales { floats: scales, rows: 1, down: 1, right: n, times: 1.0 },
+        scales: Scaling { floats: scales, rows: 1, down: 1, right: n, times: 1.0 },
         zeros: Zeros::of(words(qzeros), 0),
     }
 }

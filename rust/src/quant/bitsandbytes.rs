@@ -8,7 +8,7 @@
 //! | ... or u8, with `weight.nested_quant_map` f32 `[256]` and `weight.nested_absmax` f32 | codes of scales |
 //! | `weight` i8 `[n, k]`, `SCB` f32 `[n]` | int8: 127 is the row's `SCB` |
 
-use super::encoded::{Codes, Encoded, Floats, Groups, Scales, Zeros};
+use super::encoded::{Codes, Encoded, Floats, Groups, Scaling, Zeros};
 
 /// 4 bits. All rows are one, since blocks go on from row to row: `numbers` are all of them.
 pub fn nibbles<'a>(
@@ -23,7 +23,7 @@ pub fn nibbles<'a>(
         first: 0,
         codes: Codes::Nibbles(weight, map),
         groups: Groups::Even(block),
-        scales: Scales { floats: absmax, rows: 1, down: 0, right: 1, times: 1.0 },
+        scales: Scaling { floats: absmax, rows: 1, down: 0, right: 1, times: 1.0 },
         zeros: Zeros::All(0),
     }
 }
@@ -31,6 +31,6 @@ pub fn nibbles<'a>(
 /// Int8.
 pub fn llm_int8<'a>(k: usize, weight: &'a [u8], scb: &'a [u8]) -> Encoded<'a> {
     let scales =
-        Scales { floats: Floats::F32(scb), rows: 1, down: 1, right: 0, times: 1.0 / 127.0 };
+        Scaling { floats: Floats::F32(scb), rows: 1, down: 1, right: 0, times: 1.0 / 127.0 };
     super::compressed::int8(k, weight, None, scales, k)
 }

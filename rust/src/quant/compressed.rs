@@ -5,9 +5,9 @@
 //! | `weight_packed` i32 `[n, k / (32 / bits)]` | codes plus half their range, neighbours in a row, the first in the lowest bits |
 //! | `weight_zero_point` i32 `[n / (32 / bits), groups]` | likewise, neighbours in a column |
 //! | `weight` i8 `[n, k]`, `weight_zero_point` i8 like the scales | `int-quantized`: as they are |
-//! | `weight_scale` `[n, groups]` | or of another spread: see [`Scales`] |
+//! | `weight_scale` `[n, groups]` | or of another spread: see [`Scaling`] |
 
-use super::encoded::{Codes, Encoded, Groups, Scales, Words, Zeros};
+use super::encoded::{Codes, Encoded, Groups, Scaling, Words, Zeros};
 
 /// `pack-quantized`. `count`: groups.
 pub fn packed<'a>(
@@ -16,7 +16,7 @@ pub fn packed<'a>(
     weight_packed: &'a [u8],
     zero_point: Option<&'a [u8]>,
     count: usize,
-    scales: Scales<'a>,
+    scales: Scaling<'a>,
     groups: Groups<'a>,
 ) -> Encoded<'a> {
     let shifts = Words::ascending(bits);
@@ -44,7 +44,7 @@ pub fn int8<'a>(
     k: usize,
     weight: &'a [u8],
     zero_point: Option<&'a [u8]>,
-    scales: Scales<'a>,
+    scales: Scaling<'a>,
     group: usize,
 ) -> Encoded<'a> {
     let zeros = zero_point.map_or(Zeros::All(0), Zeros::Int8);

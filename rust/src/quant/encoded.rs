@@ -13,7 +13,7 @@ pub struct Encoded<'a> {
     pub first: usize,
     pub(super) codes: Codes<'a>,
     pub(super) groups: Groups<'a>,
-    pub(super) scales: Scales<'a>,
+    pub(super) scales: Scaling<'a>,
     pub(super) zeros: Zeros<'a>,
 }
 
@@ -123,7 +123,7 @@ impl Floats<'_> {
 
 /// The scale of row `i` and group `g` is float `i / rows * down + g * right`, times `times`.
 #[derive(Clone, Copy, Debug)]
-pub struct Scales<'a> {
+pub struct Scaling<'a> {
     /// The floats.
     pub floats: Floats<'a>,
     /// Rows that share one.
@@ -136,7 +136,7 @@ pub struct Scales<'a> {
     pub times: f32,
 }
 
-impl Scales<'_> {
+impl Scaling<'_> {
     fn get(&self, i: usize, g: usize) -> f32 {
         self.floats.get(i / self.rows * self.down + g * self.right) * self.times
     }
@@ -176,7 +176,7 @@ impl Encoded<'_> {
             Zeros::All(zero) => zero,
             Zeros::Words(words, more) => words.get(i, g) + more,
             Zeros::Int8(bytes) => {
-                let Scales { rows, down, right, .. } = self.scales;
+                let Scaling { rows, down, right, .. } = self.scales;
                 i32::from(bytes[i / rows * down + g * right] as i8)
             }
         }

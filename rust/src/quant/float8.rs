@@ -1,7 +1,7 @@
 //! FP8 E4M3 without infinities (Micikevicius et al. 2022; torch's `float8_e4m3fn`): a byte for each weight, and scales
 //! that multiply, also where they are called `weight_scale_inv`.
 
-use super::encoded::{Codes, Encoded, Groups, Scales, Zeros};
+use super::encoded::{Codes, Encoded, Groups, Scaling, Zeros};
 
 /// The value of each byte: a sign, four bits of exponent, three of mantissa; all ones is "not a number".
 pub(super) const E4M3: [f32; 256] = {
@@ -21,7 +21,7 @@ pub(super) const E4M3: [f32; 256] = {
 };
 
 /// Bytes `[n, k]`, with one scale for each `group` columns.
-pub fn float8<'a>(k: usize, weight: &'a [u8], scales: Scales<'a>, group: usize) -> Encoded<'a> {
+pub fn float8<'a>(k: usize, weight: &'a [u8], scales: Scaling<'a>, group: usize) -> Encoded<'a> {
     Encoded {
         k,
         first: 0,

@@ -7,7 +7,7 @@
 //! | `scales` `[groups, n]` | |
 //! | `g_idx` i32 `[k]` | the group of each input, wherever it lies: "act-order" |
 
-use super::encoded::{Codes, Encoded, Floats, Groups, Scales, Words, Zeros};
+use super::encoded::{Codes, Encoded, Floats, Groups, Scaling, Words, Zeros};
 
 /// See above. `v2`: zero points are stored as they are.
 pub fn gptq<'a>(
@@ -30,7 +30,7 @@ pub fn gptq<'a>(
         first: 0,
         codes: Codes::Words(words),
         groups,
-        scales: Scales { floats: scales, rows: 1, down: 1, right: n, times: 1.0 },
+        scales: Scaling { floats: scales, rows: 1, down: 1, right: n, times: 1.0 },
         zeros: Zeros::of(zeros, if v2 { 0 } else { 1 }),
     }
 }

@@ -4,7 +4,7 @@
 use super::Reader;
 use crate::file::{Dtype, TensorView};
 use crate::model::spec::{Scheme, Slice, Spread};
-use crate::quant::{self, Encoded, Floats, Groups, Scales};
+use crate::quant::{self, Encoded, Floats, Groups, Scaling};
 use crate::{Error, Result};
 
 /// Types of scales.
@@ -81,7 +81,7 @@ impl<'a> Taken<'_, 'a> {
         end: &str,
         (n, k): (usize, usize),
         spread: Spread,
-    ) -> Result<(Scales<'a>, usize, Vec<usize>)> {
+    ) -> Result<(Scaling<'a>, usize, Vec<usize>)> {
         let (rows, size) = match spread {
             Spread::Tensor => (n, k),
             Spread::Channel => (1, k),
@@ -99,7 +99,7 @@ impl<'a> Taken<'_, 'a> {
         }
         let tensor = self.take(end, FLOATS, &shapes)?;
         let floats = floats(&tensor);
-        let scales = Scales { floats, rows, down: wide, right: 1, times: 1.0 };
+        let scales = Scaling { floats, rows, down: wide, right: 1, times: 1.0 };
         Ok((scales, size, tensor.shape.to_vec()))
     }
 }
@@ -304,4 +304,30 @@ fn nibbles<'a>(t: &mut Taken<'_, 'a>, n: usize, k: usize) -> Result<Encoded<'a>>
         },
     };
     Ok(quant::nibbles(numbers, codes, map, absmax, block))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Reader;
+    use crate::file::{Checkpoint, read_json};
+    use crate::model::Quantization;
+    use crate::model::spec::Spec;
+    use std::path::Path;
+
+    /// Packed weights are found again by what their plans say.
+    #[test]
+    fn another_description_is_another_plan() {
+        let folder = "tests/golden/quant-gptq-int4-g32-actorder-sym-a";
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        let mut config = read_json(&folder.join("config.json"), 1 << 20).unwrap().unwrap();
+        let mut plans = |format: &str| {
+            config["quantization_config"]["checkpoint_format"] = format.into();
+            let spec = Spec::new(&config, None).unwrap();
+            let reader = Reader::new(&folder, &checkpoint, &spec);
+            format!("{:?}", reader.plans(Quantization::Int8).unwrap())
+        };
+        assert_eq!(plans("gptq"), plans("gptq"));
+        assert_ne!(plans("gptq"), plans("gptq_v2"));
+    }
 }

@@ -143,8 +143,13 @@ fn compressed_tensors_packs_along_the_inputs() {
         let turned: Vec<f32> =
             (0..m.n).flat_map(|i| m.scales.iter().skip(i).step_by(m.n).copied()).collect();
         let bytes = f32s(&turned);
-        let scales =
-            Scales { floats: Floats::F32(&bytes), rows: 1, down: m.groups(), right: 1, times: 1.0 };
+        let scales = Scaling {
+            floats: Floats::F32(&bytes),
+            rows: 1,
+            down: m.groups(),
+            right: 1,
+            times: 1.0,
+        };
         let read =
             |zeros| packed(bits, m.k, &codes, zeros, m.groups(), scales, Groups::Even(group));
         m.is(&read(Some(&zeros)), |i, j| m.weight(i, j));
@@ -166,7 +171,7 @@ fn scales_of_blocks_rows_and_matrices() {
         let floats = all.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes());
         let floats: Vec<u8> = floats.collect();
         let scales =
-            Scales { floats: Floats::Bf16(&floats), rows, down: wide, right: 1, times: 1.0 };
+            Scaling { floats: Floats::Bf16(&floats), rows, down: wide, right: 1, times: 1.0 };
         let scale = |i, j| half::bf16::from_f32(scale(i, j)).to_f32();
         m.is(&float8(k, &bytes, scales, group), |i, j| scale(i, j) * value(i, j));
         let zeros: Vec<u8> = (0..tall * wide).map(|at| at as u8).collect();
@@ -210,7 +215,7 @@ fn bitsandbytes_counts_blocks_through_all_rows() {
     let e = nibbles(n * k, &bytes, &map_bytes, Floats::F32(&absmax_bytes), block);
     let value = |i: usize, j: usize| map[codes[i * k + j] as usize];
     m.is(&e, |i, j| absmax[(i * k + j) / block] * value(i, j));
-    // Scales that are quantized themselves.
+    // Scaling that are quantized themselves.
     let outer: Vec<f32> = (0..256).map(|q| q as f32 / 256.0).collect();
     let (outer_bytes, scales) = (f32s(&outer), [3.0, 5.0]);
     let scale_bytes = f32s(&scales);
@@ -241,7 +246,7 @@ fn blocks_hold_integers_with_one_scale_exactly() {
     let mut bytes: Vec<u8> = (0..n * k).map(|at| (at * 37 % 256) as u8).collect();
     bytes[599] = 128;
     let scales = f32s(&[0.5, f32::NAN, 1e-30]);
-    let scales = Scales { floats: Floats::F32(&scales), rows: 1, down: 1, right: 1, times: 1.0 };
+    let scales = Scaling { floats: Floats::F32(&scales), rows: 1, down: 1, right: 1, times: 1.0 };
     let e = int8(k, &bytes, None, scales, k);
     assert!(e.fits_q8() && !e.fits_q4());
     let block = e.q8(512, 88).unwrap();
@@ -265,7 +270,7 @@ fn blocks_hold_integers_with_one_scale_exactly() {
         .collect();
     let zeros = words(m.zeros.iter().copied(), 4, &[0, 1, 2, 3, 4, 5, 6, 7]);
     let bytes = f32s(&m.scales);
-    let scales = Scales { floats: Floats::F32(&bytes), ..scales };
+    let scales = Scaling { floats: Floats::F32(&bytes), ..scales };
     let e = packed(4, m.k, &codes, Some(&zeros), 1, scales, Groups::Even(m.k));
     assert!(e.fits_q4() && e.fits_q8());
     let (q4, q8) = (e.q4(5 * m.k + 512, 88).unwrap(), e.q8(5 * m.k + 512, 88).unwrap());
