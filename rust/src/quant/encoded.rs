@@ -2,7 +2,7 @@
 //! `w[i][j] = scale * (code - zero)`. The files beside this one say what each format's bytes mean; here they become
 //! f32, rounded once, or integers. Knows no file, no name; what it is made from has been checked.
 
-use super::{BLOCK, BlockQ4, BlockQ8, MAX, TINY};
+use super::{BLOCK, BlockQ4, BlockQ8, Kept, MAX, TINY};
 
 /// A matrix of `k` columns, row-major.
 #[derive(Clone, Copy, Debug)]
@@ -226,6 +226,11 @@ impl Encoded<'_> {
             Groups::Even(size) => size,
             Groups::Of(_) => 1,
         }
+    }
+
+    /// The form that it is kept in where no other is asked for.
+    pub fn kept(&self) -> Kept {
+        if self.fits_q4() { Kept::Q4 } else { Kept::Q8 }
     }
 
     /// Whether [`BlockQ4`] holds it exactly: 4-bit integers with one scale for each [`BLOCK`] of a row.

@@ -2,7 +2,7 @@
 
 use super::{Reader, Source, Weights};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
-use crate::backend::{Backend, Form, Kept, Part, Parts};
+use crate::backend::{Backend, Blocks, Form, Kept, Part, Parts};
 use crate::file::Checkpoint;
 use crate::model::spec::{Slice, Spec};
 use crate::model::{LoadOptions, Quantization, cache};
@@ -35,11 +35,8 @@ impl Reader<'_> {
         let mut form = None;
         for (place, n) in &parts {
             let (_, Part { stored, blocks, encoded, .. }) = self.part(place, *n, k)?;
-            let kept = encoded.map_or(stored, |encoded| match encoded.fits_q4() {
-                true if place.column == 1 => Form::Q4,
-                _ => Form::Q8,
-            });
-            let kept = blocks.map_or(kept, |blocks| match blocks.kept() {
+            let kept = blocks.map(Blocks::kept).or(encoded.map(|encoded| encoded.kept()));
+            let kept = kept.map_or(stored, |kept| match kept {
                 _ if place.column != 1 => Form::Q8, // no block is one of the packed matrix
                 Kept::Q4 => Form::Q4,
                 Kept::Q8 => Form::Q8,
