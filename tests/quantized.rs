@@ -395,6 +395,18 @@ fn missing_and_contradicting_tensors_are_named() {
         assert!(error.contains(down) && error.contains("not finite"), "{error}");
     }
 
+    // AutoGPTQ once wrote a bias of zeros for each matrix.
+    let mut folder = gptq();
+    let expected = folder.logits(Quantization::Auto).unwrap();
+    folder.tensors.insert(name(".bias"), (Dtype::F16, vec![128], vec![0; 256]));
+    assert_eq!(folder.logits(Quantization::Auto).unwrap(), expected);
+    folder.tensors.get_mut(&name(".bias")).unwrap().2[200] = 1;
+    assert!(
+        folder.error().contains(&format!(
+            "1 tensors that Qwen2ForCausalLM does not have here, `{down}.bias`"
+        ))
+    );
+
     // The head of a tied model is never read: quantized or not, nobody would notice.
     let mut folder = gptq();
     for end in [".qweight", ".qzeros", ".scales", ".g_idx"] {

@@ -185,7 +185,13 @@ impl<'a> Reader<'a> {
     /// An error if there are tensors that are no weights of the model. After `plans`: these have found every weight, so
     /// their number is bounded by the file.
     fn refuse_unused(&self) -> Result<()> {
-        let unused = self.spec.unused(&self.names, self.checkpoint.names());
+        let mut unused = self.spec.unused(&self.names, self.checkpoint.names());
+        // AutoGPTQ once wrote a bias of zeros for each matrix.
+        let zeros = |name: &&str| {
+            let tensor = self.checkpoint.get(name).filter(|_| name.ends_with(".bias"));
+            tensor.is_some_and(|tensor| tensor.bytes.iter().all(|&byte| byte == 0))
+        };
+        unused.retain(|name| self.spec.quantized.is_none() || !zeros(name));
         match unused.first() {
             None => Ok(()),
             Some(first) => Err(Error::Unsupported(format!(

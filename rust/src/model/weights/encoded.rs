@@ -305,29 +305,3 @@ fn nibbles<'a>(t: &mut Taken<'_, 'a>, n: usize, k: usize) -> Result<Encoded<'a>>
     };
     Ok(quant::nibbles(numbers, codes, map, absmax, block))
 }
-
-#[cfg(test)]
-mod tests {
-    use super::super::Reader;
-    use crate::file::{Checkpoint, read_json};
-    use crate::model::Quantization;
-    use crate::model::spec::Spec;
-    use std::path::Path;
-
-    /// Packed weights are found again by what their plans say.
-    #[test]
-    fn another_description_is_another_plan() {
-        let folder = "tests/golden/quant-gptq-int4-g32-actorder-sym-a";
-        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
-        let checkpoint = Checkpoint::open(&folder).unwrap();
-        let mut config = read_json(&folder.join("config.json"), 1 << 20).unwrap().unwrap();
-        let mut plans = |format: &str| {
-            config["quantization_config"]["checkpoint_format"] = format.into();
-            let spec = Spec::new(&config, None).unwrap();
-            let reader = Reader::new(&folder, &checkpoint, &spec);
-            format!("{:?}", reader.plans(Quantization::Int8).unwrap())
-        };
-        assert_eq!(plans("gptq"), plans("gptq"));
-        assert_ne!(plans("gptq"), plans("gptq_v2"));
-    }
-}
