@@ -37,16 +37,15 @@ impl Reader<'_> {
                 _ if place.column != 1 => Form::Q8, // no block is one of the packed matrix
                 Kept::Q4 => Form::Q4,
                 Kept::Q8 => Form::Q8,
-                Kept::Mxfp4 => Form::Mxfp4,
+                Kept::Grouped(how) => Form::Grouped(how),
             });
-            let wanted = match quantization {
-                Quantization::None if kept == Form::Mxfp4 => Form::Mxfp4Float,
-                Quantization::None => stored,
+            let wanted = match (quantization, kept) {
+                (Quantization::None, Form::Grouped(how)) => Form::GroupedFloat(how),
+                (Quantization::None, _) => stored,
                 _ if exact => stored,
-                _ if kept == Form::Mxfp4 => kept,
-                Quantization::Int4 => Form::Q4,
-                Quantization::Int8 => Form::Q8,
-                Quantization::Auto => kept,
+                (Quantization::Auto, _) | (_, Form::MXFP4) => kept,
+                (Quantization::Int4, _) => Form::Q4,
+                (Quantization::Int8, _) => Form::Q8,
             };
             let form = form.get_or_insert(wanted);
             if *form == wanted {
