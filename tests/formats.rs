@@ -98,7 +98,7 @@ impl Table {
         let form = match encoded.kept() {
             Kept::Q4 => Form::Q4,
             Kept::Q8 => Form::Q8,
-            other => panic!("{other:?}"),
+            Kept::Grouped(how) => Form::Grouped(how),
         };
         let bits = |bytes: usize| format!("{:.3}", 8.0 * bytes as f64 / (N * K) as f64);
         let bits = |bytes| bits(bytes).trim_end_matches('0').trim_end_matches('.').to_owned();

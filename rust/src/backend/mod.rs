@@ -162,7 +162,7 @@ pub struct QkNorm<'a, R> {
 /// Stored rows of one checkpoint tensor.
 #[derive(Clone, Copy, Debug)]
 pub struct Part<'a> {
-    /// F32, F16, Bf16 or Mxfp4.
+    /// F32, F16, Bf16 or [`Form::MXFP4`].
     pub stored: Form,
     /// Blocks that the numbers come from, which then are F32; `row` is a multiple of their weights, `column` is 1.
     pub blocks: Option<Blocks>,

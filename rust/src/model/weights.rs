@@ -221,14 +221,14 @@ impl<'a> Reader<'a> {
     fn tensors(&self, place: &Slice) -> Result<(Vec<TensorView<'a>>, Form)> {
         let tensor = |(name, shape): (String, Vec<usize>)| self.tensor(&name, &shape);
         let tensors: Vec<_> = place.tensors().into_iter().map(tensor).collect::<Result<_>>()?;
-        let mut stored = Form::Mxfp4;
+        let mut stored = Form::MXFP4;
         for tensor in &tensors {
             stored = match (tensor.dtype, place.mxfp4) {
                 (Dtype::F32, false) => Form::F32,
                 (Dtype::F16, false) => Form::F16,
                 (Dtype::BF16, false) => Form::Bf16,
                 (Dtype::Blocks(_), false) => Form::F32,
-                (Dtype::U8, true) => Form::Mxfp4,
+                (Dtype::U8, true) => Form::MXFP4,
                 (other, mxfp4) => {
                     return Err(Error::Unsupported(format!(
                         "tensor `{}`: found {}, expected {}",

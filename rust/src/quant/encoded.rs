@@ -2,7 +2,9 @@
 //! `w[i][j] = scale * (code - zero)`. The files beside this one say what each format's bytes mean; here they become
 //! f32, rounded once, or integers. Knows no file, no name; what it is made from has been checked.
 
-use super::{BLOCK, BlockQ4, BlockQ8, Kept, MAX, TINY};
+use super::{
+    BLOCK, BlockGrouped, BlockQ4, BlockQ8, GROUP, Grouped, Kept, MAX, Offset, Scales, TINY,
+};
 
 /// A matrix of `k` columns, row-major.
 #[derive(Clone, Copy, Debug)]
@@ -137,6 +139,17 @@ pub struct Scaling<'a> {
 }
 
 impl Scaling<'_> {
+    /// The bits of the float of row `i` and group `g`, if it is of two bytes.
+    fn bits(&self, i: usize, g: usize) -> u16 {
+        let at = i / self.rows * self.down + g * self.right;
+        match self.floats {
+            Floats::F16(bytes) | Floats::Bf16(bytes) => {
+                u16::from_le_bytes(bytes.as_chunks::<2>().0[at])
+            }
+            Floats::F32(_) | Floats::Nested { .. } => 0,
+        }
+    }
+
     fn get(&self, i: usize, g: usize) -> f32 {
         self.floats.get(i / self.rows * self.down + g * self.right) * self.times
     }
@@ -230,7 +243,50 @@ impl Encoded<'_> {
 
     /// The form that it is kept in where no other is asked for.
     pub fn kept(&self) -> Kept {
-        if self.fits_q4() { Kept::Q4 } else { Kept::Q8 }
+        match self.fits_grouped() {
+            _ if self.fits_q4() => Kept::Q4,
+            Some(how) => Kept::Grouped(how),
+            None => Kept::Q8,
+        }
+    }
+
+    /// The grouped form that holds it exactly, if there is one: for 4-bit integers with scales of groups of 32, of
+    /// f16 or bfloat16.
+    fn fits_grouped(&self) -> Option<Grouped> {
+        let size = match self.groups {
+            Groups::Even(size) => size.min(self.k),
+            Groups::Of(_) => return None,
+        };
+        let divides = |group: &usize| size.is_multiple_of(*group) && self.k.is_multiple_of(*group);
+        let group = [128, 64, GROUP].into_iter().find(divides)?;
+        let scales = match self.scales {
+            Scaling { times: 1.0, floats: Floats::F16(_), .. } => Scales::F16,
+            Scaling { times: 1.0, floats: Floats::Bf16(_), .. } => Scales::Bf16,
+            _ => return None,
+        };
+        let offset = match self.zeros {
+            Zeros::All(8) => Offset::Eight,
+            _ => Offset::Zero,
+        };
+        let four = matches!(self.codes, Codes::Words(Words { bits: 4, .. }));
+        four.then_some(Grouped { codes: super::Codes::Linear(offset), scales, group })
+    }
+
+    /// `len` numbers from `at` on, of one block, if [`Encoded::kept`] is a grouped form.
+    pub fn grouped(&self, at: usize, len: usize) -> BlockGrouped {
+        let (i, j) = self.place(at);
+        let mut block = BlockGrouped::ZERO;
+        if let Codes::Words(words) = self.codes {
+            words.read(i, j, &mut block.q[..len], |q| q as u8);
+        }
+        for (n, (s, o)) in block.s.iter_mut().zip(&mut block.o).enumerate() {
+            if n * GROUP < len {
+                let g = self.groups.run(j + n * GROUP, 1).0;
+                *s = self.scales.bits(i, g);
+                *o = -self.zero(i, g) as u16;
+            }
+        }
+        block
     }
 
     /// Whether [`BlockQ4`] holds it exactly: 4-bit integers with one scale for each [`BLOCK`] of a row.

@@ -1,15 +1,15 @@
-//! Weights that a packed form holds exactly: MXFP4; ternary blocks, and int4 with one scale for each 256 inputs or more,
-//! in the int4 form; int8 with such scales in the int8 form. Never rounds, but for int8's -128.
+//! Weights that a packed form holds exactly: those of the grouped forms; ternary blocks, and int4 with one scale for
+//! each 256 inputs or more, in the int4 form; int8 with such scales in the int8 form. Never rounds, but for int8's -128.
 
 use super::{NotFinite, Part, Parts};
 use crate::kernels::{Form, layout};
-use crate::quant::{BLOCK, BlockMxfp4, BlockQ4, BlockQ8, Blocks, Encoded, GROUP};
+use crate::quant::{BLOCK, BlockGrouped, BlockQ4, BlockQ8, Blocks, Encoded, GROUP};
 use layout::ROWS;
 
 /// Whether `form` holds `parts` exactly; else they are quantized.
 pub(super) fn holds(form: Form, parts: &Parts<'_>) -> bool {
     match form {
-        Form::Mxfp4 | Form::Mxfp4Float => true,
+        Form::Grouped(_) | Form::GroupedFloat(_) => true,
         Form::Q4 => parts.parts.iter().all(|part| {
             part.blocks.is_some_and(Blocks::is_ternary)
                 || whole_rows(part, parts.k).is_some_and(Encoded::fits_q4)
@@ -29,9 +29,16 @@ pub(super) fn pack(
     out: &mut [u8],
 ) -> Result<(), NotFinite> {
     match form {
-        Form::Q4 => each(form, parts, rb, out, BlockQ4::ZERO, int4, layout::pack_q4),
+        Form::Grouped(how) | Form::GroupedFloat(how) => {
+            let read = |part: &Part<'_>, start, len| {
+                let row = grouped(part, start, len);
+                row.not_finite(how).map_or(Ok(row), Err)
+            };
+            let pack = |rows: &[_; ROWS], out: &mut [u8]| layout::pack_grouped(how, rows, out);
+            each(form, parts, rb, out, BlockGrouped::ZERO, read, pack)
+        }
         Form::Q8 => each(form, parts, rb, out, BlockQ8::ZERO, int8, layout::pack_q8),
-        _ => each(form, parts, rb, out, BlockMxfp4::ZERO, mxfp4, layout::pack_mxfp4),
+        _ => each(form, parts, rb, out, BlockQ4::ZERO, int4, layout::pack_q4),
     }
 }
 
@@ -61,28 +68,24 @@ fn each<B: Copy>(
     Ok(())
 }
 
-fn mxfp4(part: &Part<'_>, start: usize, len: usize) -> Result<BlockMxfp4, usize> {
-    let mut row = BlockMxfp4::ZERO;
-    if part.blocks == Some(Blocks::MXFP4) {
-        // An exponent before each 16 bytes, which hold number j beside number j + 16.
-        let blocks = part.bytes.as_chunks::<17>().0[start / GROUP..][..len / GROUP].iter();
-        for ((e, q), block) in row.e.iter_mut().zip(row.q.as_chunks_mut::<GROUP>().0).zip(blocks) {
-            *e = block[0];
-            for (j, byte) in block[1..].iter().enumerate() {
-                (q[j], q[j + 16]) = (byte & 15, byte >> 4);
-            }
-        }
-    } else {
-        for (j, byte) in part.bytes[start / 2..][..len / 2].iter().enumerate() {
-            (row.q[2 * j], row.q[2 * j + 1]) = (byte & 15, byte >> 4);
-        }
-        let e = &part.scales[start / GROUP..][..len / GROUP];
-        row.e[..e.len()].copy_from_slice(e);
+fn grouped(part: &Part<'_>, start: usize, len: usize) -> BlockGrouped {
+    if let Some(blocks) = part.blocks {
+        let (weights, bytes) = (blocks.weights(), blocks.bytes());
+        let bytes = &part.bytes[start / weights * bytes..][..len / weights * bytes];
+        return blocks.grouped(bytes).unwrap_or(BlockGrouped::ZERO); // the plan has looked
     }
-    match row.e.iter().position(|&e| e == BlockMxfp4::NAN) {
-        Some(g) => Err(g * GROUP),
-        None => Ok(row),
+    if let Some(encoded) = part.encoded {
+        return encoded.grouped(start, len);
     }
+    // MXFP4 in two tensors.
+    let mut row = BlockGrouped::ZERO;
+    for (j, byte) in part.bytes[start / 2..][..len / 2].iter().enumerate() {
+        (row.q[2 * j], row.q[2 * j + 1]) = (byte & 15, byte >> 4);
+    }
+    for (s, &e) in row.s.iter_mut().zip(&part.scales[start / GROUP..][..len / GROUP]) {
+        *s = u16::from(e);
+    }
+    row
 }
 
 /// The matrix that a part consists of rows of, if it does.

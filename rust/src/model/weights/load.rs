@@ -2,7 +2,7 @@
 
 use super::{Reader, Source, Weights};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
-use crate::backend::{Backend, Blocks, Form, Kept, Part, Parts};
+use crate::backend::{Backend, Blocks, Encoded, Form, Kept, Part, Parts};
 use crate::file::Checkpoint;
 use crate::model::spec::{Slice, Spec};
 use crate::model::{LoadOptions, Quantization, cache};
@@ -36,20 +36,24 @@ impl Reader<'_> {
         for (place, n) in &parts {
             let (_, Part { stored, blocks, encoded, .. }) = self.part(place, *n, k)?;
             let kept = blocks.map(Blocks::kept).or(encoded.map(|encoded| encoded.kept()));
+            // Columns, or pieces of rows: no block is one of the packed matrix.
+            let rows = |e: &Encoded<'_>| {
+                e.k == k && place.first.is_multiple_of(k) && place.row.is_multiple_of(k)
+            };
+            let cut = place.column != 1 || encoded.is_some_and(|e| !rows(&e));
             let kept = kept.map_or(stored, |kept| match kept {
-                _ if place.column != 1 => Form::Q8, // no block is one of the packed matrix
+                _ if cut => Form::Q8,
                 Kept::Q4 => Form::Q4,
                 Kept::Q8 => Form::Q8,
-                Kept::Mxfp4 => Form::Mxfp4,
+                Kept::Grouped(how) => Form::Grouped(how),
             });
-            let wanted = match quantization {
-                Quantization::None if kept == Form::Mxfp4 => Form::Mxfp4Float,
-                Quantization::None => stored,
+            let wanted = match (quantization, kept) {
+                (Quantization::None, Form::Grouped(how)) => Form::GroupedFloat(how),
+                (Quantization::None, _) => stored,
                 _ if exact => stored,
-                _ if kept == Form::Mxfp4 => kept,
-                Quantization::Int4 => Form::Q4,
-                Quantization::Int8 => Form::Q8,
-                Quantization::Auto => kept,
+                (Quantization::Auto, _) | (_, Form::MXFP4) => kept,
+                (Quantization::Int4, _) => Form::Q4,
+                (Quantization::Int8, _) => Form::Q8,
             };
             let form = form.get_or_insert(wanted);
             if *form == wanted {

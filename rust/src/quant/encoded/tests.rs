@@ -46,9 +46,20 @@ impl Matrix {
         let at = self.group_of[j] * self.n + i;
         (self.code(i, j) as f32 - self.zeros[at] as f32) * self.scales[at]
     }
-    /// Every row, read in pieces of odd lengths.
+    /// Every row, read in pieces of odd lengths; and in blocks of the form that it is kept in, if that is exact.
     fn is(&self, encoded: &Encoded<'_>, weight: impl Fn(usize, usize) -> f32) {
         for i in 0..self.n {
+            for b in (0..self.k).step_by(BLOCK) {
+                let (at, len) = (i * self.k + b, BLOCK.min(self.k - b));
+                let block = match encoded.kept() {
+                    Kept::Q4 => encoded.q4(at, len).unwrap().dequantize(),
+                    Kept::Grouped(how) => encoded.grouped(at, len).dequantize(how),
+                    Kept::Q8 => continue,
+                };
+                for (j, &w) in (b..).zip(&block[..len]) {
+                    assert_eq!(w, weight(i, j), "row {i}, column {j} of a block"); // a zero has no sign
+                }
+            }
             for (from, len) in [(0, self.k), (1, 30), (self.k - 33, 33), (self.k / 2, 1)] {
                 let mut out = vec![0.0; len];
                 encoded.decode(i * self.k + from, &mut out);
@@ -97,6 +108,7 @@ fn gptq_packs_down_the_columns() {
             let scales = Floats::F16(&scales);
             let e = gptq(bits, v2, (m.n, m.k), &codes, &zeros, scales, Groups::Even(group));
             m.is(&e, |i, j| m.weight(i, j));
+            assert_eq!(matches!(e.kept(), Kept::Grouped(_)), bits == 4);
             // Act-order: inputs are in groups wherever they lie.
             m.group_of = numbers(m.k, m.groups() as u32, 5).iter().map(|&g| g as usize).collect();
             let of: Vec<u8> = m.group_of.iter().flat_map(|&g| (g as u32).to_le_bytes()).collect();
