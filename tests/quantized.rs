@@ -185,6 +185,49 @@ fn llm_int8_of_fused_matrices() {
     same([quantized, plain]);
 }
 
+/// Integers of 4 bits in groups of 32, which are kept as they are, of parts of fused matrices.
+#[test]
+fn packed_integers_of_fused_matrices() {
+    let said = json!({"quant_method": "compressed-tensors", "format": "pack-quantized",
+        "quantization_status": "compressed", "config_groups": {"a": {"targets": ["Linear"], "weights":
+            {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": false}}}});
+    let make = |_: &str, _: &[f32], n: usize, k: usize| -> Made {
+        let groups = k.div_ceil(32); // the last of `down` is half a group
+        let code = |i: usize, j: usize| ((i * 5 + j * 3 + j / 7) % 16) as u32;
+        let zero = |i: usize, g: usize| ((i + 3 * g) % 16) as u32;
+        let scale = |i: usize, g: usize| half::bf16::from_f32(0.004 + (i % 9 + g) as f32 / 2048.0);
+        let word =
+            |all: &dyn Fn(usize) -> u32| (0..8).fold(0, |w, s| w | all(s) << (4 * s)).to_le_bytes();
+        let row = |i: usize| (0..k / 8).flat_map(move |c| word(&|s| code(i, 8 * c + s)));
+        let column = |r: usize| (0..groups).flat_map(move |g| word(&|s| zero(8 * r + s, g)));
+        let scales = (0..n).flat_map(|i| (0..groups).flat_map(move |g| scale(i, g).to_le_bytes()));
+        let number = |at: usize| {
+            let (i, g) = (at / k, at % k / 32);
+            scale(i, g).to_f32() * (code(i, at % k) as f32 - zero(i, g) as f32)
+        };
+        let shape = [n as i64, k as i64].iter().flat_map(|x| x.to_le_bytes()).collect();
+        let tensors = vec![
+            (".weight_packed", Dtype::I32, vec![n, k / 8], (0..n).flat_map(row).collect()),
+            (".weight_scale", Dtype::BF16, vec![n, groups], scales.collect()),
+            (
+                ".weight_zero_point",
+                Dtype::I32,
+                vec![n / 8, groups],
+                (0..n / 8).flat_map(column).collect(),
+            ),
+            (".weight_shape", Dtype::I64, vec![2], shape),
+        ];
+        (tensors, (0..n * k).map(number).collect())
+    };
+    let modules = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"];
+    let folders = both("phi4-mini-a", "packed", said, &modules, make);
+    folders[0].write();
+    let packed = describe(&folders[0].path, &LoadOptions::default()).unwrap().packed;
+    let forms: Vec<&str> = packed.iter().map(|(form, _)| *form).collect();
+    assert_eq!(forms, ["bf16", "grouped int4", "int8"]);
+    same(folders);
+}
+
 fn describe_after_write(folder: &Folder) -> String {
     folder.write();
     describe(&folder.path, &LoadOptions::default()).unwrap().quantization.unwrap()
