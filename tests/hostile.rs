@@ -151,7 +151,8 @@ fn mutations(name: &str, rounds: usize) {
         scratch.write("model.safetensors", &w);
         scratch.write("config.json", &c);
         MOST.store(NOW.load(Relaxed), Relaxed);
-        let quantization = [Quantization::None, Quantization::Int8, Quantization::Int4][round % 3];
+        use Quantization::{Auto, Int4, Int8, None};
+        let quantization = [None, Int8, Int4, Auto][round % 4];
         match try_out(&scratch.0, quantization) {
             Ok(()) => good += 1,
             Err(_) => bad += 1,
