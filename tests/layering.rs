@@ -10,7 +10,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("quant", &[]),
     ("kernels", &["quant"]),
     ("backend", &["kernels", "quant"]),
-    ("model", &["backend", "file"]),
+    ("model", &["backend", "file", "quant"]),
     ("sample", &[]),
     ("tokenizer", &["file"]),
     ("chat", &["file"]),

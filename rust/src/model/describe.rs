@@ -1,6 +1,6 @@
 //! What a model is and what it will take, from its headers: no matrix is read.
 
-use super::spec::{self, Ffn, Mixer};
+use super::spec::{self, Ffn, Mixer, Spec, Stored};
 use super::{LoadOptions, forward, kv, weights};
 use crate::Result;
 use std::path::Path;
@@ -24,6 +24,8 @@ pub struct Description {
     pub context_length: usize,
     /// Kinds of layers and how many there are of each, in the order of their first.
     pub layers: Vec<(String, usize)>,
+    /// How the files' matrices are quantized, if `config.json` says that they are.
+    pub quantization: Option<String>,
     /// Bytes in the files by type, of all tensors.
     pub stored: Vec<(&'static str, u64)>,
     /// Bytes in memory by form, of all matrices.
@@ -81,11 +83,19 @@ pub fn describe(folder: &Path, options: &LoadOptions) -> Result<Description> {
         vocab: spec.vocab,
         context_length: spec.context_length,
         layers,
+        quantization: quantization(&spec),
         stored,
         packed,
         kv_bytes_1000: kv::bytes_for(&groups, 1000, CHUNK),
         kv_bytes_context: kv::bytes_for(&groups, spec.context_length, CHUNK),
     })
+}
+
+/// The method, and what it makes of matrices.
+fn quantization(spec: &Spec) -> Option<String> {
+    let moes = || spec.layers.iter().filter_map(|layer| layer.ffn.moe());
+    let mxfp4 = moes().any(|moe| moe.stored == Stored::Mxfp4).then(|| "mxfp4: experts".to_owned());
+    spec.quantized.as_ref().map(spec::Quantized::name).or(mxfp4)
 }
 
 /// Adds to the count of a name.

@@ -544,6 +544,9 @@ fn describe<'py>(
     dict.set_item("vocab_size", found.vocab)?;
     dict.set_item("context_length", found.context_length)?;
     dict.set_item("chat_template", chat_template)?;
+    if let Some(quantization) = found.quantization {
+        dict.set_item("stored_quantization", quantization)?;
+    }
     dict.set_item("stored_bytes", counts(py, found.stored)?)?;
     dict.set_item("weight_bytes", counts(py, found.packed)?)?;
     dict.set_item("kv_cache_dtype", kv_cache_dtype)?;

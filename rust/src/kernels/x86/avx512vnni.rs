@@ -6,7 +6,7 @@
 use super::super::layout::{Q4_HEADER, Q8_HEADER, ROWS, block_offset};
 use super::super::simd::F32x16;
 use super::super::{Acts, Form, Kernels, float};
-use super::mxfp4;
+use super::grouped;
 use crate::quant::BLOCK;
 use std::arch::x86_64::*;
 use std::sync::OnceLock;
@@ -26,7 +26,7 @@ pub(in super::super) const KERNELS: Kernels = Kernels {
     },
     gemm_q4,
     gemm_q8,
-    gemm_mxfp4: mxfp4::gemm_avx512vnni,
+    gemm_grouped: grouped::gemm_avx512vnni,
     float: FLOATS,
 };
 
@@ -70,6 +70,14 @@ impl F32x16 for Zmm {
         unsafe {
             let x = _mm_loadu_si128(x.as_ptr().cast());
             Zmm(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)))
+        }
+    }
+    #[inline(always)]
+    fn lookup(table: &[f32; 16], i: &[u32; 16]) -> Self {
+        // SAFETY: see above.
+        unsafe {
+            let i = _mm512_loadu_si512(i.as_ptr().cast());
+            Zmm(_mm512_permutexvar_ps(i, _mm512_loadu_ps(table.as_ptr())))
         }
     }
     #[inline(always)]

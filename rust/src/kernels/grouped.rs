@@ -1,0 +1,145 @@
+//! What all sets share of the grouped forms, written once as the kernels of `float`: the scales and offsets of a block
+//! as f32; and the product with f32 activations, for which 16 rows by [`BLOCK`] inputs become f32, then meet all tokens.
+
+use super::layout::{Form, ROWS, blocks, grouped_fields, grouped_header};
+use super::simd::F32x16;
+use super::{array, array_mut, cast};
+use crate::quant::{BLOCK, Codes, GROUP, GROUPS, Grouped, Offset, Scales, half_power};
+
+/// Scales and offsets of each group of 16 rows.
+#[repr(C, align(64))]
+pub(super) struct Header {
+    pub(super) s: [[f32; ROWS]; GROUPS],
+    /// If codes are linear; else unspecified.
+    pub(super) o: [[f32; ROWS]; GROUPS],
+}
+
+impl Header {
+    pub(super) const ZERO: Header = Header { s: [[0.0; ROWS]; GROUPS], o: [[0.0; ROWS]; GROUPS] };
+
+    /// Reads that of a block.
+    #[inline(always)]
+    pub(super) fn read<V: F32x16>(&mut self, how: Grouped, block: &[u8]) {
+        let [scales, offsets] = grouped_fields(how);
+        let (mut d, mut e) = (V::splat(1.0), V::splat(1.0));
+        if how.scales == Scales::Integer {
+            (d, e) = (V::load_f16(cast(&block[..32])), V::load_f16(cast(&block[32..64])));
+        }
+        let each = how.group / GROUP;
+        for g in 0..GROUPS / each {
+            let field =
+                |(start, width): (usize, usize)| &block[start + g * ROWS * width..][..ROWS * width];
+            let s = numbers::<V>(how.scales, field(scales), d);
+            let o = match how.codes {
+                Codes::Linear(Offset::Eight) => s.mul(V::splat(-8.0)),
+                Codes::Linear(Offset::Zero) => s.mul(V::load_i8(cast(field(offsets)))),
+                Codes::Linear(Offset::Min) => numbers::<V>(how.scales, field(offsets), e),
+                Codes::Uneven | Codes::Fp4 => s,
+            };
+            for g in g * each..(g + 1) * each {
+                s.store(&mut self.s[g]);
+                o.store(&mut self.o[g]);
+            }
+        }
+    }
+}
+
+/// Sixteen numbers, integers times `d`.
+#[inline(always)]
+fn numbers<V: F32x16>(scales: Scales, bytes: &[u8], d: V) -> V {
+    match scales {
+        Scales::F16 => V::load_f16(cast(bytes)),
+        Scales::Bf16 => V::load_bf16(cast(bytes)),
+        Scales::Integer => V::load_i8(cast(bytes)).mul(d),
+        Scales::Power => {
+            let (e, mut powers): (&[u8; ROWS], _) = (cast(bytes), [0.0; ROWS]);
+            for r in 0..ROWS {
+                powers[r] = half_power(e[r]);
+            }
+            V::load(&powers)
+        }
+    }
+}
+
+/// As [`float::gemm`](super::float::gemm).
+#[inline(always)]
+pub(super) fn gemm<V: F32x16>(how: Grouped, w: &[u8], k: usize, x: &[f32], y: &mut [f32]) {
+    let form = Form::GroupedFloat(how);
+    let size = form.row_block_bytes(k);
+    let (width, m) = (w.len() / size * ROWS, x.len() / k);
+    let mut header = Header::ZERO;
+    let mut panel = [[0.0f32; ROWS]; BLOCK];
+    for (rb, row_block) in w.chunks_exact(size).enumerate() {
+        for (b, block) in blocks(form, row_block).enumerate() {
+            let len = BLOCK.min(k - b * BLOCK);
+            header.read::<V>(how, block);
+            dequantize::<V>(how, &header, &block[grouped_header(how)..], &mut panel);
+            let mut t = 0;
+            while t < m {
+                let (x, y) = (&x[t * k + b * BLOCK..], &mut y[t * width + rb * ROWS..]);
+                let tile = (&panel[..len], x, k, y, width, b == 0);
+                t += match m - t {
+                    4.. => chain::<V, 4>(tile),
+                    _ => chain::<V, 1>(tile),
+                };
+            }
+        }
+    }
+}
+
+/// The weights of a block of 16 rows.
+#[inline(always)]
+fn dequantize<V: F32x16>(
+    how: Grouped,
+    header: &Header,
+    lines: &[u8],
+    panel: &mut [[f32; ROWS]; BLOCK],
+) {
+    let linear = matches!(how.codes, Codes::Linear(_));
+    let mut table = [0.0; 16];
+    for (out, &t) in table.iter_mut().zip(how.table()) {
+        *out = f32::from(t);
+    }
+    for (t, lines) in lines.chunks_exact(512).enumerate() {
+        for half in 0..2 {
+            let g = 2 * t + half;
+            let (s, o) = (V::load(&header.s[g]), V::load(&header.o[g]));
+            for (j, line) in lines.as_chunks::<64>().0.iter().enumerate() {
+                for i in 0..4 {
+                    let mut codes = [0; ROWS];
+                    for (code, bytes) in codes.iter_mut().zip(line.as_chunks().0) {
+                        *code = u32::from_le_bytes(*bytes) >> (8 * i + 4 * half) & 15;
+                    }
+                    let mut w = V::lookup(&table, &codes).mul(s);
+                    if linear {
+                        w = w.fma(V::splat(1.0), o);
+                    }
+                    w.store(&mut panel[64 * t + 32 * half + 4 * j + i]);
+                }
+            }
+        }
+    }
+}
+
+/// `M` tokens `k` apart against a panel, on top of the sums in `y`, whose rows are `width` apart. Gives `M`.
+#[inline(always)]
+fn chain<V: F32x16, const M: usize>(
+    (panel, x, k, y, width, first): (&[[f32; ROWS]], &[f32], usize, &mut [f32], usize, bool),
+) -> usize {
+    let mut acc = [V::splat(0.0); M];
+    if !first {
+        for t in 0..M {
+            acc[t] = V::load(array(y, t * width));
+        }
+    }
+    for (i, w) in panel.iter().enumerate() {
+        let w = V::load(w);
+        for t in 0..M {
+            acc[t] = w.fma(V::splat(x[t * k + i]), acc[t]);
+        }
+    }
+    for t in 0..M {
+        acc[t].store(array_mut(y, t * width));
+    }
+    M
+}
