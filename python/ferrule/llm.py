@@ -56,10 +56,11 @@ class LLM:
     - quantization: "int4", "int8"; "none" = the stored weights with f32 arithmetic; "auto" = the
       bits in the file, or the nearest form that takes next to nothing away (models/README.md).
     - threads: "auto" = what the process may use (affinity, cgroup quota, kinds of core).
-    - context_length: "auto" = the model's, lowered to what memory holds (`info` tells).
+    - context_length: "auto" = the model's, lowered to what memory holds (`info.notes` tell). A
+      number that memory does not hold is an `OutOfMemoryError`, before anything is loaded.
     - kv_cache_dtype: of keys and values, "f32", "f16" or "int8".
-    - kv_cache_bytes: the most that they may take; "auto" = half of the free memory. No more is
-      taken than max_batch full contexts need.
+    - kv_cache_bytes: the most that they may take; "auto" = half of the memory that the weights
+      leave free. No more is taken than max_batch full contexts need.
     - max_batch: sequences computed at once; max_queue: requests that may wait.
     - prefix_cache: keep keys and values of earlier prompts for prompts that begin the same.
     - weight_cache: keep packed weights on disk, so that the next load maps them; True = in
@@ -107,7 +108,7 @@ class LLM:
                 max_batch=max_batch,
                 max_queue=max_queue,
                 prefix_cache=prefix_cache,
-                cache_dir=_cache_dir(weight_cache),
+                cache_dir=cache_dir(weight_cache),
                 chat_template=chat_template,
                 family=None if family is None else Path(family).read_text(encoding="utf-8"),
                 eos=defaults.eos,
@@ -128,6 +129,8 @@ class LLM:
         )
         self.device = self.info.device
         _log.info("loaded %s", self.info)
+        for note in self.info.notes:
+            _log.info("%s: %s", self.info.name, note)
 
     # Text to text. One prompt gives one answer, a list of prompts a list: one batch, in order.
 
@@ -558,7 +561,8 @@ def _checked(submit: Callable[..., _core.Request]) -> Callable[..., _core.Reques
     return call
 
 
-def _cache_dir(choice: bool | str | os.PathLike[str]) -> str | None:
+def cache_dir(choice: bool | str | os.PathLike[str]) -> str | None:
+    """The folder that `weight_cache` means."""
     if choice is False:
         return None
     if choice is not True:

@@ -1,5 +1,5 @@
-//! How many threads to use and how much memory there is: affinity, cgroup quota, SMT siblings, big and little
-//! cores. Reads the system, changes nothing.
+//! How many threads to use: affinity, cgroup quota, SMT siblings, big and little cores. Reads the system, changes
+//! nothing.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -57,6 +57,14 @@ fn number(path: &Path) -> Option<u64> {
 
 /// Physical cores among `allowed`, big ones only.
 fn physical(root: &Path, allowed: &[usize]) -> Threads {
+    #[cfg(target_vendor = "apple")]
+    for (name, what) in
+        [(c"hw.perflevel0.physicalcpu", "performance"), (c"hw.physicalcpu", "physical")]
+    {
+        if let Some(count) = super::available::sysctl(name).filter(|&n| n > 0) {
+            return Threads { count: count as usize, why: format!("{count} {what} cores") };
+        }
+    }
     if allowed.is_empty() {
         let count = std::thread::available_parallelism().map_or(1, |n| n.get());
         return Threads { count, why: "CPUs the system reports".to_owned() };
@@ -115,31 +123,11 @@ fn quota(root: &Path, own: &str) -> Option<f64> {
     })
 }
 
-/// Bytes of memory that can be had without swapping: the system's, or less if the cgroup has a limit.
-pub fn available_memory() -> u64 {
-    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = info.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
-    let free = line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    let free = free.map_or(u64::MAX, |kib| kib * 1024);
-    let mut folder = Path::new("/sys/fs/cgroup").join(own_cgroup().trim_start_matches('/'));
-    let mut least = free;
-    while folder.starts_with("/sys/fs/cgroup") {
-        let (max, used) = (folder.join("memory.max"), folder.join("memory.current"));
-        if let (Some(max), Some(used)) = (number(&max), number(&used)) {
-            least = least.min(max.saturating_sub(used));
-        }
-        if !folder.pop() {
-            break;
-        }
-    }
-    if least == u64::MAX { 4 << 30 } else { least } // not Linux: assume 4 GiB
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn tree(name: &str, files: &[(&str, &str)]) -> std::path::PathBuf {
+    pub(in super::super) fn tree(name: &str, files: &[(&str, &str)]) -> std::path::PathBuf {
         let root = std::env::temp_dir().join(format!("ferrule-{name}-{}", std::process::id()));
         for (path, text) in files {
             let path = root.join(path);
@@ -167,7 +155,28 @@ mod tests {
         assert_eq!(physical(&root, &[0, 1, 4]).count, 2);
         assert_eq!(physical(&root, &[0, 1, 2, 4]).count, 2);
         assert_eq!(physical(&root, &[2]).count, 1);
+        let why = physical(&root, &[0, 1, 2, 4]).why;
+        assert_eq!(why, "2 big cores of 4 allowed CPUs");
         fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn middle_cores_count_as_big_and_so_do_those_of_unknown_capacity() {
+        // Four Cortex-A55 and four Cortex-A76, as an RK3588 says; then little, middle and big ones.
+        let cores = |name: &str, capacities: &[&str]| {
+            let paths: Vec<_> =
+                (0..capacities.len()).map(|i| format!("cpu{i}/cpu_capacity")).collect();
+            let files: Vec<_> =
+                paths.iter().map(String::as_str).zip(capacities.iter().copied()).collect();
+            let root = tree(name, &files);
+            let all: Vec<_> = (0..capacities.len()).collect();
+            let threads = physical(&root, &all);
+            fs::remove_dir_all(root).unwrap();
+            threads.count
+        };
+        assert_eq!(cores("two", &["414", "414", "414", "414", "1024", "1024", "1024", "1024"]), 4);
+        assert_eq!(cores("three", &["250", "250", "250", "250", "620", "620", "620", "1024"]), 4);
+        assert_eq!(cores("unknown", &["none", "none"]), 2);
     }
 
     #[test]
@@ -190,8 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn there_is_at_least_one_thread_and_some_memory() {
+    fn there_is_at_least_one_thread() {
         assert!(auto().count >= 1);
-        assert!(available_memory() > 0);
     }
 }
