@@ -16,10 +16,9 @@ pub struct Memory {
 
 /// The memory of this machine, now.
 pub fn memory() -> Memory {
-    read(Path::new("/")).or_else(system).unwrap_or_else(|| {
-        // Unknown: as little as a small machine has.
-        Memory { total: 4 << 30, available: 2 << 30, limit: None }
-    })
+    // Unknown: as little as a small machine has.
+    let unknown = Memory { total: 4 << 30, available: 2 << 30, limit: None };
+    read(Path::new("/")).or_else(system).unwrap_or(unknown)
 }
 
 fn number(path: &Path) -> Option<u64> {
