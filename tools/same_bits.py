@@ -21,7 +21,7 @@ TOKENS = 12
 
 
 def said(name: str, quantization: Any, kv: Any, logits: bool) -> dict[str, Any]:
-    """Answers, greedy and drawn, and a hash of the likeliest 100 log-probabilities of each token."""
+    """Answers, greedy and drawn, and a hash of 100 log-probabilities of each token."""
     with LLM(name, quantization=quantization, kv_cache_dtype=kv, progress=False) as llm:
         fields: dict[str, Any] = {"max_tokens": TOKENS, "logprobs": 100, "ignore_eos": True}
         answers = llm.generate(PROMPTS, temperature=0, **fields)

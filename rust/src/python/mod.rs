@@ -652,7 +652,7 @@ fn gguf_at(py: Python<'_>, path: PathBuf) -> PyResult<Option<PathBuf>> {
 }
 
 /// `ferrule._core`.
-#[pymodule]
+#[pymodule(gil_used = false)] // every class is frozen, and what changes in it is behind a lock
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("version", env!("CARGO_PKG_VERSION"))?;
     module.add_function(wrap_pyfunction!(kernel_set, module)?)?;

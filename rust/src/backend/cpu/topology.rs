@@ -20,7 +20,8 @@ pub fn auto() -> Threads {
     let allowed = allowed_cpus();
     let root = Path::new("/sys/devices/system/cpu");
     let mut threads = physical(root, &allowed);
-    if let Some(quota) = quota(Path::new("/sys/fs/cgroup"), &own_cgroup()) {
+    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    if let Some(quota) = quota(Path::new("/sys/fs/cgroup"), &groups) {
         let limit = (quota.ceil() as usize).max(1);
         if limit < threads.count {
             threads = Threads { count: limit, why: format!("cgroup quota of {quota:.2} CPUs") };
@@ -91,14 +92,9 @@ fn physical(root: &Path, allowed: &[usize]) -> Threads {
     Threads { count: cores.len().max(1), why }
 }
 
-/// This process's cgroup path (v2), or "/".
-fn own_cgroup() -> String {
-    let text = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    text.lines().find_map(|l| l.strip_prefix("0::")).unwrap_or("/").to_owned()
-}
-
-/// The CPU quota in CPUs: the least along the cgroup's path (v2), or of v1's controller.
-fn quota(root: &Path, own: &str) -> Option<f64> {
+/// The least CPU quota along the paths of `groups` (as in /proc/self/cgroup), in CPUs: of cgroup v2 and of v1's
+/// controller `cpu`.
+fn quota(root: &Path, groups: &str) -> Option<f64> {
     let v2 = |folder: &Path| -> Option<f64> {
         let text = fs::read_to_string(folder.join("cpu.max")).ok()?;
         let mut words = text.split_whitespace();
@@ -106,21 +102,31 @@ fn quota(root: &Path, own: &str) -> Option<f64> {
             (words.next()?.parse::<f64>().ok()?, words.next()?.parse::<f64>().ok()?);
         (period > 0.0).then_some(quota / period)
     };
+    let v1 = |folder: &Path| -> Option<f64> {
+        let quota = number(&folder.join("cpu.cfs_quota_us"))?; // -1 (none) does not parse
+        let period = number(&folder.join("cpu.cfs_period_us")).filter(|&p| p > 0)?;
+        Some(quota as f64 / period as f64)
+    };
     let mut least: Option<f64> = None;
-    let mut folder = root.join(own.trim_start_matches('/'));
-    while folder.starts_with(root) {
-        if let Some(q) = v2(&folder) {
-            least = Some(least.map_or(q, |l| l.min(q)));
-        }
-        if !folder.pop() {
-            break;
+    for (kind, top) in [("", root.to_path_buf()), ("cpu", root.join("cpu"))] {
+        // id:controllers:path; a path that a container does not see leaves the top.
+        let own = groups.lines().find_map(|line| {
+            let mut parts = line.splitn(3, ':').skip(1);
+            let kinds = parts.next()?;
+            kinds.split(',').any(|k| k == kind).then_some(parts.next()).flatten()
+        });
+        let mut folder = top.join(own.unwrap_or("/").trim_start_matches('/'));
+        while folder.starts_with(&top) {
+            let found = if kind.is_empty() { v2(&folder) } else { v1(&folder) };
+            if let Some(found) = found {
+                least = Some(least.map_or(found, |least| least.min(found)));
+            }
+            if !folder.pop() {
+                break;
+            }
         }
     }
-    least.or_else(|| {
-        let quota = number(&root.join("cpu/cpu.cfs_quota_us"))?; // -1 (none) does not parse
-        let period = number(&root.join("cpu/cpu.cfs_period_us")).filter(|&p| p > 0)?;
-        Some(quota as f64 / period as f64)
-    })
+    least
 }
 
 #[cfg(test)]
@@ -189,12 +195,22 @@ pub(super) mod tests {
                 ("cpu.max", "max 1"),
             ],
         );
-        assert_eq!(quota(&root, "/a/b"), Some(1.5));
-        assert_eq!(quota(&root, "/"), None);
+        assert_eq!(quota(&root, "0::/a/b\n"), Some(1.5));
+        assert_eq!(quota(&root, "0::/\n"), None);
         fs::remove_dir_all(root).unwrap();
         let root =
             tree("v1", &[("cpu/cpu.cfs_quota_us", "50000"), ("cpu/cpu.cfs_period_us", "100000")]);
-        assert_eq!(quota(&root, "/"), Some(0.5));
+        assert_eq!(quota(&root, ""), Some(0.5));
+        fs::remove_dir_all(&root).unwrap();
+        let files = [
+            ("cpu/docker/1/cpu.cfs_quota_us", "250000"),
+            ("cpu/docker/1/cpu.cfs_period_us", "100000"),
+            ("cpu/cpu.cfs_quota_us", "-1"),
+            ("cpu/cpu.cfs_period_us", "100000"),
+        ];
+        let root = tree("v1-own", &files);
+        assert_eq!(quota(&root, "4:memory:/docker/1\n3:cpu,cpuacct:/docker/1\n0::/\n"), Some(2.5));
+        assert_eq!(quota(&root, "3:cpuset:/docker/1\n"), None);
         fs::remove_dir_all(root).unwrap();
     }
 
