@@ -93,6 +93,27 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(info)
     info.set_defaults(run=_lazy("info"))
 
+    plan = commands.add_parser(
+        "plan",
+        help="show whether a model fits into this machine's memory",
+        description="From a model's headers alone: for each quantization what its weights, its "
+        "keys and values and the rest will take, and how long a context memory holds. Exit status "
+        "1 if none fits.",
+    )
+    plan.add_argument("model", metavar="MODEL")
+    _model_options(plan)
+    plan.set_defaults(run=_lazy("plan"))
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="check that this machine is in order",
+        description="Check versions, CPU, kernels, cores, clocks, memory and its bandwidth, huge "
+        "pages, CUDA, energy sources and the cache. Each line is ok, a warning or a problem, with "
+        "the remedy; exit status 1 if there is a problem.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_lazy("doctor"))
+
     inspect = commands.add_parser(
         "inspect",
         help="show what a model file says about itself",

@@ -8,12 +8,12 @@ import sys
 from dataclasses import asdict
 
 from .. import tuning
-from ..llm import cache_dir
+from ..llm import default_cache_dir
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command."""
-    cache = cache_dir()
+    cache = default_cache_dir()
     if args.reset:
         tuning.path(cache).unlink(missing_ok=True)
         return 0

@@ -81,6 +81,18 @@ pub fn bytes_for(groups: &[KvGroup], len: usize, chunk: usize) -> u64 {
     })
 }
 
+/// Most positions of a sequence that fit into `bytes`, in whole pages; the last of `context` may be the first that
+/// is beyond it.
+pub fn longest(groups: &[KvGroup], bytes: u64, context: usize, chunk: usize) -> usize {
+    let fits = |n: usize| bytes_for(groups, n.saturating_mul(PAGE), chunk) <= bytes;
+    let (mut low, mut high) = (0, context.div_ceil(PAGE));
+    while low < high {
+        let middle = (low + high).div_ceil(2);
+        if fits(middle) { low = middle } else { high = middle - 1 }
+    }
+    low.saturating_mul(PAGE)
+}
+
 /// Pages per group within `bytes`: first for one sequence of `context` positions (or as many as
 /// fit), then for `others` more that are all as long as fits. `None`: not even one page each.
 pub fn divide(
@@ -90,17 +102,7 @@ pub fn divide(
     chunk: usize,
     others: usize,
 ) -> Option<Vec<usize>> {
-    // Greatest n <= context, in whole pages, for which `copies` sequences of n positions fit.
-    let longest = |bytes: u64, copies: u64| {
-        let need = |n: usize| bytes_for(groups, n.saturating_mul(PAGE), chunk);
-        let fits = |n| need(n).saturating_mul(copies) <= bytes;
-        let (mut low, mut high) = (0, context.div_ceil(PAGE));
-        while low < high {
-            let middle = (low + high).div_ceil(2);
-            if fits(middle) { low = middle } else { high = middle - 1 }
-        }
-        low.saturating_mul(PAGE)
-    };
+    let longest = |bytes: u64, copies: u64| longest(groups, bytes / copies, context, chunk);
     let first = longest(bytes, 1);
     let rest = match first >= context {
         true => longest(bytes - bytes_for(groups, first, chunk), others.max(1) as u64),

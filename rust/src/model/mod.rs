@@ -1,5 +1,6 @@
 //! A model: architecture as data (`spec`), weights, the one forward pass, the paged KV cache.
 
+mod budget;
 mod cache;
 mod describe;
 mod forward;
@@ -8,7 +9,8 @@ pub mod spec;
 mod weights;
 
 pub use crate::backend::{KvDtype, PAGE};
-pub use describe::{Description, describe};
+pub use budget::{Budget, Wish};
+pub use describe::{CHUNK, Description, describe};
 pub use forward::{Kv, Model};
 
 use crate::backend::cpu::{Cpu, Tiles};

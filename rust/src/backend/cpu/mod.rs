@@ -2,6 +2,8 @@
 //! kernels. Knows no family and no file.
 
 mod attention;
+mod available;
+mod bandwidth;
 mod exact;
 mod latent;
 mod memory;
@@ -14,6 +16,8 @@ mod streams;
 pub mod topology;
 
 pub use attention::Kv;
+pub use available::{Memory, memory};
+pub use bandwidth::Reader;
 pub use memory::Bytes;
 pub use product::Tiles;
 pub use recurrent::States;

@@ -112,23 +112,36 @@ impl Reader<'_> {
     }
 }
 
-/// What the weights will take in memory: the bytes of each form.
+/// What the matrices of a model will take in memory.
+pub(in crate::model) struct Sizes {
+    /// The bytes of each form.
+    pub(in crate::model) forms: Vec<(&'static str, u64)>,
+    /// Bytes of the largest matrix.
+    pub(in crate::model) largest: u64,
+    /// Most outputs of a matrix, those over the vocabulary left out, and most inputs.
+    pub(in crate::model) widest: (usize, usize),
+}
+
+/// What the matrices will take in memory.
 pub(in crate::model) fn sizes(
     folder: &Path,
     checkpoint: &Checkpoint,
     spec: &Spec,
     quantization: Quantization,
-) -> Result<Vec<(&'static str, u64)>> {
+) -> Result<Sizes> {
     let reader = Reader::new(folder, checkpoint, spec);
     let plans = reader.plans(quantization)?;
     reader.refuse_unused()?;
-    let mut sizes: Vec<(&str, u64)> = Vec::new();
+    let mut sizes = Sizes { forms: Vec::new(), largest: 0, widest: (0, 0) };
     for plan in plans {
         let (form, bytes) = (plan.form.name(), plan.bytes() as u64);
-        match sizes.iter_mut().find(|(name, _)| *name == form) {
+        match sizes.forms.iter_mut().find(|(name, _)| *name == form) {
             Some((_, sum)) => *sum += bytes,
-            None => sizes.push((form, bytes)),
+            None => sizes.forms.push((form, bytes)),
         }
+        sizes.largest = sizes.largest.max(bytes);
+        let (n, k) = sizes.widest;
+        sizes.widest = (if plan.n < spec.vocab { n.max(plan.n) } else { n }, k.max(plan.k));
     }
     Ok(sizes)
 }
@@ -177,6 +190,18 @@ pub(in crate::model) fn load(
         {
             return joined(mats);
         }
+    }
+    let available = crate::backend::cpu::memory().available;
+    if total > available {
+        let what = format!(
+            "packed weights, {}: give weight_cache a folder on a disk with room for them, from which they \
+             are mapped, or a quantization with fewer bits",
+            match &options.cache_dir {
+                Some(dir) => format!("as the weight cache in {} cannot be written", dir.display()),
+                None => "without a weight cache".to_owned(),
+            }
+        );
+        return Err(Error::OutOfMemory { what, requested: total, available });
     }
     let mut done = 0;
     let mut mats = Vec::with_capacity(plans.len());
