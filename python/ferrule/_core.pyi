@@ -16,6 +16,7 @@ __all__ = [
     "Request",
     "cpu_features",
     "describe",
+    "evaluate",
     "gguf_at",
     "inspect",
     "kernel_set",
@@ -146,6 +147,22 @@ def quantize_int8(
 ) -> QMatrix: ...
 def describe(
     folder: str, *, quantization: str, kv_cache_dtype: str, family: str | None
+) -> dict[str, Any]: ...
+def evaluate(
+    model: str | PathLike[str],
+    texts: list[str],
+    *,
+    documents: bool,
+    reference: str | PathLike[str] | None = None,
+    quantization: str = "auto",
+    reference_quantization: str = "none",
+    context: int | None = None,
+    limit: int | None = None,
+    kv_cache_dtype: str = "f16",
+    threads: int | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    family: str | None = None,
+    progress: Callable[[str, int, int], object] | None = None,
 ) -> dict[str, Any]: ...
 def cpu_features() -> list[str]: ...
 def gguf_at(path: str | PathLike[str]) -> Path | None: ...
