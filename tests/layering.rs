@@ -15,9 +15,10 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("tokenizer", &["file"]),
     ("chat", &["file"]),
     ("engine", &["model", "sample", "tokenizer"]),
+    ("evaluate", &["model"]),
     (
         "python",
-        &["backend", "chat", "engine", "file", "kernels", "model", "quant", "sample", "tokenizer"],
+        &["backend", "chat", "engine", "evaluate", "file", "kernels", "model", "quant", "sample", "tokenizer"],
     ),
 ];
 

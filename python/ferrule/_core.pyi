@@ -17,6 +17,7 @@ __all__ = [
     "Trial",
     "cpu_features",
     "describe",
+    "evaluate",
     "gguf_at",
     "inspect",
     "kernel_set",
@@ -162,6 +163,22 @@ def describe(
     context_length: int | None,
     weight_cache: bool,
     family: str | None,
+) -> dict[str, Any]: ...
+def evaluate(
+    model: str | PathLike[str],
+    texts: list[str],
+    *,
+    documents: bool,
+    reference: str | PathLike[str] | None = None,
+    quantization: str = "auto",
+    reference_quantization: str = "none",
+    context: int | None = None,
+    limit: int | None = None,
+    kv_cache_dtype: str = "f16",
+    threads: int | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    family: str | None = None,
+    progress: Callable[[str, int, int], object] | None = None,
 ) -> dict[str, Any]: ...
 def cpu_features() -> list[str]: ...
 def gguf_at(path: str | PathLike[str]) -> Path | None: ...

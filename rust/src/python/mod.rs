@@ -4,6 +4,8 @@
 mod convert;
 mod driver;
 mod matrix;
+mod quality;
+mod watch;
 
 use crate::backend::cpu::{self, Cpu, Tiles, topology};
 use crate::chat::{ChatTemplate, special_tokens};
@@ -675,6 +677,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(inspect, module)?)?;
     module.add_function(wrap_pyfunction!(matrix::quantize_int4, module)?)?;
     module.add_function(wrap_pyfunction!(matrix::quantize_int8, module)?)?;
+    module.add_function(wrap_pyfunction!(quality::evaluate, module)?)?;
     module.add_class::<matrix::QMatrix>()?;
     module.add_class::<matrix::Trial>()?;
     module.add_class::<Engine>()?;
