@@ -3,6 +3,7 @@
 use super::statistics::of_rows;
 use super::*;
 use crate::model::KvGroup;
+use crate::model::kv::PageCopy;
 
 /// Predicts that each token is followed by the next id, with a logit of `sure`.
 struct Counts {
@@ -29,6 +30,8 @@ impl Forward for Counts {
     fn new_kv(&self, pages: &[usize]) -> Result<Vec<u32>> {
         Ok(vec![0; pages[0]])
     }
+
+    fn copy_pages(&self, _: &mut Vec<u32>, _: &[PageCopy]) {} // evaluation shares no pages
 
     fn forward(&self, kv: &mut Vec<u32>, batch: &[Chunk<'_>], _: &AtomicBool) -> Result<Vec<f32>> {
         let mut logits = Vec::new();

@@ -153,6 +153,7 @@ mod tests {
             vocab: 0,
             context_length: 100_000,
             layers: Vec::new(),
+            quantization: None,
             stored: Vec::new(),
             packed: vec![("int4", weights / 2), ("int8", weights / 2)],
             kv_bytes_1000: 0,

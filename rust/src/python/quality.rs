@@ -53,7 +53,7 @@ pub(super) fn evaluate<'py>(
             kv_dtype: named("kv_cache_dtype", kv_cache_dtype, &KV_DTYPES)?,
             cache_dir: cache_dir.clone(),
             family: family.clone(),
-            progress: None,
+            ..LoadOptions::default()
         })
     };
     let prepare = || {
