@@ -18,7 +18,18 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("evaluate", &["model"]),
     (
         "python",
-        &["backend", "chat", "engine", "evaluate", "file", "kernels", "model", "quant", "sample", "tokenizer"],
+        &[
+            "backend",
+            "chat",
+            "engine",
+            "evaluate",
+            "file",
+            "kernels",
+            "model",
+            "quant",
+            "sample",
+            "tokenizer",
+        ],
     ),
 ];
 

@@ -10,11 +10,20 @@ pub(super) fn pack_q4(x: &[[f32; BLOCK]; ROWS], k: usize, out: &mut [u8]) {
     let whole = k.is_multiple_of(2 * GROUP);
     let mut w = [Lanes::ZERO; BLOCK];
     let (mut most, mut zero) = (Lanes::ZERO, [false; ROWS]);
+    // Transposed 4 by 4: numbers that stand together are read together.
+    for i in (0..k).step_by(4) {
+        let i = apart(i);
+        for r in (0..ROWS).step_by(4) {
+            let r = apart(r);
+            for c in 0..4 {
+                for j in 0..4 {
+                    w[i + c].0[r + j] = x[r + j][i + c];
+                }
+            }
+        }
+    }
     for i in 0..k {
         let i = apart(i);
-        for r in 0..ROWS {
-            w[i].0[r] = x[r][i];
-        }
         for r in 0..ROWS {
             zero[r] |= w[i].0[r] == 0.0;
         }
