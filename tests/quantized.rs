@@ -341,7 +341,7 @@ fn broken_tensors_are_named() {
             gptq,
             ".scales",
             |t| t.1 = vec![128, 4],
-            "found F16 [128, 4], expected F32 or F16 or BF16 [4, 128]",
+            "found F16 [128, 4], expected F32 or F16 or BF16 or F8_E8M0 [4, 128]",
         ),
         (
             gptq,
@@ -389,7 +389,7 @@ fn broken_tensors_are_named() {
             "quant-fp8-block-moe-a",
             ".weight_scale_inv",
             |t| t.1 = vec![1],
-            "found F32 [1], expected F32 or F16 or BF16 [1, 1]",
+            "found F32 [1], expected F32 or F16 or BF16 or F8_E8M0 [1, 1]",
         ),
     ];
     for (i, (golden, end, change, expected)) in cases.iter().enumerate() {

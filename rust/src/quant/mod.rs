@@ -30,7 +30,7 @@ mod q8;
 pub use awq::awq;
 pub use bitsandbytes::{llm_int8, nibbles};
 pub use blocks::{Blocks, Kept};
-pub use compressed::{int8, packed};
+pub use compressed::{fp4, int8, packed};
 pub use encoded::{Encoded, Floats, Groups, Scaling};
 pub use float8::float8;
 pub use gptq::gptq;
