@@ -71,7 +71,7 @@ impl Form {
             Form::F16 => "f16",
             Form::F32 => "f32",
             Form::Grouped(Grouped::MXFP4) | Form::GroupedFloat(Grouped::MXFP4) => "mxfp4",
-            Form::Grouped(_) | Form::GroupedFloat(_) => "grouped int4",
+            Form::Grouped(_) | Form::GroupedFloat(_) => "grouped",
         }
     }
 
