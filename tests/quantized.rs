@@ -224,7 +224,7 @@ fn packed_integers_of_fused_matrices() {
     folders[0].write();
     let packed = describe(&folders[0].path, &LoadOptions::default()).unwrap().packed;
     let forms: Vec<&str> = packed.iter().map(|(form, _)| *form).collect();
-    assert_eq!(forms, ["bf16", "grouped int4", "int8"]);
+    assert_eq!(forms, ["bf16", "grouped", "int8"]);
     same(folders);
 }
 

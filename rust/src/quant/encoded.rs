@@ -282,7 +282,7 @@ impl Encoded<'_> {
             _ => return None,
         };
         let offset = match self.zeros {
-            Zeros::All(8) => Offset::Eight,
+            Zeros::All(8) => Offset::Signed,
             _ => Offset::Zero,
         };
         let four = matches!(self.codes, Codes::Words(Words { bits: 4, .. }));
