@@ -13,7 +13,7 @@
 
 use ferrule::kernels::layout::{Form, ROWS, pack_grouped};
 use ferrule::kernels::{self, Acts, Attend, Kernels, KvDtype, PAGE, scratch_len};
-use ferrule::quant::{BLOCK, BlockGrouped, GROUPS, Grouped, Scales};
+use ferrule::quant::{BLOCK, BlockGrouped, GROUPS, Grouped, Scales, UNITS};
 use std::hint::{black_box, spin_loop};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -483,7 +483,7 @@ fn matrices(set: &Kernels, form: Form) -> Memory {
                 Scales::Integer => 7,
                 Scales::F16 | Scales::Bf16 => 0x3c00,
             };
-            let (s, o) = ([s; GROUPS], [s; GROUPS]);
+            let (s, o) = ([s; UNITS], [s; UNITS]);
             let mut rows =
                 [BlockGrouped { d: 0x3c00, e: 0x3c00, s, o, ..BlockGrouped::ZERO }; ROWS];
             for row in &mut rows {
@@ -544,12 +544,14 @@ fn products(
 }
 
 /// The forms to time, and what they are called here.
-const FORMS: [(&str, Form); 6] = [
+const FORMS: [(&str, Form); 8] = [
     ("int4", Form::Q4),
     ("int8", Form::Q8),
     ("mxfp4", Form::MXFP4),
     ("Q4_0", Form::Grouped(Grouped::Q4_0)),
     ("Q4_K", Form::Grouped(Grouped::Q4_K)),
+    ("Q5_K", Form::Grouped(Grouped::Q5_K)),
+    ("Q6_K", Form::Grouped(Grouped::Q6_K)),
     ("IQ4_XS", Form::Grouped(Grouped::IQ4_XS)),
 ];
 

@@ -107,7 +107,7 @@ impl Table {
             "| {name} | {stored} | {} | {packed} | {} | {} |\n",
             form.name(),
             off(form),
-            off(Form::Q4)
+            off(if form == Form::MXFP4 { form } else { Form::Q4 }) // that stays whatever is asked for
         );
     }
 
@@ -174,8 +174,8 @@ fn the_readme_has_the_table_of_formats() {
 
     // One scale for each row; int8 made as llm-compressor does, so that there are weights of -128.
     let w = weights();
-    let largest = |row: &[f32]| row.iter().fold(0f32, |m, x| m.max(x.abs()));
-    let largest: Vec<f32> = w.chunks(K).map(largest).collect();
+    let largest_of = |w: &[f32]| w.iter().fold(0f32, |m, x| m.max(x.abs()));
+    let largest: Vec<f32> = w.chunks(K).map(largest_of).collect();
     let int8 = |step: f32| -> Vec<u8> {
         let code =
             |(at, x): (usize, &f32)| (x / largest[at / K] * step).round_ties_even() as i8 as u8;
@@ -191,16 +191,27 @@ fn the_readme_has_the_table_of_formats() {
     let scb = f32s(&largest);
     table.row("bitsandbytes int8", codes.len() + scb.len(), quant::llm_int8(K, &codes, &scb));
 
+    let e2m1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+    let nearest = |x: f32, values: &[f32]| {
+        let off = |at: &usize| (values[*at] - x).abs();
+        (0..values.len()).min_by(|a, b| off(a).total_cmp(&off(b))).unwrap() as u8
+    };
+    let powers = w.chunks(32).map(|w| (largest_of(w).log2().floor() as i32 - 2 + 127) as u8);
+    let powers: Vec<u8> = powers.collect();
+    let code = |at: usize| {
+        let x = w[at] / 2f32.powi(i32::from(powers[at / 32]) - 127);
+        nearest(x.abs(), &e2m1) | if x < 0.0 { 8 } else { 0 }
+    };
+    let codes: Vec<u8> = (0..N * K / 2).map(|b| code(2 * b) | code(2 * b + 1) << 4).collect();
+    let bytes = codes.len() + powers.len();
+    table.row("compressed-tensors MXFP4", bytes, quant::fp4(K, &codes, &powers));
+
     let e4m3: Vec<f32> = (0..127u32)
         .map(|b| match b >> 3 {
             0 => b as f32 / 512.0,
             e => (8 + b % 8) as f32 / 8.0 * 2f32.powi(e as i32 - 7),
         })
         .collect();
-    let nearest = |x: f32, values: &[f32]| {
-        let off = |at: &usize| (values[*at] - x).abs();
-        (0..values.len()).min_by(|a, b| off(a).total_cmp(&off(b))).unwrap() as u8
-    };
     let step = largest.iter().fold(0f32, |m, x| m.max(*x)) / 448.0;
     let code = |x: &f32| nearest((x / step).abs(), &e4m3) | if *x < 0.0 { 128 } else { 0 };
     let codes: Vec<u8> = w.iter().map(code).collect();
@@ -214,8 +225,7 @@ fn the_readme_has_the_table_of_formats() {
         -1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461,
         0.3379, 0.4407, 0.5626, 0.7230, 1.0,
     ];
-    let blocks = w.chunks(64).map(|w| w.iter().fold(0f32, |m, x| m.max(x.abs())));
-    let absmax: Vec<f32> = blocks.collect();
+    let absmax: Vec<f32> = w.chunks(64).map(largest_of).collect();
     let code = |at: usize| nearest(w[at] / absmax[at / 64], &map);
     let codes: Vec<u8> = (0..N * K / 2).map(|b| code(2 * b) << 4 | code(2 * b + 1)).collect();
     let (map, scales) = (f32s(&map), f32s(&absmax));

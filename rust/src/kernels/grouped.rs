@@ -1,21 +1,21 @@
 //! What all sets share of the grouped forms, written once as the kernels of `float`: the scales and offsets of a block
 //! as f32; and the product with f32 activations, for which 16 rows by [`BLOCK`] inputs become f32, then meet all tokens.
 
-use super::layout::{Form, ROWS, blocks, grouped_fields, grouped_header};
+use super::layout::{Form, ROWS, blocks, grouped_fields, grouped_header, grouped_lines};
 use super::simd::F32x16;
 use super::{array, array_mut, cast};
-use crate::quant::{BLOCK, Codes, GROUP, GROUPS, Grouped, Offset, Scales, half_power};
+use crate::quant::{BLOCK, Grouped, Offset, Scales, UNITS, half_power};
 
-/// Scales and offsets of each group of 16 rows.
+/// Scales and offsets of each unit of 16 rows.
 #[repr(C, align(64))]
 pub(super) struct Header {
-    pub(super) s: [[f32; ROWS]; GROUPS],
-    /// If codes are linear; else unspecified.
-    pub(super) o: [[f32; ROWS]; GROUPS],
+    pub(super) s: [[f32; ROWS]; UNITS],
+    /// If codes have one; else unspecified.
+    pub(super) o: [[f32; ROWS]; UNITS],
 }
 
 impl Header {
-    pub(super) const ZERO: Header = Header { s: [[0.0; ROWS]; GROUPS], o: [[0.0; ROWS]; GROUPS] };
+    pub(super) const ZERO: Header = Header { s: [[0.0; ROWS]; UNITS], o: [[0.0; ROWS]; UNITS] };
 
     /// Reads that of a block.
     #[inline(always)]
@@ -25,20 +25,20 @@ impl Header {
         if how.scales == Scales::Integer {
             (d, e) = (V::load_f16(cast(&block[..32])), V::load_f16(cast(&block[32..64])));
         }
-        let each = how.group / GROUP;
-        for g in 0..GROUPS / each {
+        let each = how.group / how.unit();
+        for g in 0..how.groups() {
             let field =
                 |(start, width): (usize, usize)| &block[start + g * ROWS * width..][..ROWS * width];
             let s = numbers::<V>(how.scales, field(scales), d);
-            let o = match how.codes {
-                Codes::Linear(Offset::Eight) => s.mul(V::splat(-8.0)),
-                Codes::Linear(Offset::Zero) => s.mul(V::load_i8(cast(field(offsets)))),
-                Codes::Linear(Offset::Min) => numbers::<V>(how.scales, field(offsets), e),
-                Codes::Uneven | Codes::Fp4 => s,
+            let o = match how.offset() {
+                Some(Offset::Signed) => s.mul(V::splat(f32::from(how.signed()))),
+                Some(Offset::Zero) => s.mul(V::load_i8(cast(field(offsets)))),
+                Some(Offset::Min) => numbers::<V>(how.scales, field(offsets), e),
+                None => s,
             };
-            for g in g * each..(g + 1) * each {
-                s.store(&mut self.s[g]);
-                o.store(&mut self.o[g]);
+            for u in g * each..(g + 1) * each {
+                s.store(&mut self.s[u]);
+                o.store(&mut self.o[u]);
             }
         }
     }
@@ -95,30 +95,50 @@ fn dequantize<V: F32x16>(
     lines: &[u8],
     panel: &mut [[f32; ROWS]; BLOCK],
 ) {
-    let linear = matches!(how.codes, Codes::Linear(_));
+    let h = how.high();
+    // 16 or 32 inputs of a unit; 2 or 4 lines that share one of higher bits. Divisions would take long.
+    let (unit, shared) = (how.unit().trailing_zeros(), 3 - h);
     let mut table = [0.0; 16];
-    for (out, &t) in table.iter_mut().zip(how.table()) {
-        *out = f32::from(t);
+    for (q, out) in table.iter_mut().enumerate() {
+        *out = f32::from(how.value(q as u8));
     }
-    for (t, lines) in lines.chunks_exact(512).enumerate() {
-        for half in 0..2 {
-            let g = 2 * t + half;
-            let (s, o) = (V::load(&header.s[g]), V::load(&header.o[g]));
-            for (j, line) in lines.as_chunks::<64>().0.iter().enumerate() {
-                for i in 0..4 {
-                    let mut codes = [0; ROWS];
-                    for (code, bytes) in codes.iter_mut().zip(line.as_chunks().0) {
-                        *code = u32::from_le_bytes(*bytes) >> (8 * i + 4 * half) & 15;
-                    }
-                    let mut w = V::lookup(&table, &codes).mul(s);
-                    if linear {
-                        w = w.fma(V::splat(1.0), o);
-                    }
-                    w.store(&mut panel[64 * t + 32 * half + 4 * j + i]);
+    for (t, lines) in lines.chunks_exact(grouped_lines(how)).enumerate() {
+        // As `layout::places` says.
+        for k in 0..64 {
+            let (pair, half, i) = (k >> (unit + 1), k >> unit & 1, k & ((1 << unit) - 1));
+            let j = (pair << unit) / 4 + i / 4;
+            let mut codes = words(lines, j, 8 * (i % 4) + 4 * half, 15);
+            if h > 0 {
+                let bit = 8 * (i % 4) + h * (2 * (j & ((1 << shared) - 1)) + half);
+                let high = words(lines, 8 + (j >> shared), bit, (1 << h) - 1);
+                for r in 0..ROWS {
+                    codes[r] |= high[r] << 4;
                 }
             }
+            let u = (64 * t + k) >> unit;
+            let w = if how.offset().is_some() {
+                let mut values = [0.0; ROWS];
+                for r in 0..ROWS {
+                    values[r] = codes[r] as f32;
+                }
+                let w = V::load(&values).mul(V::load(&header.s[u]));
+                w.fma(V::splat(1.0), V::load(&header.o[u]))
+            } else {
+                V::lookup(&table, &codes).mul(V::load(&header.s[u]))
+            };
+            w.store(&mut panel[64 * t + k]);
         }
     }
+}
+
+/// The bits of `mask` from `bit` on in each of the 16 words of line `j`.
+#[inline(always)]
+fn words(lines: &[u8], j: usize, bit: usize, mask: u32) -> [u32; ROWS] {
+    let mut out = [0; ROWS];
+    for (out, bytes) in out.iter_mut().zip(lines[64 * j..64 * j + 64].as_chunks().0) {
+        *out = u32::from_le_bytes(*bytes) >> bit & mask;
+    }
+    out
 }
 
 /// `M` tokens `k` apart against a panel, on top of the sums in `y`, whose rows are `width` apart. Gives `M`.

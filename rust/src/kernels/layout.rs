@@ -11,17 +11,21 @@
 //!    sub-block t (64 k), line j, byte 4r+i: low nibble  = q[r][64t + 4j+i]       (group 2t)
 //!                                           high nibble = q[r][64t + 32 + 4j+i]  (group 2t+1)
 //!    sc[t][r]: low nibble = scale of group 2t minus one, high nibble = of group 2t+1 minus one
-//! grouped block, 16 rows x 256 k
-//!    header, padded to a multiple of 64 bytes | 4 x 8 lines as in int4; g groups of 32, 64 or 128 k:
-//!    f16 or bf16 scales   s[g][16]                          | m[g][16] of the same, or i8 z[g][16], or neither
+//! grouped block, 16 rows x 256 k   header, padded to a multiple of 64 bytes | 4 x (8 + 2 h) lines
+//!    g groups of 16 to 128 k; the header with
+//!    f16 or bf16 scales   s[g][16] | m[g][16] of the same, or i8 z[g][16], or neither
 //!    integer scales       f16 d[16] | f16 e[16] | i8 s[g][16] | i8 m[g][16], or i8 z[g][16], or neither
-//!    powers of two        u8 s[g][16]                         | the same
+//!    powers of two        u8 s[g][16] | the same
+//!    sub-block t, lines 0..8: the low four bits of codes, as in int4; with groups of 16
+//!       line j, byte 4r+i: low nibble  = q[r][64t + 32(j/4) + 4(j%4)+i], high nibble = that 16 k later
+//!    h bits beyond (0, 1 or 2): line 8 + p, byte b: those of the codes in byte b of line j = 4p/h..4(p+1)/h,
+//!       at bit 2h(j - 4p/h) of the low nibble's, h bits further of the high nibble's
 //! float, 16 rows x K            [K][16] of f32, f16 or bf16
 //! ```
 //!
 //! The last block of a row has only the lines that K needs; its header is whole.
 
-use crate::quant::{BLOCK, BlockGrouped, BlockQ4, BlockQ8, Codes, GROUP, Grouped, Offset, Scales};
+use crate::quant::{BLOCK, BlockGrouped, BlockQ4, BlockQ8, Grouped, Offset, Scales};
 use half::{bf16, f16};
 
 /// Rows of a row block.
@@ -67,7 +71,7 @@ impl Form {
             Form::F16 => "f16",
             Form::F32 => "f32",
             Form::Grouped(Grouped::MXFP4) | Form::GroupedFloat(Grouped::MXFP4) => "mxfp4",
-            Form::Grouped(_) | Form::GroupedFloat(_) => "grouped int4",
+            Form::Grouped(_) | Form::GroupedFloat(_) => "grouped",
         }
     }
 
@@ -84,7 +88,7 @@ impl Form {
             Form::Q4 => blocks * Q4_HEADER + padded * ROWS / 2,
             Form::Q8 => blocks * Q8_HEADER + padded * ROWS,
             Form::Grouped(how) | Form::GroupedFloat(how) => {
-                blocks * grouped_header(how) + padded * ROWS / 2
+                blocks * grouped_header(how) + padded / 64 * grouped_lines(how)
             }
             Form::Bf16 | Form::F16 => k * ROWS * 2,
             Form::F32 => k * ROWS * 4,
@@ -108,7 +112,7 @@ pub(super) fn block_offset(form: Form, b: usize) -> usize {
         Form::Q4 => b * (Q4_HEADER + BLOCK * ROWS / 2),
         Form::Q8 => b * (Q8_HEADER + BLOCK * ROWS),
         Form::Grouped(how) | Form::GroupedFloat(how) => {
-            b * (grouped_header(how) + BLOCK * ROWS / 2)
+            b * (grouped_header(how) + BLOCK / 64 * grouped_lines(how))
         }
         Form::Bf16 | Form::F16 | Form::F32 => unreachable!("float forms have no blocks"),
     }
@@ -140,10 +144,10 @@ pub(super) fn grouped_fields(how: Grouped) -> [(usize, usize); 2] {
         Scales::Integer => (64, 1),
         Scales::Power => (0, 1),
     };
-    let offset = match how.codes {
-        Codes::Linear(Offset::Min) => width,
-        Codes::Linear(Offset::Zero) => 1,
-        Codes::Linear(Offset::Eight) | Codes::Uneven | Codes::Fp4 => 0,
+    let offset = match how.offset() {
+        Some(Offset::Min) => width,
+        Some(Offset::Zero) => 1,
+        Some(Offset::Signed) | None => 0,
     };
     [(start, width), (start + how.groups() * ROWS * width, offset)]
 }
@@ -154,24 +158,53 @@ pub(super) fn grouped_header(how: Grouped) -> usize {
     (start + how.groups() * ROWS * width).next_multiple_of(64)
 }
 
+/// Bytes of the lines of 64 k.
+pub(super) fn grouped_lines(how: Grouped) -> usize {
+    64 * (8 + 2 * how.high())
+}
+
 /// Writes one block of 16 rows. `out` is as long as the block.
 pub fn pack_grouped(how: Grouped, rows: &[BlockGrouped; ROWS], out: &mut [u8]) {
+    out.fill(0);
     let (header, lines) = out.split_at_mut(grouped_header(how));
-    let fields = grouped_fields(how);
+    let (fields, places) = (grouped_fields(how), places(how));
     for (r, row) in rows.iter().enumerate() {
         if how.scales == Scales::Integer {
             header[2 * r..][..2].copy_from_slice(&row.d.to_le_bytes());
             header[32 + 2 * r..][..2].copy_from_slice(&row.e.to_le_bytes());
         }
         for g in 0..how.groups() {
-            let values = [row.s[g * how.group / GROUP], row.o[g * how.group / GROUP]];
+            let u = g * how.group / how.unit();
+            let values = [row.s[u], row.o[u]];
             for ((start, width), value) in fields.into_iter().zip(values) {
                 let out = &mut header[start + (g * ROWS + r) * width..][..width];
                 out.copy_from_slice(&value.to_le_bytes()[..width]);
             }
         }
-        put_codes(&row.q, r, lines);
+        for (q, lines) in row.q.chunks_exact(64).zip(lines.chunks_exact_mut(grouped_lines(how))) {
+            for (q, [low, high]) in q.iter().zip(&places) {
+                lines[low.0 + 4 * r] |= (q & 15) << low.1;
+                if how.high() > 0 {
+                    lines[high.0 + 4 * r] |= q >> 4 << high.1;
+                }
+            }
+        }
     }
+}
+
+/// Where the code of one of 64 k lies in the lines: a byte of row 0, and a bit of it; and where its bits beyond 4 do.
+type Place = [(usize, usize); 2];
+
+/// The places of 64 codes.
+fn places(how: Grouped) -> [Place; 64] {
+    let (unit, h) = (how.unit(), how.high());
+    std::array::from_fn(|k| {
+        // A pair of units shares the nibbles of its lines.
+        let (pair, half, i) = (k / (2 * unit), k / unit % 2, k % unit);
+        let j = pair * unit / 4 + i / 4;
+        let high = (64 * (8 + j * h / 4), h * (2 * (j % (4 / h.max(1))) + half));
+        [(64 * j + i % 4, 4 * half), (high.0 + i % 4, high.1)]
+    })
 }
 
 /// The 4-bit codes of row `r` into its lines.
@@ -234,14 +267,22 @@ pub(super) fn unpack_grouped(how: Grouped, block: &[u8], r: usize) -> BlockGroup
         row.e = u16::from_le_bytes([header[32 + 2 * r], header[32 + 2 * r + 1]]);
     }
     let [scales, offsets] = grouped_fields(how);
-    for g in 0..BLOCK / GROUP {
+    for u in 0..BLOCK / how.unit() {
         let value = |(start, width): (usize, usize)| {
-            let at = start + (g * GROUP / how.group * ROWS + r) * width;
+            let at = start + (u * how.unit() / how.group * ROWS + r) * width;
             header[at..at + width].iter().rev().fold(0, |value, &b| value << 8 | u16::from(b))
         };
-        (row.s[g], row.o[g]) = (value(scales), value(offsets));
+        (row.s[u], row.o[u]) = (value(scales), value(offsets));
     }
-    get_codes(lines, r, &mut row.q);
+    let places = places(how);
+    for (q, lines) in row.q.chunks_exact_mut(64).zip(lines.chunks_exact(grouped_lines(how))) {
+        for (q, [low, high]) in q.iter_mut().zip(&places) {
+            *q = lines[low.0 + 4 * r] >> low.1 & 15;
+            if how.high() > 0 {
+                *q |= (lines[high.0 + 4 * r] >> high.1 & ((1 << how.high()) - 1)) << 4;
+            }
+        }
+    }
     row
 }
 

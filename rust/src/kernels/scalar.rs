@@ -3,7 +3,7 @@
 use super::layout::{Form, ROWS, blocks, unpack_grouped, unpack_q4, unpack_q8};
 use super::simd::Lanes;
 use super::{Acts, Kernels, float};
-use crate::quant::{BLOCK, Codes, GROUP, Grouped};
+use crate::quant::{BLOCK, Grouped};
 
 float::instantiate!(Lanes);
 
@@ -54,7 +54,7 @@ unsafe fn gemm_q8(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
 }
 
 /// `y[t][n] = sum over blocks b of part * s`, one fused multiply-add for each, ascending. `part` is a chain of its own
-/// over the groups g of a block, ascending: `dot(T[q], a8) * s[g]`, and if codes are linear `sum(a8) * o[g]`.
+/// over the units u of a block, ascending: `dot(T[q], a8) * s[u]`, and if codes have an offset `sum(a8) * o[u]`.
 unsafe fn gemm_grouped(how: Grouped, w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
     let form = Form::Grouped(how);
     let row_blocks: Vec<&[u8]> = w.chunks_exact(form.row_block_bytes(a.k)).collect();
@@ -65,14 +65,13 @@ unsafe fn gemm_grouped(how: Grouped, w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
                 for (b, block) in blocks(form, row_block).enumerate() {
                     let row = unpack_grouped(how, block, r);
                     let mut part = 0.0f32;
-                    for (g, q) in a.q(b, t).chunks(GROUP).enumerate() {
-                        let codes = row.q[g * GROUP..].iter();
-                        let w = codes.map(|&code| i32::from(how.table()[usize::from(code)]));
+                    for (u, q) in a.q(b, t).chunks(how.unit()).enumerate() {
+                        let w = row.q[u * how.unit()..].iter().map(|&q| i32::from(how.value(q)));
                         let dot: i32 = q.iter().zip(w).map(|(&q, w)| i32::from(q) * w).sum();
-                        part = (dot as f32).mul_add(row.scale(how, g), part);
-                        if let Codes::Linear(_) = how.codes {
+                        part = (dot as f32).mul_add(row.scale(how, u), part);
+                        if how.offset().is_some() {
                             let sum: i32 = q.iter().map(|&q| i32::from(q)).sum();
-                            part = (sum as f32).mul_add(row.offset(how, g), part);
+                            part = (sum as f32).mul_add(row.offset(how, u), part);
                         }
                     }
                     acc = part.mul_add(a.s(b, t), acc);

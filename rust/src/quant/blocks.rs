@@ -2,7 +2,7 @@
 //! (`gguf.quants.dequantize`) gives. Only reads them; knows no file.
 
 use super::{
-    BLOCK, BlockGrouped, BlockQ4, GROUP, GROUPS, Grouped, TWICE, UNEVEN, grids, half_power,
+    BLOCK, BlockGrouped, BlockQ4, GROUPS, Grouped, TWICE, UNEVEN, grids, half_power,
 };
 
 /// The canonical form that a type of blocks is kept in where no other is asked for.
@@ -83,14 +83,14 @@ macro_rules! blocks {
 blocks! {
     Q4_0 2 32 18 q4_0 Q4_0
     Q4_1 3 32 20 q4_1 Q4_1
-    Q5_0 6 32 22 q5_0 Q8
-    Q5_1 7 32 24 q5_1 Q8
+    Q5_0 6 32 22 q5_0 Q5_0
+    Q5_1 7 32 24 q5_1 Q5_1
     Q8_0 8 32 34 q8_0 Q8
-    Q2_K 10 256 84 q2_k Q8
-    Q3_K 11 256 110 q3_k Q8
+    Q2_K 10 256 84 q2_k Q2_K
+    Q3_K 11 256 110 q3_k Q3_K
     Q4_K 12 256 144 q4_k Q4_K
-    Q5_K 13 256 176 q5_k Q8
-    Q6_K 14 256 210 q6_k Q8
+    Q5_K 13 256 176 q5_k Q5_K
+    Q6_K 14 256 210 q6_k Q6_K
     IQ2_XXS 16 256 66 iq2_xxs Q8
     IQ2_XS 17 256 74 iq2_xs Q8
     IQ3_XXS 18 256 98 iq3_xxs Q8
@@ -103,7 +103,7 @@ blocks! {
     TQ1_0 34 256 54 tq1_0 Q4
     TQ2_0 35 256 66 tq2_0 Q4
     MXFP4 39 32 17 mxfp4 MXFP4
-    NVFP4 40 64 36 nvfp4 Q8
+    NVFP4 40 64 36 nvfp4 NVFP4
 }
 
 fn u16_at(b: &[u8], at: usize) -> u16 {
@@ -177,12 +177,16 @@ fn q2_k(b: &[u8; 84], out: &mut [f32; 256]) {
     }
 }
 
+fn q3_k_scale(b: &[u8], g: usize) -> i8 {
+    // Six bits each: sixteen times four low ones, then four times two high ones in each of four bytes.
+    let scale = code(&b[96..], 8, 4, g) | code(&b[104..], 4, 2, g) << 4;
+    scale as i8 - 32
+}
+
 fn q3_k(b: &[u8; 110], out: &mut [f32; 256]) {
     let d = f16_at(b, 108);
     for (g, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-        // Six bits each: sixteen times four low ones, then four times two high ones in each of four bytes.
-        let scale = code(&b[96..], 8, 4, g) | code(&b[104..], 4, 2, g) << 4;
-        let scale = d * (f32::from(scale) - 32.0);
+        let scale = d * f32::from(q3_k_scale(b, g));
         for (i, x) in out.iter_mut().enumerate() {
             let i = 16 * g + i;
             // A clear mask bit subtracts 4.
@@ -424,40 +428,67 @@ impl Blocks {
 
     /// Whole blocks of at most [`BLOCK`] weights, exactly; `None` if [`Blocks::kept`] says otherwise.
     pub fn grouped(self, bytes: &[u8]) -> Option<BlockGrouped> {
+        let Kept::Grouped(how) = self.kept() else { return None };
+        let unit = how.unit();
         let mut row = BlockGrouped::ZERO;
-        // Bytes before the codes of a group, and how many of its codes lie side by side.
-        let (first, run) = match self {
-            Blocks::MXFP4 => (1, 16),
-            Blocks::Q4_0 | Blocks::IQ4_NL => (2, 16),
-            Blocks::Q4_1 => (4, 16),
-            Blocks::IQ4_XS => (8, 16),
-            Blocks::Q4_K => (16, 32),
-            _ => return None,
-        };
-        let groups = self.weights() / GROUP;
-        for (n, b) in bytes.chunks_exact(self.bytes()).enumerate() {
-            for g in 0..groups {
-                let at = n * groups + g;
-                (row.s[at], row.o[at]) = match self {
-                    Blocks::MXFP4 => (u16::from(b[0]), 0),
-                    Blocks::Q4_1 => (u16_at(b, 0), u16_at(b, 2)),
-                    Blocks::Q4_K => scale_min(&b[4..16], g),
-                    Blocks::IQ4_XS => (iq4_xs_scale(b, g) as u16, 0),
-                    _ => (u16_at(b, 0), 0),
-                };
-                for (i, q) in row.q[GROUP * at..][..GROUP].iter_mut().enumerate() {
-                    *q = code(&b[first..], run, 4, GROUP * g + i);
+        let blocks = bytes.chunks_exact(self.bytes());
+        for (b, q) in blocks.clone().zip(row.q.chunks_exact_mut(self.weights())) {
+            match self {
+                Blocks::Q4_0 | Blocks::IQ4_NL => fill(q, |i| code(&b[2..], 16, 4, i)),
+                Blocks::Q4_1 => fill(q, |i| code(&b[4..], 16, 4, i)),
+                Blocks::Q5_0 => fill(q, |i| code(&b[6..], 16, 4, i) | bit(&b[2..], i) << 4),
+                Blocks::Q5_1 => fill(q, |i| code(&b[8..], 16, 4, i) | bit(&b[4..], i) << 4),
+                Blocks::Q2_K => fill(q, |i| code(&b[16..], 32, 2, i)),
+                // From -4..4 to 4..12, of which 8 are subtracted.
+                Blocks::Q3_K => {
+                    fill(q, |i| (code(&b[32..], 32, 2, i) | code(b, 32, 1, i) << 2) + 4)
                 }
+                Blocks::Q4_K => fill(q, |i| code(&b[16..], 32, 4, i)),
+                Blocks::Q5_K => {
+                    fill(q, |i| code(&b[48..], 32, 4, i) | code(&b[16..], 32, 1, i) << 4)
+                }
+                Blocks::Q6_K => fill(q, |i| code(b, 64, 4, i) | code(&b[128..], 32, 2, i) << 4),
+                Blocks::IQ4_XS => fill(q, |i| code(&b[8..], 16, 4, i)),
+                Blocks::MXFP4 => fill(q, |i| code(&b[1..], 16, 4, i)),
+                _ => fill(q, |i| code(&b[4..], 8, 4, i)), // NVFP4
             }
         }
+        let scales = row.s.iter_mut().zip(&mut row.o);
+        let groups = blocks.flat_map(|b| (0..self.weights() / unit).map(move |g| (b, g)));
+        for ((s, o), (b, g)) in scales.zip(groups) {
+            (*s, *o) = match self {
+                Blocks::Q4_1 | Blocks::Q5_1 => (u16_at(b, 0), u16_at(b, 2)),
+                Blocks::Q2_K => (u16::from(b[g] & 15), u16::from(b[g] >> 4)),
+                Blocks::Q3_K => (q3_k_scale(b, g) as u16, 0),
+                Blocks::Q4_K | Blocks::Q5_K => scale_min(&b[4..16], g),
+                Blocks::Q6_K => (u16::from(b[192 + g]), 0),
+                Blocks::IQ4_XS => (iq4_xs_scale(b, g) as u16, 0),
+                Blocks::MXFP4 => (u16::from(b[0]), 0),
+                Blocks::NVFP4 => (half::f16::from_f32(nvfp4_scale(b[g])).to_bits(), 0),
+                _ => (u16_at(b, 0), 0),
+            };
+        }
+        // Minima are subtracted.
+        let minus = |at| u16_at(bytes, at) ^ 0x8000;
         match self {
-            // The minimum is subtracted.
-            Blocks::Q4_K => (row.d, row.e) = (u16_at(bytes, 0), u16_at(bytes, 2) ^ 0x8000),
+            Blocks::Q2_K => (row.d, row.e) = (u16_at(bytes, 80), minus(82)),
+            Blocks::Q3_K => row.d = u16_at(bytes, 108),
+            Blocks::Q4_K | Blocks::Q5_K => (row.d, row.e) = (u16_at(bytes, 0), minus(2)),
+            Blocks::Q6_K => row.d = u16_at(bytes, 208),
             Blocks::IQ4_XS => row.d = u16_at(bytes, 0),
             _ => {}
         }
         Some(row)
     }
+}
+
+fn fill(out: &mut [u8], code: impl Fn(usize) -> u8) {
+    out.iter_mut().enumerate().for_each(|(i, q)| *q = code(i));
+}
+
+/// Bit `i`.
+fn bit(b: &[u8], i: usize) -> u8 {
+    b[i / 8] >> (i % 8) & 1
 }
 
 fn mxfp4(b: &[u8; 17], out: &mut [f32; 32]) {
@@ -467,16 +498,20 @@ fn mxfp4(b: &[u8; 17], out: &mut [f32; 32]) {
     }
 }
 
+/// Half of an 8-bit float (E4M3) without a sign.
+fn nvfp4_scale(x: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(x >> 3 & 15), f32::from(x & 7));
+    let d = match exponent {
+        _ if x == 0x7f => 0.0,
+        0 => mantissa / 512.0,
+        e => (1.0 + mantissa / 8.0) * f32::from_bits(((e - 7 + 127) as u32) << 23),
+    };
+    d * 0.5
+}
+
 fn nvfp4(b: &[u8; 36], out: &mut [f32; 64]) {
     for (g, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-        // Half of an 8-bit float (E4M3) without a sign.
-        let (exponent, mantissa) = (i32::from(b[g] >> 3 & 15), f32::from(b[g] & 7));
-        let d = match exponent {
-            _ if b[g] == 0x7f => 0.0,
-            0 => mantissa / 512.0,
-            e => (1.0 + mantissa / 8.0) * f32::from_bits(((e - 7 + 127) as u32) << 23),
-        };
-        let d = d * 0.5;
+        let d = nvfp4_scale(b[g]);
         for (i, x) in out.iter_mut().enumerate() {
             *x = d * f32::from(TWICE[usize::from(code(&b[4 + 8 * g..], 8, 4, i))]);
         }

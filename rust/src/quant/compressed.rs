@@ -1,4 +1,4 @@
-//! Integers of compressed-tensors (llm-compressor): `pack-quantized` of 4 and 8 bits, and int8 bytes.
+//! compressed-tensors (llm-compressor): integers, `pack-quantized` of 4 and 8 bits and int8 bytes; MXFP4.
 //!
 //! | tensor | holds |
 //! |---|---|
@@ -6,8 +6,10 @@
 //! | `weight_zero_point` i32 `[n / (32 / bits), groups]` | likewise, neighbours in a column |
 //! | `weight` i8 `[n, k]`, `weight_zero_point` i8 like the scales | `int-quantized`: as they are |
 //! | `weight_scale` `[n, groups]` | or of another spread: see [`Scaling`] |
+//! | `weight_packed` u8 `[n, k / 2]`, `weight_scale` u8 `[n, k / 32]` | MXFP4: codes, the first in the low nibble; exponents |
 
-use super::encoded::{Codes, Encoded, Groups, Scaling, Words, Zeros};
+use super::GROUP;
+use super::encoded::{Codes, Encoded, Floats, Groups, Scaling, Words, Zeros};
 
 /// `pack-quantized`. `count`: groups.
 pub fn packed<'a>(
@@ -49,4 +51,17 @@ pub fn int8<'a>(
 ) -> Encoded<'a> {
     let zeros = zero_point.map_or(Zeros::All(0), Zeros::Int8);
     Encoded { k, first: 0, codes: Codes::Int8(weight), groups: Groups::Even(group), scales, zeros }
+}
+
+/// `mxfp4-pack-quantized`.
+pub fn fp4<'a>(k: usize, weight_packed: &'a [u8], scale: &'a [u8]) -> Encoded<'a> {
+    let floats = Floats::Power(scale);
+    Encoded {
+        k,
+        first: 0,
+        codes: Codes::Fp4(weight_packed),
+        groups: Groups::Even(GROUP),
+        scales: Scaling { floats, rows: 1, down: k.div_ceil(GROUP), right: 1, times: 1.0 },
+        zeros: Zeros::All(0),
+    }
 }

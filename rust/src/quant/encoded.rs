@@ -3,7 +3,8 @@
 //! f32, rounded once, or integers. Knows no file, no name; what it is made from has been checked.
 
 use super::{
-    BLOCK, BlockGrouped, BlockQ4, BlockQ8, GROUP, Grouped, Kept, MAX, Offset, Scales, TINY,
+    BLOCK, BlockGrouped, BlockQ4, BlockQ8, GROUP, Grouped, Kept, MAX, Offset, Scales, TINY, TWICE,
+    half_power,
 };
 
 /// A matrix of `k` columns, row-major.
@@ -27,6 +28,8 @@ pub(super) enum Codes<'a> {
     Int8(&'a [u8]),
     /// E4M3 (Micikevicius et al. 2022), row-major.
     Float8(&'a [u8]),
+    /// E2M1, two in a byte, the first in the low nibble, row-major.
+    Fp4(&'a [u8]),
     /// Two in a byte, the first in the high nibble, row-major; the f32 that each of 16 stands for.
     Nibbles(&'a [u8], &'a [u8]),
 }
@@ -99,6 +102,8 @@ pub enum Floats<'a> {
     F32(&'a [u8]),
     F16(&'a [u8]),
     Bf16(&'a [u8]),
+    /// E8M0: the exponent of a power of two, `2^(x - 127)`.
+    Power(&'a [u8]),
     /// Codes for f32 of a map, each times the f32 of its `every` neighbours, plus an offset: a second quantization.
     Nested {
         codes: &'a [u8],
@@ -116,6 +121,8 @@ impl Floats<'_> {
             Floats::F32(bytes) => f32_at(bytes, at),
             Floats::F16(bytes) => half::f16::from_le_bytes(bytes.as_chunks::<2>().0[at]).to_f32(),
             Floats::Bf16(bytes) => half::bf16::from_le_bytes(bytes.as_chunks::<2>().0[at]).to_f32(),
+            Floats::Power(bytes) if bytes[at] == 255 => f32::NAN,
+            Floats::Power(bytes) => 2.0 * half_power(bytes[at]),
             Floats::Nested { codes, map, scales, every, offset } => {
                 f32_at(map, usize::from(codes[at])) * f32_at(scales, at / every) + offset
             }
@@ -139,13 +146,14 @@ pub struct Scaling<'a> {
 }
 
 impl Scaling<'_> {
-    /// The bits of the float of row `i` and group `g`, if it is of two bytes.
+    /// The bits of the float of row `i` and group `g`, if it is of one or two bytes.
     fn bits(&self, i: usize, g: usize) -> u16 {
         let at = i / self.rows * self.down + g * self.right;
         match self.floats {
             Floats::F16(bytes) | Floats::Bf16(bytes) => {
                 u16::from_le_bytes(bytes.as_chunks::<2>().0[at])
             }
+            Floats::Power(bytes) => u16::from(bytes[at]),
             Floats::F32(_) | Floats::Nested { .. } => 0,
         }
     }
@@ -219,6 +227,12 @@ impl Encoded<'_> {
                         *w = scale * super::float8::E4M3[usize::from(q)];
                     }
                 }
+                Codes::Fp4(codes) => {
+                    for (at, w) in (bytes..).zip(now) {
+                        let q = codes[at / 2] >> (4 * (at % 2)) & 15;
+                        *w = scale * (0.5 * f32::from(TWICE[usize::from(q)]));
+                    }
+                }
                 Codes::Nibbles(codes, map) => {
                     let map = map.as_chunks::<4>().0;
                     for (at, w) in (bytes..).zip(now) {
@@ -251,7 +265,7 @@ impl Encoded<'_> {
     }
 
     /// The grouped form that holds it exactly, if there is one: for 4-bit integers with scales of groups of 32, of
-    /// f16 or bfloat16.
+    /// f16 or bfloat16; and for MXFP4.
     fn fits_grouped(&self) -> Option<Grouped> {
         let size = match self.groups {
             Groups::Even(size) => size.min(self.k),
@@ -259,13 +273,16 @@ impl Encoded<'_> {
         };
         let divides = |group: &usize| size.is_multiple_of(*group) && self.k.is_multiple_of(*group);
         let group = [128, 64, GROUP].into_iter().find(divides)?;
+        if let (Codes::Fp4(_), Floats::Power(_)) = (self.codes, self.scales.floats) {
+            return (group == GROUP).then_some(Grouped::MXFP4);
+        }
         let scales = match self.scales {
             Scaling { times: 1.0, floats: Floats::F16(_), .. } => Scales::F16,
             Scaling { times: 1.0, floats: Floats::Bf16(_), .. } => Scales::Bf16,
             _ => return None,
         };
         let offset = match self.zeros {
-            Zeros::All(8) => Offset::Eight,
+            Zeros::All(8) => Offset::Signed,
             _ => Offset::Zero,
         };
         let four = matches!(self.codes, Codes::Words(Words { bits: 4, .. }));
@@ -276,8 +293,14 @@ impl Encoded<'_> {
     pub fn grouped(&self, at: usize, len: usize) -> BlockGrouped {
         let (i, j) = self.place(at);
         let mut block = BlockGrouped::ZERO;
-        if let Codes::Words(words) = self.codes {
-            words.read(i, j, &mut block.q[..len], |q| q as u8);
+        match self.codes {
+            Codes::Words(words) => words.read(i, j, &mut block.q[..len], |q| q as u8),
+            Codes::Fp4(codes) => {
+                for (at, q) in (i * self.k + j..).zip(&mut block.q[..len]) {
+                    *q = codes[at / 2] >> (4 * (at % 2)) & 15;
+                }
+            }
+            _ => {}
         }
         for (n, (s, o)) in block.s.iter_mut().zip(&mut block.o).enumerate() {
             if n * GROUP < len {

@@ -1,10 +1,10 @@
-//! The grouped forms: 4-bit codes with a floating-point scale for each group of inputs, as checkpoints have them.
-//! 4.125 to 5 bits a weight; kept as they come, never made from floats.
+//! The grouped forms: codes of 4 to 6 bits with a floating-point scale for each group of inputs, as checkpoints have
+//! them. Kept as they come, never made from floats.
 //!
 //! In group `g` of a row, `w[k] = s[g] * T[q[k]] + o[g]`. What `T` is, how `s` and `o` are stored and how long a
 //! group is, [`Grouped`] says for a whole matrix.
 
-use super::{BLOCK, GROUP, GROUPS};
+use super::{BLOCK, GROUP};
 use half::{bf16, f16};
 
 /// How the weights of a matrix are stored.
@@ -14,7 +14,7 @@ pub struct Grouped {
     pub codes: Codes,
     /// What scales, and minima, are stored as.
     pub scales: Scales,
-    /// Inputs that share a scale: 32, 64 or 128.
+    /// Inputs that share a scale: 16, 32, 64 or 128.
     pub group: usize,
 }
 
@@ -23,6 +23,10 @@ pub struct Grouped {
 pub enum Codes {
     /// Themselves, moved by an offset.
     Linear(Offset),
+    /// The same, with 5 bits.
+    Linear5(Offset),
+    /// The same, with 6 bits.
+    Linear6(Offset),
     /// [`UNEVEN`], without an offset.
     Uneven,
     /// [`TWICE`], without an offset.
@@ -32,8 +36,8 @@ pub enum Codes {
 /// The offset `o` of a group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Offset {
-    /// `-8 s`.
-    Eight,
+    /// As much as makes the codes signed: `-8 s`, or `-16 s`, or `-32 s`.
+    Signed,
     /// `z s`, of a stored integer `z`: minus the zero point.
     Zero,
     /// Stored as the scale is.
@@ -58,33 +62,78 @@ pub const UNEVEN: [i8; 16] =
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 /// Twice the value of each E2M1 code: a sign bit, two bits of exponent, one of mantissa.
 pub const TWICE: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
-const LINEAR: [i8; 16] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15];
 
 impl Grouped {
     /// ggml's Q4_0.
-    pub const Q4_0: Grouped = Grouped::ggml(Codes::Linear(Offset::Eight), Scales::F16);
+    pub const Q4_0: Grouped = Grouped::ggml(Codes::Linear(Offset::Signed), Scales::F16, 32);
     /// ggml's Q4_1.
-    pub const Q4_1: Grouped = Grouped::ggml(Codes::Linear(Offset::Min), Scales::F16);
+    pub const Q4_1: Grouped = Grouped::ggml(Codes::Linear(Offset::Min), Scales::F16, 32);
+    /// ggml's Q5_0.
+    pub const Q5_0: Grouped = Grouped::ggml(Codes::Linear5(Offset::Signed), Scales::F16, 32);
+    /// ggml's Q5_1.
+    pub const Q5_1: Grouped = Grouped::ggml(Codes::Linear5(Offset::Min), Scales::F16, 32);
+    /// ggml's Q2_K, its codes in 4 bits.
+    pub const Q2_K: Grouped = Grouped::ggml(Codes::Linear(Offset::Min), Scales::Integer, 16);
+    /// ggml's Q3_K, its codes in 4 bits.
+    pub const Q3_K: Grouped = Grouped::ggml(Codes::Linear(Offset::Signed), Scales::Integer, 16);
     /// ggml's Q4_K.
-    pub const Q4_K: Grouped = Grouped::ggml(Codes::Linear(Offset::Min), Scales::Integer);
+    pub const Q4_K: Grouped = Grouped::ggml(Codes::Linear(Offset::Min), Scales::Integer, 32);
+    /// ggml's Q5_K.
+    pub const Q5_K: Grouped = Grouped::ggml(Codes::Linear5(Offset::Min), Scales::Integer, 32);
+    /// ggml's Q6_K.
+    pub const Q6_K: Grouped = Grouped::ggml(Codes::Linear6(Offset::Signed), Scales::Integer, 16);
     /// ggml's IQ4_NL.
-    pub const IQ4_NL: Grouped = Grouped::ggml(Codes::Uneven, Scales::F16);
+    pub const IQ4_NL: Grouped = Grouped::ggml(Codes::Uneven, Scales::F16, 32);
     /// ggml's IQ4_XS.
-    pub const IQ4_XS: Grouped = Grouped::ggml(Codes::Uneven, Scales::Integer);
+    pub const IQ4_XS: Grouped = Grouped::ggml(Codes::Uneven, Scales::Integer, 32);
     /// MXFP4 (OCP Microscaling Formats 1.0).
-    pub const MXFP4: Grouped = Grouped::ggml(Codes::Fp4, Scales::Power);
+    pub const MXFP4: Grouped = Grouped::ggml(Codes::Fp4, Scales::Power, 32);
+    /// NVFP4.
+    pub const NVFP4: Grouped = Grouped::ggml(Codes::Fp4, Scales::F16, 16);
 
-    const fn ggml(codes: Codes, scales: Scales) -> Grouped {
-        Grouped { codes, scales, group: GROUP }
+    const fn ggml(codes: Codes, scales: Scales, group: usize) -> Grouped {
+        Grouped { codes, scales, group }
     }
 
-    /// `T`.
-    pub fn table(self) -> &'static [i8; 16] {
+    /// `T`, where codes do not stand for themselves.
+    pub fn table(self) -> Option<&'static [i8; 16]> {
         match self.codes {
-            Codes::Linear(_) => &LINEAR,
-            Codes::Uneven => &UNEVEN,
-            Codes::Fp4 => &TWICE,
+            Codes::Linear(_) | Codes::Linear5(_) | Codes::Linear6(_) => None,
+            Codes::Uneven => Some(&UNEVEN),
+            Codes::Fp4 => Some(&TWICE),
         }
+    }
+
+    /// What a code stands for.
+    pub fn value(self, code: u8) -> i8 {
+        self.table().map_or(code as i8, |table| table[usize::from(code)])
+    }
+
+    /// The offset, where codes stand for themselves.
+    pub fn offset(self) -> Option<Offset> {
+        match self.codes {
+            Codes::Linear(offset) | Codes::Linear5(offset) | Codes::Linear6(offset) => Some(offset),
+            Codes::Uneven | Codes::Fp4 => None,
+        }
+    }
+
+    /// Bits of a code beyond 4.
+    pub fn high(self) -> usize {
+        match self.codes {
+            Codes::Linear(_) | Codes::Uneven | Codes::Fp4 => 0,
+            Codes::Linear5(_) => 1,
+            Codes::Linear6(_) => 2,
+        }
+    }
+
+    /// What [`Offset::Signed`] is times the scale.
+    pub fn signed(self) -> i8 {
+        -8 << self.high()
+    }
+
+    /// Inputs that have an exact integer: a group, or 32 of it.
+    pub fn unit(self) -> usize {
+        self.group.min(GROUP)
     }
 
     /// Groups of a block.
@@ -112,8 +161,11 @@ pub(crate) fn half_power(e: u8) -> f32 {
     f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (e - 1) << 23 })
 }
 
-/// One row's next [`BLOCK`] weights, as [`Grouped`] says. Scales and offsets are as stored, of each [`GROUP`] inputs:
-/// in a longer group all are alike. Integers are two's complement in the low byte.
+/// Most units of a block.
+pub const UNITS: usize = BLOCK / 16;
+
+/// One row's next [`BLOCK`] weights, as [`Grouped`] says. Scales and offsets are as stored, of each unit of 32 inputs (in
+/// a longer group all are alike) or 16. Integers are two's complement in the low byte.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct BlockGrouped {
     /// Bits of the f16 that integer scales are times.
@@ -121,9 +173,9 @@ pub struct BlockGrouped {
     /// Bits of the f16 that integer minima are times.
     pub e: u16,
     /// Scales.
-    pub s: [u16; GROUPS],
+    pub s: [u16; UNITS],
     /// Offsets, if they are stored.
-    pub o: [u16; GROUPS],
+    pub o: [u16; UNITS],
     /// One code in each byte.
     pub q: [u8; BLOCK],
 }
@@ -131,36 +183,40 @@ pub struct BlockGrouped {
 impl BlockGrouped {
     /// All weights zero.
     pub const ZERO: BlockGrouped =
-        BlockGrouped { d: 0, e: 0, s: [0; GROUPS], o: [0; GROUPS], q: [0; BLOCK] };
+        BlockGrouped { d: 0, e: 0, s: [0; UNITS], o: [0; UNITS], q: [0; BLOCK] };
     /// The exponent that stands for "not a number" among [`Scales::Power`].
     pub const NAN: u16 = 255;
 
-    /// `s` of group `g`.
-    pub fn scale(&self, how: Grouped, g: usize) -> f32 {
-        how.number(self.s[g], self.d)
+    /// `s` of unit `u`.
+    pub fn scale(&self, how: Grouped, u: usize) -> f32 {
+        how.number(self.s[u], self.d)
     }
 
-    /// `o` of group `g`.
-    pub fn offset(&self, how: Grouped, g: usize) -> f32 {
-        match how.codes {
-            Codes::Linear(Offset::Eight) => -8.0 * self.scale(how, g),
-            Codes::Linear(Offset::Zero) => f32::from(self.o[g] as i8) * self.scale(how, g),
-            Codes::Linear(Offset::Min) => how.number(self.o[g], self.e),
-            Codes::Uneven | Codes::Fp4 => 0.0,
+    /// `o` of unit `u`.
+    pub fn offset(&self, how: Grouped, u: usize) -> f32 {
+        match how.offset() {
+            None => 0.0,
+            Some(Offset::Signed) => f32::from(how.signed()) * self.scale(how, u),
+            Some(Offset::Zero) => f32::from(self.o[u] as i8) * self.scale(how, u),
+            Some(Offset::Min) => how.number(self.o[u], self.e),
         }
     }
 
     /// The weights as f32.
     pub fn dequantize(&self, how: Grouped) -> [f32; BLOCK] {
-        std::array::from_fn(|k| {
-            let w = self.scale(how, k / GROUP) * f32::from(how.table()[usize::from(self.q[k])]);
-            w + self.offset(how, k / GROUP)
-        })
+        let mut w = [0.0; BLOCK];
+        for (u, w) in w.chunks_exact_mut(how.unit()).enumerate() {
+            let (s, o) = (self.scale(how, u), self.offset(how, u));
+            for (w, &q) in w.iter_mut().zip(&self.q[u * how.unit()..]) {
+                *w = s * f32::from(how.value(q)) + o;
+            }
+        }
+        w
     }
 
     /// The first input whose group has a scale or an offset that is not finite.
     pub fn not_finite(&self, how: Grouped) -> Option<usize> {
-        let finite = |g| self.scale(how, g).is_finite() && self.offset(how, g).is_finite();
-        (0..GROUPS).find(|&g| !finite(g)).map(|g| g * GROUP)
+        let finite = |u| self.scale(how, u).is_finite() && self.offset(how, u).is_finite();
+        (0..BLOCK / how.unit()).find(|&u| !finite(u)).map(|u| u * how.unit())
     }
 }

@@ -7,11 +7,12 @@ use crate::quant::{BlockGrouped, Codes, Offset, Scales};
 /// Every field of [`Grouped`] at each of its values.
 fn all_grouped() -> impl Iterator<Item = Grouped> {
     use Scales::{Bf16, F16, Integer, Power};
-    let offsets = [Offset::Eight, Offset::Zero, Offset::Min].map(Codes::Linear);
-    let codes = offsets.into_iter().chain([Codes::Uneven, Codes::Fp4]);
+    let offsets = [Offset::Signed, Offset::Zero, Offset::Min];
+    let linear = |o| [Codes::Linear(o), Codes::Linear5(o), Codes::Linear6(o)];
+    let codes = offsets.into_iter().flat_map(linear).chain([Codes::Uneven, Codes::Fp4]);
     let scales = [F16, Bf16, Integer, Power];
     let both = codes.flat_map(move |codes| scales.map(|scales| (codes, scales)));
-    both.flat_map(|(codes, scales)| [32, 64, 128].map(|group| Grouped { codes, scales, group }))
+    both.flat_map(|(codes, scales)| [16, 32, 64, 128].map(|group| Grouped { codes, scales, group }))
 }
 
 /// A matrix `[n, k]` of any codes, `n` a multiple of 16, with inputs from `k` on zero as the packer leaves them. Scales
@@ -22,16 +23,16 @@ fn grouped(random: &mut Random, how: Grouped, n: usize, k: usize, near: bool) ->
     let mut out = Aligned::new(n / ROWS * size);
     for out in out.get_mut().chunks_exact_mut(size) {
         for (b, out) in out.chunks_mut(block_offset(form, 1)).enumerate() {
-            let mut rows = [BlockGrouped::ZERO; ROWS];
+            let (mut rows, largest) = ([BlockGrouped::ZERO; ROWS], (16u8 << how.high()) - 1);
             let len = BLOCK.min(k - b * BLOCK);
             for row in &mut rows {
                 // Some rows are all of one sign and as large as can be.
                 let extreme = random.next() % 8;
                 row.q[..len].fill_with(|| match extreme {
-                    0 => 7,
-                    1 => 15,
+                    0 => largest / 2,
+                    1 => largest,
                     2 => 0,
-                    _ => random.next() as u8 & 15,
+                    _ => random.next() as u8 & largest,
                 });
                 let mut number = || match how.scales {
                     Scales::F16 => half::f16::from_f32(random.value()).to_bits(),
@@ -40,8 +41,8 @@ fn grouped(random: &mut Random, how: Grouped, n: usize, k: usize, near: bool) ->
                     Scales::Power if near => 100 + random.next() as u16 % 50,
                     Scales::Power => random.next() as u16 % 200,
                 };
-                row.s[..len.div_ceil(32)].fill_with(&mut number);
-                row.o[..len.div_ceil(32)].fill_with(&mut number);
+                row.s[..len / how.unit()].fill_with(&mut number);
+                row.o[..len / how.unit()].fill_with(&mut number);
                 row.d = half::f16::from_f32(random.value()).to_bits();
                 row.e = half::f16::from_f32(random.value()).to_bits();
             }
@@ -93,11 +94,11 @@ fn grouped_products(how: Grouped, m: usize, n: usize, k: usize, random: &mut Ran
         for t in 0..m {
             let (mut sum, mut all) = (0.0, 0.0);
             for i in 0..k {
-                let (b, g) = (i / BLOCK, i % BLOCK / 32);
+                let (b, u) = (i / BLOCK, i % BLOCK / how.unit());
                 let x = f64::from(acts.s(b, t)) * f64::from(acts.q(b, t)[i % BLOCK]);
-                let code = how.table()[usize::from(row[b].q[i % BLOCK])];
-                let w = f64::from(row[b].scale(how, g)) * f64::from(code);
-                let o = f64::from(row[b].offset(how, g));
+                let code = how.value(row[b].q[i % BLOCK]);
+                let w = f64::from(row[b].scale(how, u)) * f64::from(code);
+                let o = f64::from(row[b].offset(how, u));
                 sum += (w + o) * x;
                 all += (w.abs() + o.abs()) * x.abs();
             }
@@ -111,8 +112,8 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 1 } else { 48 }))]
 
     #[test]
-    fn grouped_gemm(m in 1usize..14, blocks in 1usize..4, k in 1usize..12, which in 0usize..30, seed: u64) {
-        for how in all_grouped().skip(which).step_by(30) {
+    fn grouped_gemm(m in 1usize..14, blocks in 1usize..4, k in 1usize..12, which in 0usize..88, seed: u64) {
+        for how in all_grouped().skip(which).step_by(88) {
             grouped_products(how, m, blocks * ROWS, k * 32, &mut Random(seed));
         }
     }

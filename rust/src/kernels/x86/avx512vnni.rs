@@ -6,7 +6,7 @@
 use super::super::layout::{Q4_HEADER, Q8_HEADER, ROWS, block_offset};
 use super::super::simd::F32x16;
 use super::super::{Acts, Form, Kernels, float};
-use super::grouped;
+use super::grouped512;
 use crate::quant::BLOCK;
 use std::arch::x86_64::*;
 use std::sync::OnceLock;
@@ -26,7 +26,7 @@ pub(in super::super) const KERNELS: Kernels = Kernels {
     },
     gemm_q4,
     gemm_q8,
-    gemm_grouped: grouped::gemm_avx512vnni,
+    gemm_grouped: grouped512::gemm,
     float: FLOATS,
 };
 

@@ -5,5 +5,6 @@ pub(super) mod avx2;
 pub(super) mod avx512vnni;
 pub(super) mod avxvnni;
 mod grouped;
+mod grouped512;
 #[cfg(all(test, target_os = "linux"))]
 pub(super) mod trap;

@@ -60,6 +60,8 @@ pub enum Scheme {
         /// What shares a scale.
         spread: Spread,
     },
+    /// `quant::fp4`.
+    Fp4,
     /// `quant::nibbles`.
     Nibbles,
     /// `quant::llm_int8`.
@@ -84,7 +86,7 @@ impl Scheme {
     pub fn marks(&self) -> &'static [&'static str] {
         match self {
             Scheme::Gptq { .. } | Scheme::Awq { .. } => &[".qweight"],
-            Scheme::Packed { .. } => &[".weight_packed"],
+            Scheme::Packed { .. } | Scheme::Fp4 => &[".weight_packed"],
             Scheme::Int8 { .. } => &[".weight_scale"],
             Scheme::Float8 { .. } => &[".weight_scale", ".weight_scale_inv"],
             Scheme::Nibbles => &[".weight.quant_map"],
@@ -104,6 +106,7 @@ impl Scheme {
             Scheme::Packed { bits, spread, .. } => format!("int{bits}, {}", spread.name()),
             Scheme::Int8 { spread, .. } => format!("int8, {}", spread.name()),
             Scheme::Float8 { spread } => format!("fp8 e4m3, {}", spread.name()),
+            Scheme::Fp4 => "mxfp4".to_owned(),
             Scheme::Nibbles => "4 bits, blocks counted through all rows".to_owned(),
             Scheme::LlmInt8 => format!("int8, {}", Spread::Channel.name()),
         }
@@ -481,6 +484,7 @@ fn compressed_scheme(top: &Object<'_>, own: &Object<'_>) -> Result<Scheme> {
         ("pack-quantized", "int", _, Spread::Channel | Spread::Group(_)) => {
             Ok(Scheme::Packed { bits, spread, symmetric })
         }
+        ("mxfp4-pack-quantized", "float", 4, Spread::Group(32)) if symmetric => Ok(Scheme::Fp4),
         ("int-quantized" | "naive-quantized", "int", 8, _) => {
             Ok(Scheme::Int8 { spread, symmetric })
         }
@@ -489,7 +493,7 @@ fn compressed_scheme(top: &Object<'_>, own: &Object<'_>) -> Result<Scheme> {
         }
         _ => Err(Error::Unsupported(format!(
             "config.json: {}: found {format:?} of {kind} weights of {bits} bits, {}{}; supported are pack-quantized \
-             int of 4 and 8 bits (channel, group), int-quantized int8, and float-quantized fp8",
+             int of 4 and 8 bits (channel, group), int-quantized int8, float-quantized fp8, and mxfp4-pack-quantized",
             top.label("format"),
             spread.name(),
             if symmetric { "" } else { ", asymmetric" },

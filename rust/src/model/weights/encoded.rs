@@ -8,7 +8,7 @@ use crate::quant::{self, Encoded, Floats, Groups, Scaling};
 use crate::{Error, Result};
 
 /// Types of scales.
-const FLOATS: &[Dtype] = &[Dtype::F32, Dtype::F16, Dtype::BF16];
+const FLOATS: &[Dtype] = &[Dtype::F32, Dtype::F16, Dtype::BF16, Dtype::F8E8M0];
 
 /// Tensors of one module, taken one after the other.
 struct Taken<'r, 'a> {
@@ -109,6 +109,7 @@ fn floats<'a>(tensor: &TensorView<'a>) -> Floats<'a> {
     match tensor.dtype {
         Dtype::F16 => Floats::F16(tensor.bytes),
         Dtype::BF16 => Floats::Bf16(tensor.bytes),
+        Dtype::F8E8M0 => Floats::Power(tensor.bytes),
         _ => Floats::F32(tensor.bytes),
     }
 }
@@ -139,9 +140,8 @@ impl<'a> Reader<'a> {
             let expected = scheme.marks().join(" or ");
             return wrong(format!("found this, but quantization_config says {expected}"));
         }
-        if matches!(scheme, Scheme::Gptq { .. } | Scheme::Awq { .. } | Scheme::Packed { .. })
-            && there(".weight").is_some()
-        {
+        let packed = [".qweight", ".weight_packed"].contains(&mark);
+        if packed && there(".weight").is_some() {
             return wrong(
                 "found this and an unquantized `weight`, expected one of them".to_owned(),
             );
@@ -205,6 +205,18 @@ impl<'a> Reader<'a> {
                 }
                 let groups = t.groups(".weight_g_idx", k, size)?;
                 quant::packed(bits, k, words, zeros, count, scales, groups)
+            }
+            Scheme::Fp4 => {
+                let bytes = t.take(".weight_packed", &[Dtype::U8], &[&[n, k.div_ceil(2)]])?.bytes;
+                let scale = t.take(".weight_scale", &[Dtype::U8], &[&[n, k.div_ceil(32)]])?.bytes;
+                if !k.is_multiple_of(32) {
+                    return Err(t.bad(
+                        ".weight_packed",
+                        &format!("{k} inputs"),
+                        "a multiple of 32",
+                    ));
+                }
+                quant::fp4(k, bytes, scale)
             }
             Scheme::Int8 { spread, symmetric } => {
                 let bytes = t.take(".weight", &[Dtype::I8], &[&[n, k]])?.bytes;

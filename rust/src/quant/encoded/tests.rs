@@ -171,6 +171,23 @@ fn compressed_tensors_packs_along_the_inputs() {
 }
 
 #[test]
+fn mxfp4_of_compressed_tensors() {
+    let (n, k) = (4, 288);
+    let codes = numbers(n * k, 16, 1);
+    let bytes: Vec<u8> = codes.chunks(2).map(|two| (two[1] << 4 | two[0]) as u8).collect();
+    let scales: Vec<u8> = numbers(n * k / 32, 250, 2).iter().map(|&e| e as u8).collect();
+    let m = Matrix { n, k, ..Matrix::new(8, 64, 4, 32) };
+    let e = fp4(k, &bytes, &scales);
+    assert_eq!(e.kept(), Kept::Grouped(Grouped::MXFP4));
+    m.is(&e, |i, j| {
+        let q = codes[i * k + j] as usize;
+        let value = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0][q % 8];
+        let value = if q > 8 { -value } else { value }; // a zero has no sign here
+        value * 2f32.powi(i32::from(scales[(i * k + j) / 32]) - 127)
+    });
+}
+
+#[test]
 fn scales_of_blocks_rows_and_matrices() {
     let (n, k) = (20, 300);
     let bytes: Vec<u8> = (0..n * k).map(|at| (at * 37 % 251) as u8).collect();
@@ -244,6 +261,12 @@ fn bitsandbytes_counts_blocks_through_all_rows() {
         let scale = outer[[9, 200, 17, 255][b]] * scales[b / 2] + 0.125;
         scale * value(i, j)
     });
+    for (byte, scale) in
+        [(0, 2f32.powi(-127)), (1, 2f32.powi(-126)), (127, 1.0), (254, 2f32.powi(127))]
+    {
+        assert_eq!(Floats::Power(&[byte]).get(0), scale);
+    }
+    assert!(Floats::Power(&[255]).get(0).is_nan());
     let scb = f32s(&[12.7, 0.5]);
     let e = llm_int8(3, &[1, 255, 127, 0, 2, 129], &scb);
     let mut row = [0.0; 3];

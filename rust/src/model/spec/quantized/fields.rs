@@ -72,7 +72,14 @@ pub(super) const AWQ: &Fields = &[
     ("zero_point", Only("true")),
     ("modules_to_not_convert", Read),
     ("quant_method", Read),
+    ("checkpoint_format", Only("\"gemm\"")), // as GPTQModel writes AWQ
+    ("format", Only("\"gemm\"")),
+    ("pack_dtype", Only("\"int32\"")),
     ("backend", Aside),
+    ("desc_act", Aside),
+    ("lm_head", Aside),
+    ("meta", Aside),
+    ("sym", Aside),
     ("do_fuse", Aside),
     ("exllama_config", Aside),
     ("fuse_max_seq_len", Aside),
@@ -86,7 +93,8 @@ pub(super) const FP8: &Fields = &[
     ("fmt", Only("\"e4m3\"")),
     ("activation_scheme", Aside),
     ("dequantize", Aside),
-    ("scale_fmt", Aside), // powers of two, but stored as floats
+    ("modules_to_convert", Aside), // the tensors say it
+    ("scale_fmt", Aside),          // likewise
 ];
 pub(super) const FBGEMM: &Fields =
     &[("modules_to_not_convert", Read), ("quant_method", Read), ("activation_scale_ub", Aside)];
@@ -114,6 +122,7 @@ pub(super) const COMPRESSED: &Fields = &[
     ("quantization_status", Only("\"compressed\"")),
     ("global_compression_ratio", Aside),
     ("kv_cache_scheme", Aside), // keys and values are kept as kv_cache_dtype says, no coarser
+    ("transform_config", Only("{}")),
     ("run_compressed", Aside),
     ("version", Aside),
 ];

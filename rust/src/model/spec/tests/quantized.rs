@@ -82,7 +82,10 @@ fn fields_that_are_not_understood_are_named() {
             with(&compressed(), "sparsity_config", json!({"format": "sparse-24-bitmask"})),
             "sparsity_config.format: found \"sparse-24-bitmask\", only \"dense\"",
         ),
-        (with(&compressed(), "transform_config", json!({})), "transform_config: an object is not"),
+        (
+            with(&compressed(), "transform_config", json!({"R1": {}})),
+            "transform_config: found an object, only {} is supported",
+        ),
         (with(&compressed(), "format", json!("marlin-24")), "format: found \"marlin-24\" of int"),
         (group("targets", json!(["LlamaAttention"])), "targets: found \"LlamaAttention\", only"),
         (group("output_activations", json!({})), "output_activations: an object is not understood"),
@@ -103,6 +106,12 @@ fn fields_that_are_not_understood_are_named() {
             "compression_config: found another description, expected what quantization_config says",
         ),
     ];
+    // What recent versions write where there is nothing to say.
+    let mut empty = compressed();
+    for key in ["sparsity_config", "transform_config"] {
+        empty[key] = json!({});
+    }
+    read(empty);
     for (more, expected) in cases {
         let e = error("LlamaForCausalLM", more);
         assert!(e.starts_with("config.json: ") && e.contains(expected), "{e}\n{expected}");
@@ -153,6 +162,11 @@ fn the_first_rule_that_fits_counts() {
         assert_eq!(q.scheme(module).unwrap(), expected, "{module}");
     }
     assert_eq!(q.name(), "compressed-tensors: fp8 e4m3, blocks of 64 x 32; int4, groups of 32");
+
+    let mut said = compressed();
+    said["format"] = json!("mxfp4-pack-quantized");
+    said["config_groups"]["group_0"]["weights"]["type"] = json!("float");
+    assert_eq!(read(said).scheme("x").unwrap(), Some(&Scheme::Fp4));
 
     let q = read(json!({"quant_method": "fp8", "modules_to_not_convert": ["lm_head", "mlp.gate"]}));
     assert_eq!(
