@@ -336,6 +336,8 @@ impl Checkpoint {
     /// Tells the system that a tensor's bytes are not needed soon, so that reading a whole checkpoint does not
     /// fill the memory with it. They can still be read.
     pub fn release(&self, tensor: &TensorView<'_>) {
+        #[cfg(not(unix))]
+        let _ = tensor; // the system finds out by itself
         #[cfg(unix)]
         for Mapped { map, .. } in &self.files {
             let Some(at) = tensor.bytes.as_ptr().addr().checked_sub(map.as_ptr().addr()) else {
