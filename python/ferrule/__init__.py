@@ -28,6 +28,7 @@ from .errors import (
 )
 from .llm import LLM
 from .params import SamplingParams
+from .quality import Distance, Estimate, Evaluation, evaluate
 from .request import AsyncStream, Request, Stream
 from .results import (
     Chunk,
@@ -49,8 +50,11 @@ __all__ = [
     "Chunk",
     "Completion",
     "ContextLengthError",
+    "Distance",
     "DownloadError",
     "EngineClosedError",
+    "Estimate",
+    "Evaluation",
     "FerruleError",
     "FileAccessError",
     "InternalError",
@@ -75,4 +79,5 @@ __all__ = [
     "UnsupportedModelError",
     "Usage",
     "__version__",
+    "evaluate",
 ]

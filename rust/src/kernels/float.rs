@@ -9,7 +9,7 @@
 pub(super) use super::activation::{Activation, exp, gate, sigmoid};
 use super::layout::{self, ROWS};
 use super::simd::F32x16;
-use crate::quant::{self, BLOCK, BlockQ4, BlockQ8, GROUP, GROUPS, Grouped};
+use crate::quant::{self, BLOCK, BlockQ8, GROUP, GROUPS, Grouped};
 
 /// What a router makes of its logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,7 +88,7 @@ macro_rules! instantiate {
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn pack_q4(x: &Rows, k: usize, out: &mut [u8]) {
-                float::pack_q4(x, k, out)
+                crate::kernels::pack::pack_q4(x, k, out)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn pack_q8(x: &Rows, k: usize, out: &mut [u8]) {
@@ -342,16 +342,6 @@ pub(super) fn quantize(x: &[f32], q: &mut [i8], sums: &mut [i16; GROUPS]) -> (f3
         *sum = q.iter().map(|&q| i16::from(q)).sum();
     }
     (amax / quant::MAX, sums.iter().map(|&s| i32::from(s)).sum())
-}
-
-/// Quantizes one block of 16 rows of `k` weights each and packs it.
-#[inline(always)]
-pub(super) fn pack_q4(x: &[[f32; BLOCK]; ROWS], k: usize, out: &mut [u8]) {
-    let mut rows = [BlockQ4::ZERO; ROWS];
-    for (row, x) in rows.iter_mut().zip(x) {
-        *row = BlockQ4::quantize(&x[..k]);
-    }
-    layout::pack_q4(&rows, out);
 }
 
 /// Quantizes one block of 16 rows of `k` weights each and packs it.

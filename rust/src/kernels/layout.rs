@@ -120,16 +120,21 @@ pub(super) fn block_offset(form: Form, b: usize) -> usize {
 
 /// Writes one block of 16 rows. `out` is as long as the block.
 pub fn pack_q4(rows: &[BlockQ4; ROWS], out: &mut [u8]) {
-    let (header, lines) = out.split_at_mut(Q4_HEADER);
     for (r, row) in rows.iter().enumerate() {
-        header[4 * r..4 * r + 4].copy_from_slice(&row.d.to_le_bytes());
-        for t in 0..4 {
-            header[64 + 16 * t + r] = (row.sc[2 * t] - 1) | (row.sc[2 * t + 1] - 1) << 4;
-            header[128 + 32 * t + 2 * r] = row.mn[2 * t] as u8;
-            header[128 + 32 * t + 2 * r + 1] = row.mn[2 * t + 1] as u8;
-        }
-        put_codes(&row.q, r, lines);
+        put_q4(row, r, out);
     }
+}
+
+/// Writes row `r` of a block.
+pub(super) fn put_q4(row: &BlockQ4, r: usize, out: &mut [u8]) {
+    let (header, lines) = out.split_at_mut(Q4_HEADER);
+    header[4 * r..4 * r + 4].copy_from_slice(&row.d.to_le_bytes());
+    for t in 0..4 {
+        header[64 + 16 * t + r] = (row.sc[2 * t] - 1) | (row.sc[2 * t + 1] - 1) << 4;
+        header[128 + 32 * t + 2 * r] = row.mn[2 * t] as u8;
+        header[128 + 32 * t + 2 * r + 1] = row.mn[2 * t + 1] as u8;
+    }
+    put_codes(&row.q, r, lines);
 }
 
 /// Where the scales and the offsets of a grouped block begin, and bytes of each.
@@ -227,7 +232,7 @@ fn get_codes(lines: &[u8], r: usize, q: &mut [u8; BLOCK]) {
 }
 
 /// Writes one block of 16 rows. `out` is as long as the block.
-pub(super) fn pack_q8(rows: &[BlockQ8; ROWS], out: &mut [u8]) {
+pub fn pack_q8(rows: &[BlockQ8; ROWS], out: &mut [u8]) {
     let (header, lines) = out.split_at_mut(Q8_HEADER);
     for (r, row) in rows.iter().enumerate() {
         header[4 * r..4 * r + 4].copy_from_slice(&row.d.to_le_bytes());

@@ -12,6 +12,7 @@ mod attention;
 mod float;
 mod grouped;
 pub mod layout;
+mod pack;
 mod recurrent;
 mod scalar;
 mod simd;

@@ -188,6 +188,37 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 48 }))]
 
     #[test]
+    fn rows_side_by_side_are_quantized_as_one_by_one(
+        k in prop_oneof![Just(BLOCK), 1..=BLOCK],
+        seed in any::<u64>(),
+        scales in prop::array::uniform16(-90i32..90),
+        zeros in 0usize..4,
+    ) {
+        let mut random = Random(seed);
+        let mut x = [[f32::NAN; BLOCK]; ROWS]; // beyond k nothing may be read
+        for (r, x) in x.iter_mut().enumerate() {
+            for x in &mut x[..k] {
+                let value = random.value(); // few rows with zeros: they go another way
+                *x = if value == 0.0 { 0.5 } else { value } * (scales[r] as f32).exp2();
+            }
+            if r % 5 == 0 && zeros > 0 {
+                x[random.next() as usize % k] = 0.0;
+            }
+            if r == 3 && zeros == 2 {
+                x[..k].fill(0.0);
+            }
+        }
+        let rows: Vec<_> = x.iter().map(|x| BlockQ4::quantize(&x[..k])).collect();
+        let mut expected = vec![0; Form::Q4.row_block_bytes(k)];
+        pack_q4(rows[..].try_into().unwrap(), &mut expected);
+        for kernels in available() {
+            let mut out = vec![0xa5; expected.len()];
+            kernels.pack(Form::Q4, &x, k, &mut out);
+            prop_assert!(out == expected, "{}", kernels.name);
+        }
+    }
+
+    #[test]
     fn integer_gemm(m in 1usize..70, blocks in 1usize..4, k in 1usize..10, q4: bool, seed: u64) {
         let (form, k) = (if q4 { Form::Q4 } else { Form::Q8 }, k * 64);
         let mut random = Random(seed);

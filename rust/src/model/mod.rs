@@ -1,5 +1,6 @@
 //! A model: architecture as data (`spec`), weights, the one forward pass, the paged KV cache.
 
+mod budget;
 mod cache;
 mod describe;
 mod forward;
@@ -8,10 +9,11 @@ pub mod spec;
 mod weights;
 
 pub use crate::backend::{KvDtype, PAGE};
-pub use describe::{Description, describe};
+pub use budget::{Budget, Wish};
+pub use describe::{CHUNK, Description, describe};
 pub use forward::{Kv, Model};
 
-use crate::backend::cpu::Cpu;
+use crate::backend::cpu::{Cpu, Tiles};
 use crate::file::{self, Checkpoint};
 use crate::{Error, Result};
 use spec::Spec;
@@ -92,6 +94,8 @@ pub trait Forward {
     fn kv_groups(&self) -> Vec<KvGroup>;
     /// Memory for this many pages of each group.
     fn new_kv(&self, pages: &[usize]) -> Result<Self::Kv>;
+    /// Copies pages, one after the other.
+    fn copy_pages(&self, kv: &mut Self::Kv, copies: &[kv::PageCopy]);
     /// Runs every chunk; the logits of the wanted rows, f32 [rows, vocab], in order. Looks at
     /// `interrupt` between layers: `Error::Interrupted` leaves the chunks' positions undefined, and
     /// the states before them as they were.
@@ -123,6 +127,8 @@ pub struct LoadOptions {
     pub quantization: Quantization,
     /// Threads; `None` = as [`topology::auto`](crate::backend::cpu::topology::auto) says.
     pub threads: Option<usize>,
+    /// How matrix products are cut.
+    pub tiles: Tiles,
     /// The kernel set to use; `None` = the best one.
     pub isa: Option<String>,
     /// How keys and values are kept.
@@ -140,6 +146,7 @@ impl Default for LoadOptions {
         LoadOptions {
             quantization: Quantization::Auto,
             threads: None,
+            tiles: Tiles::default(),
             isa: None,
             kv_dtype: KvDtype::F16,
             cache_dir: None,
@@ -181,7 +188,7 @@ fn open(folder: &Path, options: &LoadOptions) -> Result<(Spec, Checkpoint, PathB
 pub fn load(folder: &Path, mut options: LoadOptions) -> Result<Model<Cpu>> {
     let (spec, checkpoint, path) = open(folder, &options)?;
     let threads = options.threads.unwrap_or_else(|| crate::backend::cpu::topology::auto().count);
-    let backend = Cpu::new(threads, options.isa.as_deref())?;
+    let backend = Cpu::new(threads, options.isa.as_deref())?.with_tiles(options.tiles)?;
     let weights = weights::load(&path, &checkpoint, &spec, &backend, &mut options)?;
     let (groups, group_of) = forward::kv_groups(&spec, options.kv_dtype);
     Ok(Model { spec, backend, weights, kv_dtype: options.kv_dtype, group_of, groups })

@@ -16,13 +16,25 @@
 //! could stand for a scale and an offset of each group. A dot product is an exact integer and a float step for each 32
 //! or 16 inputs.
 
+mod awq;
+mod bitsandbytes;
 mod blocks;
+mod compressed;
+mod encoded;
+mod float8;
+mod gptq;
 mod grids;
 mod grouped;
 mod q4;
 mod q8;
 
+pub use awq::awq;
+pub use bitsandbytes::{llm_int8, nibbles};
 pub use blocks::{Blocks, Kept};
+pub use compressed::{fp4, int8, packed};
+pub use encoded::{Encoded, Floats, Groups, Scaling};
+pub use float8::float8;
+pub use gptq::gptq;
 pub(crate) use grouped::half_power;
 pub use grouped::{BlockGrouped, Codes, Grouped, Offset, Scales, TWICE, UNEVEN, UNITS};
 pub use q4::BlockQ4;

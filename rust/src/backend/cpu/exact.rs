@@ -1,16 +1,22 @@
-//! Weights that a packed form holds exactly: those of the grouped forms, and ternary blocks in the int4 form. Never
-//! rounds.
+//! Weights that a packed form holds exactly: those of the grouped forms; ternary blocks, and int4 with one scale for
+//! each 256 inputs or more, in the int4 form; int8 with such scales in the int8 form. Never rounds, but for int8's -128.
 
 use super::{NotFinite, Part, Parts};
 use crate::kernels::{Form, layout};
-use crate::quant::{BLOCK, BlockGrouped, BlockQ4, Blocks, GROUP, Grouped, Kept};
+use crate::quant::{BLOCK, BlockGrouped, BlockQ4, BlockQ8, Blocks, Encoded, GROUP, Grouped, Kept};
 use layout::ROWS;
 
 /// Whether `form` holds `parts` exactly; else they are quantized.
 pub(super) fn holds(form: Form, parts: &Parts<'_>) -> bool {
     match form {
         Form::Grouped(_) | Form::GroupedFloat(_) => true,
-        Form::Q4 => parts.parts.iter().all(|part| part.blocks.is_some_and(Blocks::is_ternary)),
+        Form::Q4 => parts.parts.iter().all(|part| {
+            part.blocks.is_some_and(Blocks::is_ternary)
+                || whole_rows(part, parts.k).is_some_and(Encoded::fits_q4)
+        }),
+        Form::Q8 => {
+            parts.parts.iter().all(|part| whole_rows(part, parts.k).is_some_and(Encoded::fits_q8))
+        }
         _ => false,
     }
 }
@@ -31,7 +37,8 @@ pub(super) fn pack(
             let pack = |rows: &[_; ROWS], out: &mut [u8]| layout::pack_grouped(how, rows, out);
             each(form, parts, rb, out, BlockGrouped::ZERO, read, pack)
         }
-        _ => each(form, parts, rb, out, BlockQ4::ZERO, ternary, layout::pack_q4),
+        Form::Q8 => each(form, parts, rb, out, BlockQ8::ZERO, int8, layout::pack_q8),
+        _ => each(form, parts, rb, out, BlockQ4::ZERO, int4, layout::pack_q4),
     }
 }
 
@@ -70,6 +77,13 @@ fn grouped(how: Grouped, part: &Part<'_>, start: usize, len: usize) -> BlockGrou
             _ => BlockGrouped::ZERO, // the plan has looked
         };
     }
+    if let Some(encoded) = part.encoded {
+        let row = encoded.grouped(start, len);
+        return match encoded.kept() {
+            Kept::Grouped(own) => row.joined(own, how),
+            _ => row,
+        };
+    }
     // MXFP4 in two tensors.
     let mut row = BlockGrouped::ZERO;
     for (j, byte) in part.bytes[start / 2..][..len / 2].iter().enumerate() {
@@ -81,7 +95,21 @@ fn grouped(how: Grouped, part: &Part<'_>, start: usize, len: usize) -> BlockGrou
     row
 }
 
-fn ternary(part: &Part<'_>, start: usize, _: usize) -> Result<BlockQ4, usize> {
+/// The matrix that a part consists of rows of, if it does.
+fn whole_rows<'p>(part: &'p Part<'_>, k: usize) -> Option<&'p Encoded<'p>> {
+    let whole =
+        |e: &&Encoded<'_>| e.k == k && part.row.is_multiple_of(k) && e.first.is_multiple_of(k);
+    part.encoded.as_ref().filter(whole).filter(|_| part.column == 1)
+}
+
+fn int8(part: &Part<'_>, start: usize, len: usize) -> Result<BlockQ8, usize> {
+    part.encoded.and_then(|e| e.q8(start, len)).ok_or(0)
+}
+
+fn int4(part: &Part<'_>, start: usize, len: usize) -> Result<BlockQ4, usize> {
+    if let Some(encoded) = part.encoded {
+        return encoded.q4(start, len).ok_or(0);
+    }
     let blocks = part.blocks.unwrap_or(Blocks::TQ2_0); // `holds` has looked
     let bytes = &part.bytes[start / BLOCK * blocks.bytes()..][..blocks.bytes()];
     blocks.ternary(bytes).filter(|block| block.d.is_finite()).ok_or(0)
