@@ -159,7 +159,7 @@ fn get_codes(lines: &[u8], r: usize, q: &mut [u8; BLOCK]) {
 }
 
 /// Writes one block of 16 rows. `out` is as long as the block.
-pub(super) fn pack_q8(rows: &[BlockQ8; ROWS], out: &mut [u8]) {
+pub fn pack_q8(rows: &[BlockQ8; ROWS], out: &mut [u8]) {
     let (header, lines) = out.split_at_mut(Q8_HEADER);
     for (r, row) in rows.iter().enumerate() {
         header[4 * r..4 * r + 4].copy_from_slice(&row.d.to_le_bytes());
@@ -172,7 +172,7 @@ pub(super) fn pack_q8(rows: &[BlockQ8; ROWS], out: &mut [u8]) {
 }
 
 /// One block of one packed int4 row.
-pub(super) fn unpack_q4(block: &[u8], r: usize) -> BlockQ4 {
+pub fn unpack_q4(block: &[u8], r: usize) -> BlockQ4 {
     let (header, lines) = block.split_at(Q4_HEADER);
     let mut row = BlockQ4 { d: f32_at(header, r), ..BlockQ4::ZERO };
     for t in 0..4 {
@@ -197,7 +197,7 @@ pub(super) fn unpack_mxfp4(block: &[u8], r: usize) -> BlockMxfp4 {
 }
 
 /// One block of one packed int8 row.
-pub(super) fn unpack_q8(block: &[u8], r: usize) -> BlockQ8 {
+pub fn unpack_q8(block: &[u8], r: usize) -> BlockQ8 {
     let (header, lines) = block.split_at(Q8_HEADER);
     let mut row = BlockQ8 { d: f32_at(header, r), ..BlockQ8::ZERO };
     for (j, line) in lines.chunks_exact(64).enumerate() {
@@ -213,7 +213,7 @@ fn f32_at(bytes: &[u8], i: usize) -> f32 {
 }
 
 /// Splits a row block into its blocks.
-pub(super) fn blocks(form: Form, row_block: &[u8]) -> std::slice::Chunks<'_, u8> {
+pub fn blocks(form: Form, row_block: &[u8]) -> std::slice::Chunks<'_, u8> {
     row_block.chunks(block_offset(form, 1))
 }
 

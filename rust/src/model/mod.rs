@@ -11,6 +11,7 @@ pub use crate::backend::{KvDtype, PAGE};
 pub use describe::{Description, describe};
 pub use forward::{Kv, Model};
 
+use crate::backend::Backend;
 use crate::backend::cpu::Cpu;
 use crate::file::{self, Checkpoint};
 use crate::{Error, Result};
@@ -178,11 +179,38 @@ fn open(folder: &Path, options: &LoadOptions) -> Result<(Spec, Checkpoint, PathB
 }
 
 /// Loads the model in `folder` onto the CPU, or the GGUF file that `folder` is or has.
-pub fn load(folder: &Path, mut options: LoadOptions) -> Result<Model<Cpu>> {
-    let (spec, checkpoint, path) = open(folder, &options)?;
+pub fn load(folder: &Path, options: LoadOptions) -> Result<Model<Cpu>> {
+    let opened = open(folder, &options)?;
+    let cpu = cpu(&options)?;
+    place(opened, cpu, options)
+}
+
+/// As [`load`], onto CUDA device `ordinal`, or the first that kernels run on.
+#[cfg(feature = "cuda")]
+pub fn load_cuda(
+    folder: &Path,
+    ordinal: Option<usize>,
+    options: LoadOptions,
+) -> Result<Model<crate::backend::cuda::Cuda>> {
+    let opened = open(folder, &options)?;
+    opened.0.runs_on_cuda()?;
+    let cuda = crate::backend::cuda::Cuda::new(ordinal, cpu(&options)?)?;
+    place(opened, cuda, options)
+}
+
+/// The CPU that `options` ask for.
+fn cpu(options: &LoadOptions) -> Result<Cpu> {
     let threads = options.threads.unwrap_or_else(|| crate::backend::cpu::topology::auto().count);
-    let backend = Cpu::new(threads, options.isa.as_deref())?;
+    Cpu::new(threads, options.isa.as_deref())
+}
+
+fn place<B: Backend>(
+    (spec, checkpoint, path): (Spec, Checkpoint, PathBuf),
+    backend: B,
+    mut options: LoadOptions,
+) -> Result<Model<B>> {
     let weights = weights::load(&path, &checkpoint, &spec, &backend, &mut options)?;
+    backend.finish()?;
     let (groups, group_of) = forward::kv_groups(&spec, options.kv_dtype);
     Ok(Model { spec, backend, weights, kv_dtype: options.kv_dtype, group_of, groups })
 }
