@@ -105,36 +105,29 @@ static bool down() {
     static bool set = getenv("FAKE_DOWN") != nullptr;
     return set;
 }
+/// Runs a warp until its lanes are done or wait for the block. How many wait.
+static u32 run_warp(u32 first) {
+    for (;;) {
+        u32 count[4] = {0, 0, 0, 0};
+        for (u32 j = 0; j < 32; j++) {
+            u32 i = first + (down() ? 31 - j : j);
+            if (fibers[i].wait == RUNS) resume(i);
+        }
+        for (u32 i = first; i < first + 32; i++) count[fibers[i].wait]++;
+        if (count[WARP] == 0) return count[BLOCK];
+        if (count[WARP] != 32) fail("a shuffle or warp barrier that not all lanes reach");
+        for (u32 i = first; i < first + 32; i++) fibers[i].wait = RUNS;
+    }
+}
 static void run_block() {
     u32 n = blockDim.x;
     memset(__start_shared, 0xff, __stop_shared - __start_shared);
     for (u32 i = 0; i < n; i++) fibers[i].wait = RUNS;
     for (;;) {
-        for (u32 j = 0; j < n; j++) {
-            u32 i = down() ? n - 1 - j : j;
-            if (fibers[i].wait == RUNS) resume(i);
-        }
-        u32 done = 0, block = 0, released = 0;
-        for (u32 w = 0; w < n; w += 32) {
-            u32 at_warp = 0, gone = 0;
-            for (u32 i = w; i < w + 32; i++) {
-                at_warp += fibers[i].wait == WARP;
-                gone += fibers[i].wait == DONE;
-                block += fibers[i].wait == BLOCK;
-            }
-            done += gone;
-            if (at_warp == 32) {
-                for (u32 i = w; i < w + 32; i++) fibers[i].wait = RUNS;
-                released++;
-            } else if (at_warp && at_warp + gone == 32) {
-                fail("a shuffle or warp barrier that not all lanes reach");
-            } else if (at_warp) {
-                fail("lanes of a warp at different barriers");
-            }
-        }
-        if (done == n) return;
-        if (released) continue;
-        if (block != n) fail("a barrier that not all threads reach");
+        u32 waiting = 0;
+        for (u32 w = 0; w < n; w += 32) waiting += run_warp(down() ? n - 32 - w : w);
+        if (waiting == 0) return;
+        if (waiting != n) fail("a barrier that not all threads reach");
         for (u32 i = 0; i < n; i++) fibers[i].wait = RUNS;
     }
 }

@@ -21,7 +21,11 @@ fn goldens() -> Vec<PathBuf> {
             let mut more: Vec<_> = std::fs::read_dir(Path::new(&shared).join("goldens"))
                 .unwrap()
                 .map(|entry| entry.unwrap().path())
-                .filter(|path| path.join("config.json").exists())
+                .filter(|path| {
+                    let name = path.file_name().unwrap().to_string_lossy();
+                    path.join("config.json").exists()
+                        && !["gguf-", "quant-"].iter().any(|other| name.starts_with(other))
+                })
                 .filter(|path| !names.iter().any(|name| path.ends_with(name)))
                 .collect();
             more.sort();
