@@ -15,6 +15,7 @@ __all__ = [
     "QMatrix",
     "Request",
     "cpu_features",
+    "cuda_devices",
     "describe",
     "gguf_at",
     "inspect",
@@ -37,6 +38,7 @@ class Engine:
         cls,
         folder: str,
         *,
+        device: str = "cpu",
         quantization: str = "auto",
         threads: int | None = None,
         context_length: int | None = None,
@@ -153,3 +155,4 @@ def inspect(path: str | PathLike[str]) -> str: ...
 def kernel_set() -> str: ...
 def kernel_sets() -> list[str]: ...
 def threads() -> tuple[int, str]: ...
+def cuda_devices() -> tuple[list[tuple[int, str, str, int]], str]: ...

@@ -12,6 +12,8 @@ pub use describe::{Description, describe};
 pub use forward::{Kv, Model};
 
 use crate::backend::Backend;
+#[cfg(feature = "cuda")]
+use crate::backend::Form;
 use crate::backend::cpu::Cpu;
 use crate::file::{self, Checkpoint};
 use crate::{Error, Result};
@@ -196,6 +198,18 @@ pub fn load_cuda(
     opened.0.runs_on_cuda()?;
     let cuda = crate::backend::cuda::Cuda::new(ordinal, cpu(&options)?)?;
     place(opened, cuda, options)
+}
+
+/// Bytes of the weights of the model in `folder`, if the CUDA back end has kernels for all of it. From headers alone.
+#[cfg(feature = "cuda")]
+pub fn for_cuda(folder: &Path, options: &LoadOptions) -> Result<u64> {
+    let (spec, checkpoint, path) = open(folder, options)?;
+    spec.runs_on_cuda()?;
+    let sizes = weights::sizes(&path, &checkpoint, &spec, options.quantization)?;
+    match sizes.iter().find(|(form, _)| *form == Form::Mxfp4.name()) {
+        Some(_) => Err(Error::Unsupported("mxfp4 weights do not run on CUDA yet".into())),
+        None => Ok(sizes.iter().map(|(_, bytes)| bytes).sum()),
+    }
 }
 
 /// The CPU that `options` ask for.

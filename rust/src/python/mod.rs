@@ -2,10 +2,12 @@
 //! part of the crate that knows Python. Never computes.
 
 mod convert;
+mod device;
 mod driver;
 mod matrix;
 
-use crate::backend::cpu::{Cpu, topology};
+use crate::backend::Backend;
+use crate::backend::cpu::topology;
 use crate::chat::{ChatTemplate, special_tokens};
 use crate::engine::{self, EngineConfig};
 use crate::file;
@@ -55,8 +57,9 @@ struct Info {
     chat_template: bool,
     kv_cache_dtype: &'static str,
     kv_cache_bytes: u64,
-    device: &'static str,
-    isa: &'static str,
+    device: String,
+    device_because: String,
+    isa: String,
     threads: usize,
 }
 
@@ -81,12 +84,13 @@ struct Loaded {
 #[pymethods]
 impl Engine {
     #[new]
-    #[pyo3(signature = (folder, *, quantization="auto", threads=None, context_length=None,
+    #[pyo3(signature = (folder, *, device="cpu", quantization="auto", threads=None, context_length=None,
         kv_cache_dtype="f16", kv_cache_bytes=None, max_batch=16, max_queue=256, prefix_cache=true, cache_dir=None,
         chat_template=None, family=None, eos=Vec::new(), progress=None))]
     fn new(
         py: Python<'_>,
         folder: &str,
+        device: &str,
         quantization: &str,
         threads: Option<i64>,
         context_length: Option<i64>,
@@ -106,6 +110,7 @@ impl Engine {
             let count = |field, value: Option<i64>| value.map(|n| count(field, n)).transpose();
             let bytes = bytes.clone();
             Ok(Options {
+                device: device::Wanted::parse(device)?,
                 load: LoadOptions {
                     quantization: named("quantization", quantization, &QUANTIZATIONS)?,
                     threads: count("threads", threads)?,
@@ -439,6 +444,7 @@ fn raise(py: Python<'_>) -> impl Fn(Error) -> PyErr {
 
 /// Keywords of `Engine`.
 struct Options {
+    device: device::Wanted,
     load: LoadOptions,
     engine: EngineConfig,
     kv_bytes: Option<u64>,
@@ -454,19 +460,47 @@ fn load_and_drive(
     sender: &mpsc::Sender<Result<Loaded>>,
     inbox: &Inbox,
 ) {
-    let opened = open(folder, options).map(|(engine, loaded)| {
-        // Nobody may wait for it any more: then the inbox is closed, and nobody comes.
-        let _ = sender.send(Ok(loaded));
-        engine
-    });
-    match opened {
-        Ok(engine) => driver::drive(engine, inbox),
+    let because = match options.device.on_cuda(folder, &options.load) {
+        #[cfg(feature = "cuda")]
+        Ok(Ok(ordinal)) => {
+            let load = |load| model::load_cuda(folder, ordinal, load);
+            return serve(folder, options, load, device::cuda, String::new(), sender, inbox);
+        }
+        #[cfg(not(feature = "cuda"))]
+        Ok(Ok(_)) => String::new(),
+        Ok(Err(because)) => because,
+        Err(error) => return drop(sender.send(Err(error))),
+    };
+    serve(folder, options, |load| model::load(folder, load), device::cpu, because, sender, inbox);
+}
+
+fn serve<B: Backend>(
+    folder: &Path,
+    options: Options,
+    load: impl FnOnce(LoadOptions) -> Result<Model<B>>,
+    machine: fn(&B) -> device::Machine,
+    because: String,
+    sender: &mpsc::Sender<Result<Loaded>>,
+    inbox: &Inbox,
+) {
+    match open(folder, options, load, machine, because) {
+        Ok((engine, loaded)) => {
+            // Nobody may wait for it any more: then the inbox is closed, and nobody comes.
+            let _ = sender.send(Ok(loaded));
+            driver::drive(engine, inbox);
+        }
         Err(error) => drop(sender.send(Err(error))),
     }
 }
 
-fn open(folder: &Path, options: Options) -> Result<(engine::Engine<Model<Cpu>>, Loaded)> {
-    let Options { load, mut engine, kv_bytes, context_length, chat_template, mut eos } = options;
+fn open<B: Backend>(
+    folder: &Path,
+    options: Options,
+    load_model: impl FnOnce(LoadOptions) -> Result<Model<B>>,
+    machine: fn(&B) -> device::Machine,
+    device_because: String,
+) -> Result<(engine::Engine<Model<B>>, Loaded)> {
+    let Options { load, mut engine, kv_bytes, context_length, chat_template, mut eos, .. } = options;
     let kv_dtype = load.kv_dtype;
     // Small files first: what they lack shows before the weights are read.
     let tokenizer = Arc::new(Tokenizer::open(folder)?);
@@ -474,13 +508,14 @@ fn open(folder: &Path, options: Options) -> Result<(engine::Engine<Model<Cpu>>, 
         Some(source) => Some(ChatTemplate::new(&source, special_tokens(folder)?)?),
         None => ChatTemplate::open(folder)?,
     };
-    let model = Arc::new(model::load(folder, load)?);
+    let model = Arc::new(load_model(load)?);
+    let device::Machine { device, isa, threads, free } = machine(&model.backend);
     if eos.is_empty() {
         eos.extend(tokenizer.ends());
     }
     let spec = &model.spec;
     engine.context_length = context_length.unwrap_or(spec.context_length);
-    engine.kv_bytes = kv_bytes.unwrap_or_else(|| topology::available_memory() / 2);
+    engine.kv_bytes = kv_bytes.unwrap_or(free);
     let driven = engine::Engine::new(model.clone(), tokenizer.clone(), eos, engine)?;
     let pages = driven.stats().pages.into_iter().zip(model.kv_groups());
     let info = Info {
@@ -495,9 +530,10 @@ fn open(folder: &Path, options: Options) -> Result<(engine::Engine<Model<Cpu>>, 
         chat_template: template.is_some(),
         kv_cache_dtype: KV_DTYPES.iter().find(|(_, d)| *d == kv_dtype).map_or("", |(name, _)| name),
         kv_cache_bytes: pages.map(|(n, group)| (n.total * group.page_bytes) as u64).sum(),
-        device: "cpu",
-        isa: model.backend.kernels().name(),
-        threads: model.backend.threads(),
+        device,
+        device_because,
+        isa,
+        threads,
     };
     Ok((driven, Loaded { tokenizer, template, info }))
 }
@@ -613,6 +649,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(kernel_set, module)?)?;
     module.add_function(wrap_pyfunction!(kernel_sets, module)?)?;
     module.add_function(wrap_pyfunction!(threads, module)?)?;
+    module.add_function(wrap_pyfunction!(device::cuda_devices, module)?)?;
     module.add_function(wrap_pyfunction!(describe, module)?)?;
     module.add_function(wrap_pyfunction!(cpu_features, module)?)?;
     module.add_function(wrap_pyfunction!(gguf_at, module)?)?;
