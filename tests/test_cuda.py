@@ -1,4 +1,4 @@
-"""`device=`: without a driver, and on the emulated one of tests/cuda (C++ that runs the kernels' sources)."""
+"""`device=`: without a driver, and on the emulated one of tests/cuda, which runs the kernels."""
 
 from __future__ import annotations
 

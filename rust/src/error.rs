@@ -129,7 +129,10 @@ impl fmt::Display for Error {
                 write!(f, "{what}: {requested} bytes asked for, {available} available")
             }
             Error::Device(what) => {
-                write!(f, "the CUDA device failed: {what}; load the model again, or use device=\"cpu\"")
+                write!(
+                    f,
+                    "the CUDA device failed: {what}; load the model again, or use device=\"cpu\""
+                )
             }
             Error::Io { path, source } => write!(f, "{}: {source}", path.display()),
             Error::QueueFull { queued, limit } => {

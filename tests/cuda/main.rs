@@ -48,12 +48,9 @@ fn emulator() -> Option<&'static Path> {
     static BUILT: OnceLock<Option<PathBuf>> = OnceLock::new();
     let build = || {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let (kernels, here) =
-            (root.join("rust/src/backend/cuda/kernels"), root.join("tests/cuda"));
+        let (kernels, here) = (root.join("rust/src/backend/cuda/kernels"), root.join("tests/cuda"));
         let header = format!("{}/emulator.h", here.display());
-        let with = |file: &str| {
-            (kernels.join(file), vec!["-include".to_owned(), header.clone()])
-        };
+        let with = |file: &str| (kernels.join(file), vec!["-include".to_owned(), header.clone()]);
         let mut sources = ["attention.cu", "gemm.cu", "gemv.cu", "rows.cu"].map(with).to_vec();
         sources.push((here.join("emulator.cpp"), Vec::new()));
         let built = library("emulator", &sources);
@@ -103,7 +100,9 @@ fn says_what_it_finds() {
         let loaded = ferrule::backend::cpu::Cpu::new(1, None)
             .and_then(|cpu| ferrule::backend::cuda::Cuda::new(None, cpu));
         let error = loaded.err().unwrap();
-        assert!(matches!(&error, ferrule::Error::CudaUnavailable(what) if *what == why.to_string()));
+        assert!(
+            matches!(&error, ferrule::Error::CudaUnavailable(what) if *what == why.to_string())
+        );
         if *why == Unavailable::NoDriverLibrary {
             assert!(error.to_string().contains("install the driver"));
         }

@@ -13,8 +13,17 @@ use std::sync::atomic::AtomicBool;
 /// Golden folders of the families that CUDA runs: those in the repository, and all if `FERRULE_SHARED` is set.
 fn goldens() -> Vec<PathBuf> {
     let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    let names =
-        ["llama31-a", "mistral-a", "qwen25-a", "qwen3-a", "gemma3-a", "phi4-mini-a", "granite-swa-a", "phi2-a", "gemma3n-a"];
+    let names = [
+        "llama31-a",
+        "mistral-a",
+        "qwen25-a",
+        "qwen3-a",
+        "gemma3-a",
+        "phi4-mini-a",
+        "granite-swa-a",
+        "phi2-a",
+        "gemma3n-a",
+    ];
     let mut all: Vec<_> = names.iter().map(|name| own.join(name)).collect();
     match std::env::var_os("FERRULE_SHARED") {
         Some(shared) => {
@@ -66,11 +75,10 @@ fn answers<B: Backend>(model: &Model<B>, ids: &[u32]) -> Vec<u32> {
     assert!(ids.len() <= 3 * PAGE);
     let mut found = Vec::new();
     let mut step = |tokens: &[u32], start, other: &[u32], other_start| {
-        let chunk = |tokens, start, pages, wanted| Chunk { tokens, start, long: false, pages, wanted };
-        let batch = [
-            chunk(tokens, start, &a, Wanted::All),
-            chunk(other, other_start, &b, Wanted::Last),
-        ];
+        let chunk =
+            |tokens, start, pages, wanted| Chunk { tokens, start, long: false, pages, wanted };
+        let batch =
+            [chunk(tokens, start, &a, Wanted::All), chunk(other, other_start, &b, Wanted::Last)];
         let all = model.forward(&mut kv, &batch, &AtomicBool::new(false)).unwrap();
         found.extend(bits(&all));
     };

@@ -39,7 +39,13 @@ impl Both {
         let values = self.floats(n);
         (self.cpu.row(&values), self.cuda.row(&values))
     }
-    fn matrix(&mut self, form: Form, n: usize, k: usize, interleaved: bool) -> (cpu::Mat, cuda::Mat) {
+    fn matrix(
+        &mut self,
+        form: Form,
+        n: usize,
+        k: usize,
+        interleaved: bool,
+    ) -> (cpu::Mat, cuda::Mat) {
         let halves = if interleaved { 2 } else { 1 };
         let bytes: Vec<Vec<u8>> = (0..halves)
             .map(|_| {
@@ -80,9 +86,15 @@ macro_rules! both {
     }};
 }
 macro_rules! half {
-    ($i:tt, [&mut $x:expr]) => { &mut $x.$i };
-    ($i:tt, [&$x:expr]) => { &$x.$i };
-    ($i:tt, ($x:expr)) => { $x };
+    ($i:tt, [&mut $x:expr]) => {
+        &mut $x.$i
+    };
+    ($i:tt, [&$x:expr]) => {
+        &$x.$i
+    };
+    ($i:tt, ($x:expr)) => {
+        $x
+    };
 }
 
 const ACTIVATIONS: [Activation; 8] = [
@@ -139,8 +151,12 @@ fn every_operation() {
         b.same(&format!("{form:?} embed"), &out);
     }
     for (rows, width) in [(1, 300), (5, 96), (2, 1100)] {
-        let (x, gain, bias, w) =
-            (b.rows(rows, width), b.vector(width), b.vector(width), b.matrix(Form::Q8, 20, width, false));
+        let (x, gain, bias, w) = (
+            b.rows(rows, width),
+            b.vector(width),
+            b.vector(width),
+            b.matrix(Form::Q8, 20, width, false),
+        );
         let (mut out, mut y) = (b.empty(), b.empty());
         b.cpu.rms_norm(&x.0, &gain.0, 1e-5, &mut out.0);
         b.cuda.rms_norm(&x.1, &gain.1, 1e-5, &mut out.1);
@@ -182,7 +198,8 @@ fn every_operation() {
         both!(b, cut_and_gate([&interleaved], (0.7), (Activation::Silu), (51), [&mut out]));
         b.same("cut_and_gate", &out);
         let (three, nine, one) = (b.rows(rows, 3), b.rows(rows, 9), b.rows(rows, width));
-        let (mut on_cpu, mut on_cuda): (Vec<_>, Vec<_>) = (0..3).map(|_| b.rows(rows, width)).unzip();
+        let (mut on_cpu, mut on_cuda): (Vec<_>, Vec<_>) =
+            (0..3).map(|_| b.rows(rows, width)).unzip();
         b.cpu.altup_predict(&nine.0, &mut on_cpu);
         b.cuda.altup_predict(&nine.1, &mut on_cuda);
         b.cpu.altup_correct(&three.0, &one.0, &mut on_cpu);
@@ -233,7 +250,15 @@ fn attention() {
         Case { dtype: KvDtype::Int8, window: Some(70), sinks: true, ..CASE },
         Case { heads: 16, kv_heads: 2, d: 16, softcap: Some(5.0), ..CASE },
         Case { heads: 20, kv_heads: 1, d: 24, dtype: KvDtype::Int8, gate: true, ..CASE },
-        Case { heads: 3, kv_heads: 3, d: 80, window: Some(600), norms: true, interleaved: true, ..CASE },
+        Case {
+            heads: 3,
+            kv_heads: 3,
+            d: 80,
+            window: Some(600),
+            norms: true,
+            interleaved: true,
+            ..CASE
+        },
         Case { heads: 2, kv_heads: 1, d: 256, clip: Some(1.0), growth: Some((0.1, 100)), ..CASE },
         Case { heads: 4, kv_heads: 1, d: 20, dtype: KvDtype::F32, sinks: true, ..CASE },
         Case { heads: 4, kv_heads: 1, d: 20, dtype: KvDtype::Int8, sinks: true, ..CASE },
@@ -261,7 +286,8 @@ fn check(number: usize, c: &Case) {
     let pages = 24;
     let layer = KvLayer { pages, heads: c.kv_heads, head_dim: c.d, values: true };
     let mut kv = (b.cpu.kv(c.dtype, &[layer]).unwrap(), b.cuda.kv(c.dtype, &[layer]).unwrap());
-    let (q_gain, k_gain, sinks) = (b.vector(c.d), b.vector(c.heads.min(c.kv_heads) * c.d), b.vector(c.heads));
+    let (q_gain, k_gain, sinks) =
+        (b.vector(c.d), b.vector(c.heads.min(c.kv_heads) * c.d), b.vector(c.heads));
     let k_gain = if number % 2 == 1 { k_gain } else { b.vector(c.d) };
     let tables: [Vec<u32>; 2] = [(0..20).rev().collect(), (20..24).collect()];
     // A long prompt in two parts and a short one, then generated tokens of both: of the long one chunks of keys.
@@ -306,7 +332,15 @@ fn check(number: usize, c: &Case) {
                     after_rope: number % 5 == 0,
                     eps: 1e-5,
                 });
-                b.$backend.rotate_and_store(&mut qkv.$i, &how, norms, Some(&turned.$i), &mut kv.$i, 0, &spans);
+                b.$backend.rotate_and_store(
+                    &mut qkv.$i,
+                    &how,
+                    norms,
+                    Some(&turned.$i),
+                    &mut kv.$i,
+                    0,
+                    &spans,
+                );
                 let sinks = c.sinks.then_some(&sinks.$i);
                 b.$backend.attend(&qkv.$i, &how, sinks, &kv.$i, 0, &spans, &mut out.$i);
                 if c.gate {

@@ -40,10 +40,9 @@ impl Wanted {
         match self {
             Wanted::Cpu => Ok(Err(String::new())),
             Wanted::Cuda(ordinal) => available().map(|()| Ok(ordinal)),
-            Wanted::Auto => Ok(available().and_then(|()| fits(folder, load)).map_or_else(
-                |why| Err(why.to_string()),
-                |()| Ok(None),
-            )),
+            Wanted::Auto => Ok(available()
+                .and_then(|()| fits(folder, load))
+                .map_or_else(|why| Err(why.to_string()), |()| Ok(None))),
         }
     }
 }
@@ -59,7 +58,9 @@ fn available() -> Result<()> {
         Err(why) => Err(Error::CudaUnavailable(why.to_string())),
     };
     #[cfg(not(feature = "cuda"))]
-    Err(Error::CudaUnavailable("this build has no CUDA back end; install ferrule from a wheel".into()))
+    Err(Error::CudaUnavailable(
+        "this build has no CUDA back end; install ferrule from a wheel".into(),
+    ))
 }
 
 /// Whether the model runs on CUDA, and its weights have room beside keys and values.

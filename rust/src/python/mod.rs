@@ -500,7 +500,8 @@ fn open<B: Backend>(
     machine: fn(&B) -> device::Machine,
     device_because: String,
 ) -> Result<(engine::Engine<Model<B>>, Loaded)> {
-    let Options { load, mut engine, kv_bytes, context_length, chat_template, mut eos, .. } = options;
+    let Options { load, mut engine, kv_bytes, context_length, chat_template, mut eos, .. } =
+        options;
     let kv_dtype = load.kv_dtype;
     // Small files first: what they lack shows before the weights are read.
     let tokenizer = Arc::new(Tokenizer::open(folder)?);

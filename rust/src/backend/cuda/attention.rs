@@ -27,8 +27,14 @@ impl Cuda {
         let odd = [
             (d > MAX_D, "heads of more than 512 dimensions"),
             (how.latent.is_some(), "latent attention"),
-            (how.clip.is_some() && (gated || full), "clipped queries with a gate or a norm over all heads"),
-            (full && norms.as_ref().is_some_and(|n| n.after_rope), "a norm over all heads after the rotation"),
+            (
+                how.clip.is_some() && (gated || full),
+                "clipped queries with a gate or a norm over all heads",
+            ),
+            (
+                full && norms.as_ref().is_some_and(|n| n.after_rope),
+                "a norm over all heads after the rotation",
+            ),
         ];
         if let Some((_, what)) = odd.iter().find(|(odd, _)| *odd) {
             return self.device.refuse(what);
@@ -45,7 +51,8 @@ impl Cuda {
         }
         let gain = |row: Option<&Row>| row.map_or((0, 1), |row| (row.memory.at, row.len as u32));
         let each = norms.as_ref().filter(|_| !full);
-        let ((q_gain, q_gains), (k_gain, k_gains)) = (gain(each.map(|n| n.q)), gain(each.map(|n| n.k)));
+        let ((q_gain, q_gains), (k_gain, k_gains)) =
+            (gain(each.map(|n| n.q)), gain(each.map(|n| n.k)));
         let params = launch::Rope {
             qkv: qkv.at,
             q_gain,

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Makes the PTX beside the kernels, or checks it: `build_kernels.py [--check]`.
 
-Needs the packages of kernel-requirements.txt and nothing of a CUDA installation: NVRTC 12.2 compiles each source to PTX
-8.2, the lowest level that covers JetPack 6 and loses nothing up to Hopper; ptxas assembles it for every architecture
-and tells what it takes. A spill, a stack frame or more registers than a kernel may have is an error.
+Needs the packages of kernel-requirements.txt and nothing of a CUDA installation: NVRTC 12.2
+compiles each source to PTX 8.2, the lowest level that covers JetPack 6 and loses nothing up to
+Hopper; ptxas assembles it for every architecture and tells what it takes. A spill, a stack frame
+or more registers than a kernel may have is an error.
 
 --check writes nothing and fails unless the tree has, bit for bit, what would be written.
 """

@@ -61,7 +61,10 @@ struct Graph {
 
 #[derive(Clone)]
 enum Fault {
-    Memory { requested: u64, available: u64 },
+    Memory {
+        requested: u64,
+        available: u64,
+    },
     Unsupported(String),
     /// The device's state is unknown from here on.
     Device(String),
@@ -114,7 +117,8 @@ impl Drop for Device {
         // SAFETY: made by `open`; everything that lay on the device is gone, as it held this.
         unsafe {
             let _ = result::stream::destroy(self.stream);
-            let _ = result::device::get(self.info.ordinal).and_then(|d| result::primary_ctx::release(d));
+            let _ = result::device::get(self.info.ordinal)
+                .and_then(|d| result::primary_ctx::release(d));
         }
     }
 }
@@ -127,11 +131,13 @@ impl Device {
     pub(super) fn open(ordinal: Option<usize>) -> Result<Arc<Device>> {
         let unavailable = |why: &Unavailable| Error::CudaUnavailable(why.to_string());
         let driver = probe().map_err(unavailable)?;
-        let found = driver.devices.iter().find(|d| {
-            ordinal.is_none_or(|ordinal| usize::try_from(d.ordinal) == Ok(ordinal))
-        });
+        let found = driver
+            .devices
+            .iter()
+            .find(|d| ordinal.is_none_or(|ordinal| usize::try_from(d.ordinal) == Ok(ordinal)));
         let Some(info) = found.cloned() else {
-            let known: Vec<_> = driver.devices.iter().map(|d| format!("cuda:{}", d.ordinal)).collect();
+            let known: Vec<_> =
+                driver.devices.iter().map(|d| format!("cuda:{}", d.ordinal)).collect();
             let found = format!("cuda:{}", ordinal.unwrap_or(0));
             return Err(Error::parameter("device", found, known.join(" or ")));
         };
@@ -151,7 +157,8 @@ impl Device {
                 let why = Unavailable::ArchUnsupported(info.name, info.capability);
                 return Err(Error::CudaUnavailable(why.to_string()));
             };
-            let bytes = CString::new(image).map_err(|_| Error::Internal("PTX with a zero".into()))?;
+            let bytes =
+                CString::new(image).map_err(|_| Error::Internal("PTX with a zero".into()))?;
             // SAFETY: `bytes` is PTX that ends with a zero, as the driver wants it.
             let loaded = unsafe { result::module::load_data(bytes.as_ptr().cast::<c_void>()) };
             let loaded = loaded.map_err(|error| match error.0 {
@@ -159,7 +166,9 @@ impl Device {
                 | sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU => {
                     Error::CudaUnavailable(Unavailable::DriverTooOld(driver.version).to_string())
                 }
-                _ => Error::Device(format!("loading the kernels `{}`: {}", module.name, text(error))),
+                _ => {
+                    Error::Device(format!("loading the kernels `{}`: {}", module.name, text(error)))
+                }
             })?;
             for (name, _) in Module::entries(image) {
                 let c_name = CString::new(name).map_err(|_| Error::Internal("a name".into()))?;
@@ -306,9 +315,9 @@ impl Device {
             input.words.extend_from_slice(words);
             // SAFETY: the slot has room; launches that read it come later in the stream; pageable host memory is
             // read before this returns.
-            let copied = self.enter().and_then(|()| unsafe {
-                result::memcpy_htod_async(input.at, words, self.stream)
-            });
+            let copied = self
+                .enter()
+                .and_then(|()| unsafe { result::memcpy_htod_async(input.at, words, self.stream) });
             if let Err(error) = copied {
                 state.fail(Fault::Device(format!("copying to the device: {}", text(error))));
             }
@@ -317,7 +326,13 @@ impl Device {
     }
 
     /// Adds a launch to the step. `params` names only memory of this device.
-    pub(super) fn launch<P: Params>(&self, kernel: &'static str, grid: [usize; 3], block: u32, params: &P) {
+    pub(super) fn launch<P: Params>(
+        &self,
+        kernel: &'static str,
+        grid: [usize; 3],
+        block: u32,
+        params: &P,
+    ) {
         debug_assert!(P::KERNELS.contains(&kernel), "{kernel} takes other parameters");
         let mut state = self.state();
         let limits = grid[0] < 1 << 31 && grid[1] < 1 << 16 && grid[2] < 1 << 16;
@@ -328,7 +343,13 @@ impl Device {
             return;
         }
         let words = size_of::<P>().div_ceil(8);
-        let head = [function as u64, grid[0] as u64, (grid[1] << 16 | grid[2]) as u64, block.into(), words as u64];
+        let head = [
+            function as u64,
+            grid[0] as u64,
+            (grid[1] << 16 | grid[2]) as u64,
+            block.into(),
+            words as u64,
+        ];
         state.words.extend_from_slice(&head);
         let at = state.words.len();
         state.words.resize(at + words, 0);
@@ -451,7 +472,9 @@ fn destroy(graph: Graph) {
 
 /// A driver's error in words.
 fn text(error: result::DriverError) -> String {
-    let known = |text: std::result::Result<&std::ffi::CStr, _>| text.map(|t| t.to_string_lossy().into_owned());
+    let known = |text: std::result::Result<&std::ffi::CStr, _>| {
+        text.map(|t| t.to_string_lossy().into_owned())
+    };
     match (known(error.error_name()), known(error.error_string())) {
         (Ok(name), Ok(what)) => format!("{name} ({}), {what}", error.0 as u32),
         _ => format!("CUDA error {}", error.0 as u32),

@@ -3,8 +3,8 @@
 
 use super::device::{Device, Memory};
 use super::launch;
-use crate::backend::{KvDtype, KvLayer, PAGE, Span};
 use crate::Result;
+use crate::backend::{KvDtype, KvLayer, PAGE, Span};
 use std::sync::Arc;
 
 /// Pages of keys and values of every layer.

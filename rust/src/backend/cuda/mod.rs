@@ -127,7 +127,13 @@ impl Cuda {
         buf
     }
 
-    fn launch<P: launch::Params>(&self, kernel: &'static str, grid: [usize; 3], block: usize, params: &P) {
+    fn launch<P: launch::Params>(
+        &self,
+        kernel: &'static str,
+        grid: [usize; 3],
+        block: usize,
+        params: &P,
+    ) {
         self.device.launch(kernel, grid, block as u32, params);
     }
 
@@ -176,14 +182,7 @@ impl Cuda {
         self.launch("norm", [rows, pieces, 1], THREADS, &params);
     }
 
-    fn norm_rows(
-        &self,
-        x: &Buf,
-        gain: &Row,
-        bias: Option<&Row>,
-        how: (bool, f32),
-        out: &mut Buf,
-    ) {
+    fn norm_rows(&self, x: &Buf, gain: &Row, bias: Option<&Row>, how: (bool, f32), out: &mut Buf) {
         assert!(x.width.is_multiple_of(gain.len));
         out.shape(x.rows, x.width);
         let pieces = x.width / gain.len;
@@ -199,12 +198,8 @@ impl Cuda {
         let acts = x.acts();
         if !x.fresh.get() {
             let blocks = x.blocks();
-            let params = launch::Quantize {
-                x: x.at,
-                acts,
-                width: x.width as u32,
-                blocks: blocks as u32,
-            };
+            let params =
+                launch::Quantize { x: x.at, acts, width: x.width as u32, blocks: blocks as u32 };
             self.launch("quantize", [x.rows, blocks.div_ceil(THREADS / 32), 1], THREADS, &params);
             x.fresh.set(true);
         }
@@ -316,7 +311,8 @@ impl Backend for Cuda {
     fn place(&self, packed: cpu::Mat) -> Result<Mat> {
         let (form, (n, k)) = (packed.form(), packed.shape());
         let Some(bytes) = pack::bytes(form, n, k) else {
-            let what = format!("{} weights do not run on CUDA yet; use device=\"cpu\"", form.name());
+            let what =
+                format!("{} weights do not run on CUDA yet; use device=\"cpu\"", form.name());
             return Err(Error::Unsupported(what));
         };
         let mut tiles = vec![0; bytes];
@@ -335,7 +331,10 @@ impl Backend for Cuda {
     }
 
     fn pack(&self, form: Form, parts: &Parts<'_>) -> Result<std::result::Result<Mat, NotFinite>> {
-        self.cpu.pack(form, parts)?.map(|mat| self.place(mat)).map_or_else(|at| Ok(Err(at)), |mat| mat.map(Ok))
+        self.cpu
+            .pack(form, parts)?
+            .map(|mat| self.place(mat))
+            .map_or_else(|at| Ok(Err(at)), |mat| mat.map(Ok))
     }
 
     fn kv(&self, dtype: KvDtype, layers: &[KvLayer]) -> Result<Kv> {

@@ -31,13 +31,14 @@ fn weights_come_back_from_their_tiles() {
     let cpu = Cpu::new(1, None).unwrap();
     for (n, k) in [(1, 1), (16, 32), (17, 33), (40, 300), (96, 256), (70, 520)] {
         let mut state = 1u32;
-        let values = (0..n * k).map(|_| {
+        let next = |_| {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-        });
-        let f32_bytes: Vec<u8> = values.clone().flat_map(f32::to_le_bytes).collect();
-        let f16_bytes: Vec<u8> =
-            values.flat_map(|x| half::f16::from_f32(x).to_le_bytes()).collect();
+        };
+        let values: Vec<f32> = (0..n * k).map(next).collect();
+        let f32_bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let f16 = |x: &f32| half::f16::from_f32(*x).to_le_bytes();
+        let f16_bytes: Vec<u8> = values.iter().flat_map(f16).collect();
         for form in [Form::Q4, Form::Q8, Form::Bf16, Form::F16, Form::F32] {
             let (stored, bytes) = match form {
                 Form::Bf16 | Form::F16 => (form, &f16_bytes),
