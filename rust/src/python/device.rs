@@ -131,3 +131,39 @@ pub(super) fn cuda_devices() -> (Vec<(i32, String, String, u64)>, String) {
     }
     (Vec::new(), String::new())
 }
+
+/// Microseconds of samples of a product on a CUDA device, and the bytes of its matrix; with `form` "copy" of a copy of
+/// `n` bytes. For `benches/gpu.py`.
+#[pyfunction]
+pub(super) fn cuda_time(
+    py: Python<'_>,
+    form: &str,
+    n: usize,
+    k: usize,
+    tokens: usize,
+    sets: usize,
+    samples: usize,
+) -> PyResult<(Vec<f32>, usize)> {
+    #[cfg(feature = "cuda")]
+    let time = || {
+        available()?;
+        let cuda = crate::backend::cuda::Cuda::new(None, Cpu::new(1, None)?)?;
+        if form == "copy" {
+            return Ok((cuda.time_copy(n, samples)?, n));
+        }
+        let forms = crate::backend::Form::ALL;
+        let known = forms.into_iter().find(|known| known.name() == form && *form != *"mxfp4");
+        let known =
+            known.ok_or_else(|| Error::parameter("form", form, "a form that runs on CUDA"))?;
+        if n == 0 || k == 0 || tokens == 0 || sets == 0 {
+            return Err(Error::parameter("shape", 0, "at least 1"));
+        }
+        cuda.time_product(known, [n, k, tokens], sets, samples)
+    };
+    #[cfg(not(feature = "cuda"))]
+    let time = || {
+        let _ = (form, n, k, tokens, sets, samples);
+        available().map(|()| (Vec::new(), 0))
+    };
+    py.detach(time).map_err(super::raise(py))
+}

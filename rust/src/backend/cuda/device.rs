@@ -360,6 +360,40 @@ impl Device {
         }
     }
 
+    /// Copies from one memory of the device to another, now.
+    pub(super) fn copy(&self, to: u64, from: u64, bytes: usize) {
+        // SAFETY: callers own both ranges.
+        let done = self
+            .enter()
+            .and_then(|()| unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) });
+        if let Err(error) = done {
+            self.state().fail(Fault::Device(format!("copying on the device: {}", text(error))));
+        }
+    }
+
+    /// Milliseconds on the device of a step.
+    pub(super) fn timed(&self, step: &mut dyn FnMut()) -> Result<f32> {
+        let failed = |error| Error::Device(format!("timing: {}", text(error)));
+        let event = || result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        let (start, end) = self.enter().and_then(|()| Ok((event()?, event()?))).map_err(failed)?;
+        // SAFETY: the events were made above and are destroyed once, after the last use.
+        unsafe { result::event::record(start, self.stream) }.map_err(failed)?;
+        step();
+        self.finish()?;
+        // SAFETY: as above.
+        let elapsed = unsafe {
+            result::event::record(end, self.stream)
+                .and_then(|()| result::event::synchronize(end))
+                .and_then(|()| result::event::elapsed(start, end))
+        };
+        // SAFETY: as above.
+        unsafe {
+            let _ = result::event::destroy(start);
+            let _ = result::event::destroy(end);
+        }
+        elapsed.map_err(failed)
+    }
+
     /// The step asks for something that there is no kernel for. Models that do are refused when they are loaded.
     pub(super) fn refuse(&self, what: &str) {
         let what = format!("{what} does not run on CUDA yet; use device=\"cpu\"");

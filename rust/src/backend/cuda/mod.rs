@@ -9,6 +9,7 @@ mod launch;
 mod modules;
 mod pack;
 mod probe;
+mod time;
 
 pub use kv::Kv;
 pub use probe::{DeviceInfo, DriverInfo, Unavailable, probe};
