@@ -150,7 +150,7 @@ impl Cuda {
         };
         let x = how.kv_heads * of_kv.div_ceil(group);
         let grid = [x, spans.len() * tiles, if split { chunks } else { 1 }];
-        self.launch(kernel, grid, 128, &params);
+        self.launch(kernel, grid, 256, &params);
         if split {
             self.launch("attend_merge", [qkv.rows, how.heads, 1], 128, &params);
         }

@@ -127,8 +127,10 @@ struct Attend {
     float scale, cap;
 };
 
-/// Rows of a block at most, and its dimensions.
+/// Dimensions of a head at most; threads of a block; lines of 16 bytes of values in shared memory at once.
 #define MAX_D 512
+#define THREADS 256
+#define LINES 768
 
 /// V numbers of 16 bytes as f32.
 template <int DTYPE>
@@ -138,16 +140,24 @@ DEVICE float number(const uint4& v, int i) {
     return (float)(i8)(word(v, i / 4) >> (8 * (i % 4)));
 }
 template <int DTYPE>
-DEVICE float stored(u64 at, u64 index) {
-    if (DTYPE == 0) return ((const float*)at)[index];
-    if (DTYPE == 1) return f16_to_f32(((const u16*)at)[index]);
-    return (float)((const i8*)at)[index];
+DEVICE float stored(const uint4* lines, u32 index) {
+    if (DTYPE == 0) return ((const float*)lines)[index];
+    if (DTYPE == 1) return f16_to_f32(((const u16*)lines)[index]);
+    return (float)((const i8*)lines)[index];
+}
+/// Lines of values of the keys from `key` on, of which this thread has every 256th.
+DEVICE void fetch(uint4 (&next)[LINES / THREADS], u64 at, u32 lines) {
+#pragma unroll
+    for (int i = 0; i < LINES / THREADS; i++) {
+        u32 line = threadIdx.x + i * THREADS;
+        next[i] = stream_if(line < lines, (const void*)(at + (u64)line * 16));
+    }
 }
 
-/// Rows of queries: `positions` x `group` of them share a key/value head. 128 threads.
+/// Rows of queries: `positions` x `group` of them share a key/value head.
 template <int DTYPE, int R>
 DEVICE void attend(const Attend& p, float (&q)[R][MAX_D], float (&w)[R][CHUNK], float (&best)[R], float (&total)[R],
-                   float (&old)[R], float (&fresh)[R], bool (&seen)[R]) {
+                   float (&old)[R], float (&fresh)[R], bool (&seen)[R], uint4 (&staged)[LINES]) {
     const int V = DTYPE == 0 ? 4 : DTYPE == 1 ? 8 : 16;
     const u32* words = (const u32*)p.spans.words;
     u32 parts = (p.heads / p.kv_heads + p.group - 1) / p.group;
@@ -166,7 +176,7 @@ DEVICE void attend(const Attend& p, float (&q)[R][MAX_D], float (&w)[R][CHUNK], 
     u32 chunk = p.split ? blockIdx.z : from / CHUNK, chunks = p.split ? chunk + 1 : (to + CHUNK - 1) / CHUNK;
     if (p.split && (chunk * CHUNK >= to || (chunk + 1) * CHUNK <= from)) return;
 
-    for (u32 i = threadIdx.x; i < R * padded; i += 128) {
+    for (u32 i = threadIdx.x; i < R * padded; i += THREADS) {
         u32 row = i / padded, c = i % padded;
         float x = 0.0f;
         if (row < rows && c < d) {
@@ -188,7 +198,7 @@ DEVICE void attend(const Attend& p, float (&q)[R][MAX_D], float (&w)[R][CHUNK], 
         u32 high = to - chunk * CHUNK < CHUNK ? to - chunk * CHUNK : CHUNK;
         // Scores: a key a thread.
 #pragma unroll 1
-        for (u32 key = threadIdx.x; key < CHUNK; key += 128) {
+        for (u32 key = threadIdx.x; key < CHUNK; key += THREADS) {
             if (key < low || key >= high) {
 #pragma unroll
                 for (int r = 0; r < R; r++) w[r][key] = -INFINITE;
@@ -199,7 +209,7 @@ DEVICE void attend(const Attend& p, float (&q)[R][MAX_D], float (&w)[R][CHUNK], 
             float acc[R];
 #pragma unroll
             for (int r = 0; r < R; r++) acc[r] = 0.0f;
-#pragma unroll 1
+#pragma unroll (R > 4 ? 2 : 4)
             for (u32 c = 0; c < padded; c += V) {
                 uint4 k = read16((const void*)(at + ((u64)(c / V) * PAGE + slot) * 16));
 #pragma unroll
@@ -222,7 +232,7 @@ DEVICE void attend(const Attend& p, float (&q)[R][MAX_D], float (&w)[R][CHUNK], 
         sync_block();
         // Weights: a row a warp.
 #pragma unroll 1
-        for (u32 r = threadIdx.x / 32; r < rows; r += 4) {
+        for (u32 r = threadIdx.x / 32; r < rows; r += THREADS / 32) {
             u32 lane = threadIdx.x % 32;
             if (p.cap > 0.0f) {
 #pragma unroll 1
@@ -258,39 +268,63 @@ DEVICE void attend(const Attend& p, float (&q)[R][MAX_D], float (&w)[R][CHUNK], 
             }
         }
         sync_block();
-        // Values: a dimension a thread.
-#pragma unroll 1
-        for (u32 i = threadIdx.x; i < d; i += 128) {
-            float acc[R];
+        // Values: a dimension a thread, or two. As many keys at once as fit into shared memory, a power of two: 16 or more
+        // of one byte, 8 of two, 4 of four, so that they are whole lines. The next ones are on their way meanwhile.
+        const u32 E = 16 / V;
+        u32 at_once = PAGE;
+        while (at_once * d * E > LINES * 16) at_once /= 2;
+        u32 lines = at_once * d * E / 16;
+        float acc[2][R];
 #pragma unroll
-            for (int r = 0; r < R; r++) acc[r] = 0.0f;
-            u32 key = low;
+        for (int r = 0; r < R; r++) acc[0][r] = acc[1][r] = 0.0f;
+        u32 base = low / at_once * at_once;
+        uint4 next[LINES / THREADS];
+        u64 page = head_of(p.pages, words, p.spans, span, chunk * CHUNK + base, h);
+        fetch(next, page + p.pages.keys + (u64)(base % PAGE) * d * E, lines);
 #pragma unroll 1
-            while (key < high) {
-                u64 at = head_of(p.pages, words, p.spans, span, chunk * CHUNK + key, h);
-                u64 values = at + p.pages.keys;
-                const float* scales = (const float*)(at + p.pages.numbers) + PAGE;
-                u32 end = (key / PAGE + 1) * PAGE < high ? (key / PAGE + 1) * PAGE : high;
-#pragma unroll 8
-                for (; key < end; key++) {
-                    float v = stored<DTYPE>(values, (u64)(key % PAGE) * d + i);
-                    float scale = DTYPE == 2 ? scales[key % PAGE] : 1.0f;
+        while (base < high) {
+            sync_block();
+#pragma unroll
+            for (int i = 0; i < LINES / THREADS; i++) staged[threadIdx.x + i * THREADS] = next[i];
+            sync_block();
+            const float* scales = (const float*)(page + p.pages.numbers) + PAGE + base % PAGE;
+            u32 begin_key = base < low ? low - base : 0, end_key = high - base < at_once ? high - base : at_once;
+            u32 first_key = base;
+            base += at_once;
+            if (base < high) {
+                page = head_of(p.pages, words, p.spans, span, chunk * CHUNK + base, h);
+                fetch(next, page + p.pages.keys + (u64)(base % PAGE) * d * E, lines);
+            }
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                u32 i = c * THREADS + threadIdx.x;
+                if (i >= d) continue;
+#pragma unroll 4
+                for (u32 key = begin_key; key < end_key; key++) {
+                    float v = stored<DTYPE>(staged, key * d + i);
+                    float scale = DTYPE == 2 ? scales[key] : 1.0f;
 #pragma unroll
                     for (int r = 0; r < R; r++) {
-                        acc[r] = fmaf(v, DTYPE == 2 ? w[r][key] * scale : w[r][key], acc[r]);
+                        float weight = w[r][first_key + key];
+                        acc[c][r] = fmaf(v, DTYPE == 2 ? weight * scale : weight, acc[c][r]);
                     }
                 }
             }
+        }
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            u32 i = c * THREADS + threadIdx.x;
+            if (i >= d) continue;
 #pragma unroll
             for (int r = 0; r < R; r++) {
                 if (r >= rows) continue;
                 u64 row = (u64)(first_row + r / group) * p.heads + first_head + r % group;
                 if (p.split) {
-                    ((float*)p.parts)[(row * p.chunks + chunk) * (d + 2) + 2 + i] = acc[r];
+                    ((float*)p.parts)[(row * p.chunks + chunk) * (d + 2) + 2 + i] = acc[c][r];
                 } else {
                     float* out = (float*)p.out + row * d + i;
-                    if (chunk == begin) *out = seen[r] ? acc[r] * fresh[r] : 0.0f;
-                    else if (seen[r]) *out = fmaf(acc[r], fresh[r], *out * old[r]);
+                    if (chunk == begin) *out = seen[r] ? acc[c][r] * fresh[r] : 0.0f;
+                    else if (seen[r]) *out = fmaf(acc[c][r], fresh[r], *out * old[r]);
                 }
             }
         }
@@ -313,7 +347,7 @@ DEVICE void attend(const Attend& p, float (&q)[R][MAX_D], float (&w)[R][CHUNK], 
             float m = fmaxf(best[r], sink), keep = exp_(best[r] - m);
             inv = keep / fmaf(total[r], keep, exp_(sink - m));
         }
-        for (u32 i = threadIdx.x; i < d; i += 128) {
+        for (u32 i = threadIdx.x; i < d; i += THREADS) {
             float* out = (float*)p.out + row * d + i;
             *out = *out * inv;
         }
@@ -321,10 +355,11 @@ DEVICE void attend(const Attend& p, float (&q)[R][MAX_D], float (&w)[R][CHUNK], 
 }
 
 #define ATTEND(name, DTYPE, R)                                                       \
-    KERNEL_BLOCKS(128, 4, name, Attend) {                                                      \
+    KERNEL_BLOCKS(THREADS, 2, name, Attend) {                                                      \
         SHARED float q[R][MAX_D], w[R][CHUNK], best[R], total[R], old[R], fresh[R];  \
         SHARED bool seen[R];                                                         \
-        attend<DTYPE, R>(p, q, w, best, total, old, fresh, seen);                    \
+        SHARED uint4 staged[LINES];                                                  \
+        attend<DTYPE, R>(p, q, w, best, total, old, fresh, seen, staged);            \
     }
 ATTEND(attend_f32_1, 0, 1)
 ATTEND(attend_f32_8, 0, 8)

@@ -55,23 +55,48 @@ struct Norm {
     /// 1: subtract the mean; blocks of quantized activations to write, or 0.
     u32 centred, blocks, pad;
 };
-/// Piece blockIdx.y of row blockIdx.x. x and out may be the same.
-KERNEL(256, norm, Norm) {
-    SHARED float part[2];
-    const float* x = (const float*)p.x + (u64)blockIdx.x * p.in_row + (u64)blockIdx.y * p.width;
-    float* out = (float*)p.out + (u64)blockIdx.x * p.out_row + (u64)blockIdx.y * p.width;
-    if (threadIdx.x < 32) {
-        float mean = p.centred ? sum16(x, p.width) / (float)p.width : 0.0f;
-        float square = mean_square(x, p.width, mean);
-        if (threadIdx.x == 0) {
-            part[0] = mean;
-            part[1] = 1.0f / sqrtf(square + p.eps);
+/// Numbers of a row in shared memory at once: a multiple of 16.
+#define STAGED 4096
+/// In the first warp: the sum of a row, or of (x - from)^2, as sum16 and mean_square have it. The row comes by way of
+/// shared memory, as a chain of sums that waited for each load would take a hundred times as long.
+template <bool SQUARES>
+DEVICE float reduce(const float* x, u32 n, float from, float* staged) {
+    float sum = 0.0f;
+#pragma unroll 1
+    for (u32 first = 0; first < n; first += STAGED) {
+        u32 count = n - first < STAGED ? n - first : STAGED;
+        sync_block();
+#pragma unroll 4
+        for (u32 i = threadIdx.x; i < count; i += 256) staged[i] = x[first + i];
+        sync_block();
+        if (threadIdx.x < 32) {
+#pragma unroll 8
+            for (u32 i = threadIdx.x % 16; i < count; i += 16) {
+                sum = SQUARES ? fmaf(staged[i] - from, staged[i] - from, sum) : sum + staged[i];
+            }
         }
     }
+    return threadIdx.x < 32 ? tree(sum) : 0.0f;
+}
+/// Piece blockIdx.y of row blockIdx.x. x and out may be the same.
+KERNEL(256, norm, Norm) {
+    SHARED float staged[STAGED], part[2];
+    const float* x = (const float*)p.x + (u64)blockIdx.x * p.in_row + (u64)blockIdx.y * p.width;
+    float* out = (float*)p.out + (u64)blockIdx.x * p.out_row + (u64)blockIdx.y * p.width;
+    float mean = 0.0f;
+    if (p.centred) {
+        float sum = reduce<false>(x, p.width, 0.0f, staged);
+        if (threadIdx.x == 0) part[0] = sum / (float)p.width;
+        sync_block();
+        mean = part[0];
+    }
+    float squares = reduce<true>(x, p.width, mean, staged);
+    if (threadIdx.x == 0) part[1] = 1.0f / sqrtf(squares / (float)p.width + p.eps);
     sync_block();
-    float mean = part[0], inv = part[1];
+    float inv = part[1];
     const float* gain = (const float*)p.gain + (u64)blockIdx.y * p.width % p.gain_width;
     const float* bias = (const float*)p.bias;
+#pragma unroll 4
     for (u32 i = threadIdx.x; i < p.width; i += 256) {
         float y = (p.centred ? x[i] - mean : x[i]) * inv * gain[i];
         out[i] = bias ? y + bias[i] : y;
