@@ -8,7 +8,7 @@ export PATH := venv / "bin:" + env("PATH")
 export VIRTUAL_ENV := venv
 
 # All that CI runs.
-all: lint test-rust test-python isa cuda wheel
+all: lint test-rust test-python isa cuda wheel emulated
 
 # Formatting, lints and types, nothing changed.
 lint:
@@ -19,6 +19,8 @@ lint:
     ruff check .
     mypy
     python -m mypy.stubtest ferrule._core
+    check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+    zizmor --offline --quiet .github/workflows
 
 # Format both languages.
 format:
@@ -78,3 +80,21 @@ wheel:
 # The ARM kernel sets under emulation (Debian on x86-64, as root; see tools/arm/README.md).
 arm *args:
     tools/arm/test.sh {{ args }}
+
+# The wheel of `just wheel` on emulated x86-64 CPUs without AVX-512, without AVX, without SSE4: the same bits.
+emulated:
+    if [ "$(id -u)" = 0 ] && [ "$(uname -sm)" = "Linux x86_64" ]; then tools/x86/test.sh; \
+    else echo "not here: needs x86-64 Debian and root for QEMU"; fi
+
+# An aarch64 wheel in an aarch64 Python under emulation (as `arm`).
+arm-python:
+    tools/arm/python.sh
+
+# Wheels for Linux (glibc and musl, x86-64 and aarch64; armv7), checked; in target/wheels (x86-64 Debian, root).
+wheels *targets:
+    pip install --quiet maturin ziglang auditwheel
+    tools/wheels.sh {{ targets }}
+
+# Type-checks what is behind `cfg` for macOS, Windows and 32 bits (x86-64 Debian, root).
+check-platforms *targets:
+    tools/platforms.sh {{ targets }}

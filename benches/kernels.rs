@@ -11,9 +11,9 @@
 
 #![allow(unsafe_code)] // pinning, instruction peaks, raw memory
 
-use ferrule::kernels::layout::{Form, ROWS, pack_mxfp4};
+use ferrule::kernels::layout::{Form, ROWS, pack_grouped};
 use ferrule::kernels::{self, Acts, Attend, Kernels, KvDtype, PAGE, scratch_len};
-use ferrule::quant::{BLOCK, BlockMxfp4, GROUPS};
+use ferrule::quant::{BLOCK, BlockGrouped, GROUPS, Grouped, Scales, UNITS};
 use std::hint::{black_box, spin_loop};
 use std::sync::Barrier;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -476,14 +476,22 @@ fn matrices(set: &Kernels, form: Form) -> Memory {
     // Random row blocks to begin with, then copies of them: packing all would take long.
     let (some, rest) = matrix.get_mut().split_at_mut(8 * size);
     for out in some.chunks_exact_mut(form.row_block_bytes(BLOCK)) {
-        if form == Form::Mxfp4 {
-            let mut rows = [BlockMxfp4 { e: [120; GROUPS], ..BlockMxfp4::ZERO }; ROWS];
+        if let Form::Grouped(how) = form {
+            // 1, 7 or 2^-8, and 1 for integers to be times.
+            let s = match how.scales {
+                Scales::Power => 120,
+                Scales::Integer => 7,
+                Scales::F16 | Scales::Bf16 => 0x3c00,
+            };
+            let (s, o) = ([s; UNITS], [s; UNITS]);
+            let mut rows =
+                [BlockGrouped { d: 0x3c00, e: 0x3c00, s, o, ..BlockGrouped::ZERO }; ROWS];
             for row in &mut rows {
                 for (code, x) in row.q.iter_mut().zip(random.values(BLOCK)) {
                     *code = (8.0 * x + 8.0) as u8;
                 }
             }
-            pack_mxfp4(&rows, out);
+            pack_grouped(how, &rows, out);
             continue;
         }
         let mut rows = [[0.0; BLOCK]; ROWS];
@@ -535,15 +543,27 @@ fn products(
     })
 }
 
+/// The forms to time, and what they are called here.
+const FORMS: [(&str, Form); 8] = [
+    ("int4", Form::Q4),
+    ("int8", Form::Q8),
+    ("mxfp4", Form::MXFP4),
+    ("Q4_0", Form::Grouped(Grouped::Q4_0)),
+    ("Q4_K", Form::Grouped(Grouped::Q4_K)),
+    ("Q5_K", Form::Grouped(Grouped::Q5_K)),
+    ("Q6_K", Form::Grouped(Grouped::Q6_K)),
+    ("IQ4_XS", Form::Grouped(Grouped::IQ4_XS)),
+];
+
 /// One to four tokens: bytes of weights a second against what memory gives.
 fn gemv(set: &Kernels, threads: usize) {
-    for form in [Form::Q4, Form::Q8, Form::Mxfp4] {
+    for (name, form) in FORMS {
         let memory = matrices(set, form);
         let limit = bandwidth(&memory, threads);
         for m in [1, 2, 4] {
             let matrices = memory.get().len() / form.bytes(SIDE, SIDE);
             let t = products(set, form, &memory, m, matrices, threads);
-            let what = format!("{:4} M={m}", form.name());
+            let what = format!("{name:6} M={m}");
             report(&what, memory.get().len(), &t, threads, limit);
         }
     }
@@ -552,7 +572,7 @@ fn gemv(set: &Kernels, threads: usize) {
 /// Many tokens: operations a second against what the set's instruction gives.
 fn gemm(set: &Kernels, threads: usize) {
     let limit = peak(set, threads);
-    for form in [Form::Q4, Form::Q8, Form::Mxfp4] {
+    for (name, form) in FORMS {
         let memory = matrices(set, form);
         for m in [8, 32, 128, 512] {
             let ops = 2 * m * SIDE * SIDE;
@@ -565,8 +585,7 @@ fn gemm(set: &Kernels, threads: usize) {
                 limit.map_or(String::new(), |l| format!(", {:.0} % of the peak", 100.0 * rate / l));
             let wall = (count * ops) as f64 / t.wall / 1e9;
             println!(
-                "{:4} M={m:3}: {:7.0} GOP/s{share} (by the wall clock {wall:.0})",
-                form.name(),
+                "{name:6} M={m:3}: {:7.0} GOP/s{share} (by the wall clock {wall:.0})",
                 rate / 1e9
             );
         }

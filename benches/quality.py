@@ -15,19 +15,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, Literal
 
 import ferrule
-from ferrule import LLM
+from ferrule import evaluate
 
 ROOT = Path(__file__).parent.parent
 STORIES = ROOT / "models" / "training" / "heldout_stories.txt"
-FORMS = ("none", "int8", "int4")
+FORMS: tuple[Literal["none", "int8", "int4"], ...] = ("none", "int8", "int4")
 
 
 def main() -> None:
@@ -55,40 +52,30 @@ def main() -> None:
 
 def measure(model: str, text: Path, documents: int | None) -> list[dict[str, Any]]:
     """A row for each form of the model's weights."""
-    forms = {form: LLM(model, quantization=form, weight_cache=False) for form in FORMS}
-    reference = forms["none"]
-    limit = reference.info.context_length
-    ids = [reference.tokenize(t, add_special=True)[:limit] for t in read(text)[:documents]]
-    ids = [each for each in ids if len(each) > 1]
-    losses: dict[str, list[np.ndarray]] = {form: [] for form in FORMS}
-    distances: dict[str, list[np.ndarray]] = {form: [] for form in FORMS}
-    same = dict.fromkeys(FORMS, 0)
-    for document in ids:
-        at = np.arange(len(document) - 1)
-        truth = log_softmax(reference.logits(document)[:-1])
-        for form, llm in forms.items():
-            found = truth if llm is reference else log_softmax(llm.logits(document)[:-1])
-            losses[form].append(-found[at, document[1:]])
-            distances[form].append((np.exp(truth) * (truth - found)).sum(axis=1))
-            same[form] += int((truth.argmax(axis=1) == found.argmax(axis=1)).sum())
     rows = []
-    for form, llm in forms.items():
-        loss, distance = np.concatenate(losses[form]), np.concatenate(distances[form])
+    for form in FORMS:
+        found = evaluate(
+            model,
+            read(text)[:documents],
+            reference=model,
+            quantization=form,
+            weight_cache=False,
+        )
+        assert found.distance is not None
         rows.append(
             {
                 "model": model,
                 "text": text.name,
-                "tokens": len(loss),
+                "tokens": found.tokens,
                 "quantization": form,
-                "bits_per_weight": llm.info.weight_bytes * 8 / llm.info.parameters,
-                "perplexity": math.exp(loss.mean()),
-                "kl_mean": float(distance.mean()),
-                "kl_p99": float(np.quantile(distance, 0.99)),
-                "same_top": same[form] / len(loss),
-                "isa": llm.info.isa,
+                "bits_per_weight": found.bits_per_weight,
+                "perplexity": found.perplexity.value,
+                "kl_mean": found.distance.kl.value,
+                "kl_p99": found.distance.kl_quantiles[0.99],
+                "same_top": found.distance.same_top.value,
+                "isa": found.isa,
             }
         )
-        llm.close()
     return rows
 
 
@@ -98,12 +85,6 @@ def read(text: Path) -> list[str]:
     if text.suffix == ".jsonl":
         return [json.loads(line)["text"] for line in content.splitlines()]
     return [part for part in content.split("\n\n\n") if part.strip()]
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Logarithms of the probabilities, in f64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

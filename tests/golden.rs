@@ -26,6 +26,10 @@ fn goldens() -> Vec<PathBuf> {
         "qwen35-a",
         "phi2-a",
         "quant-gpt-oss-mxfp4-a",
+        "quant-gptq-int4-g32-actorder-sym-a",
+        "quant-ct-w4a16-g32-asym-a",
+        "quant-bnb-nf4-double-a",
+        "quant-fp8-block-moe-a",
         "deepseek-v3-a",
         "gemma3n-a",
     ]
@@ -90,6 +94,24 @@ fn goldens() -> Vec<PathBuf> {
                 "hunyuan-dense-a",
                 "olmo3-a",
                 "ministral3-a",
+                "quant-awq-int4-g128-a",
+                "quant-awq-int4-g32-a",
+                "quant-bnb-nf4-a",
+                "quant-ct-fp8-dynamic-a",
+                "quant-ct-fp8-static-a",
+                "quant-ct-w4a16-g128-a",
+                "quant-ct-w4a16-g32-actorder-a",
+                "quant-ct-w8a16-channel-a",
+                "quant-ct-w8a8-int8-a",
+                "quant-fp8-block-a",
+                "quant-fp8-static-ministral-a",
+                "quant-gptq-int4-channel-a",
+                "quant-gptq-int4-g128-actorder-asym-a",
+                "quant-gptq-int4-g128-sym-a",
+                "quant-gptq-int4-g32-asym-a",
+                "quant-gptq-int8-g128-a",
+                "quant-gptq-moe-int4-g128-a",
+                "quant-gptq-v2-int4-g32-asym-a",
             ]
             .iter()
             .map(|name| Path::new(&shared).join("goldens").join(name)),
@@ -99,6 +121,15 @@ fn goldens() -> Vec<PathBuf> {
         }
     }
     all
+}
+
+/// All; `Auto` only where files have forms that no other gives.
+fn quantizations(folder: &Path) -> &'static [Quantization] {
+    use Quantization::{Auto, Int4, Int8, None};
+    match folder.file_name().is_some_and(|name| name.to_string_lossy().starts_with("quant-")) {
+        true => &[None, Int8, Int4, Auto],
+        false => &[None, Int8, Int4],
+    }
 }
 
 fn options(quantization: Quantization) -> LoadOptions {
@@ -264,7 +295,7 @@ fn chunks_batches_threads_and_sets_do_not_change_a_bit() {
     for folder in goldens() {
         let golden = Golden::open(&folder);
         let ids = golden.ints("p130.ids").unwrap();
-        for quantization in [Quantization::None, Quantization::Int8, Quantization::Int4] {
+        for &quantization in quantizations(&folder) {
             for kv_dtype in [KvDtype::F16, KvDtype::Int8] {
                 let open = |threads, isa: &str| {
                     let isa = Some(isa.to_owned());
@@ -360,7 +391,13 @@ fn quantized_weights_give_nearly_the_same_distribution() {
         // Kullback-Leibler divergence from the exact distribution, mean over positions. The weights are random: int4
         // leaves more than on a trained model, a lost layer or a wrong scale still more.
         // Qwen3-Next's are so sharp that bf16 alone moves its logits by a sixth.
-        for (quantization, most) in [(Quantization::Int8, 0.6), (Quantization::Int4, 6.0)] {
+        for &quantization in quantizations(&folder) {
+            let most = match quantization {
+                Quantization::None => continue,
+                Quantization::Int8 => 0.6,
+                Quantization::Int4 => 6.0,
+                Quantization::Auto => 0.06, // activations are rounded, weights hardly
+            };
             let rows = exact.iter().zip(run(quantization));
             let of_row = |(p, q): (&Vec<f64>, Vec<f64>)| -> f64 {
                 p.iter().zip(q).filter(|(p, _)| **p > 0.0).map(|(p, q)| p * (p / q).ln()).sum()

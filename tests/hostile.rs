@@ -106,6 +106,14 @@ fn mutations_of_checkpoints_with_states() {
     mutations("qwen35-a", 300);
 }
 
+#[test]
+fn mutations_of_quantized_checkpoints() {
+    mutations("quant-gptq-int4-g32-actorder-sym-a", 300);
+    mutations("quant-ct-w4a16-g32-asym-a", 200);
+    mutations("quant-bnb-nf4-double-a", 200);
+    mutations("quant-fp8-block-moe-a", 200);
+}
+
 fn mutations(name: &str, rounds: usize) {
     let _alone = alone();
     let source = golden(name);
@@ -143,7 +151,8 @@ fn mutations(name: &str, rounds: usize) {
         scratch.write("model.safetensors", &w);
         scratch.write("config.json", &c);
         MOST.store(NOW.load(Relaxed), Relaxed);
-        let quantization = [Quantization::None, Quantization::Int8, Quantization::Int4][round % 3];
+        use Quantization::{Auto, Int4, Int8, None};
+        let quantization = [None, Int8, Int4, Auto][round % 4];
         match try_out(&scratch.0, quantization) {
             Ok(()) => good += 1,
             Err(_) => bad += 1,

@@ -10,14 +10,26 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("quant", &[]),
     ("kernels", &["quant"]),
     ("backend", &["kernels", "quant"]),
-    ("model", &["backend", "file"]),
+    ("model", &["backend", "file", "quant"]),
     ("sample", &[]),
     ("tokenizer", &["file"]),
     ("chat", &["file"]),
     ("engine", &["model", "sample", "tokenizer"]),
+    ("evaluate", &["model"]),
     (
         "python",
-        &["backend", "chat", "engine", "file", "kernels", "model", "quant", "sample", "tokenizer"],
+        &[
+            "backend",
+            "chat",
+            "engine",
+            "evaluate",
+            "file",
+            "kernels",
+            "model",
+            "quant",
+            "sample",
+            "tokenizer",
+        ],
     ),
 ];
 

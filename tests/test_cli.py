@@ -36,7 +36,7 @@ def ferrule_cli(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
 def test_version_and_help() -> None:
     assert ferrule_cli("--version").stdout == f"ferrule {ferrule.__version__}\n"
     text = ferrule_cli("--help").stdout
-    assert all(command in text for command in ("run", "bench", "info"))
+    assert all(command in text for command in ("run", "bench", "info", "plan", "doctor"))
 
 
 @pytest.mark.parametrize(
@@ -137,6 +137,7 @@ def test_bench() -> None:
     for row in rows:
         assert row["params"] == 853_120
         assert len(row["samples"]) == 2
+        assert all(isinstance(what, str) for what in row["slowed_by"])
         assert row["tokens_per_s_mean"] > 0
     small = ["bench", "tales-1m", "-p", "16", "-n", "2", "-r", "2", "-t", "1"]
     table = ferrule_cli(*small).stdout.splitlines()

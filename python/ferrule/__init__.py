@@ -30,6 +30,7 @@ from .errors import (
 )
 from .llm import LLM
 from .params import SamplingParams
+from .quality import Distance, Estimate, Evaluation, evaluate
 from .request import AsyncStream, Request, Stream
 from .results import (
     Chunk,
@@ -53,8 +54,11 @@ __all__ = [
     "ContextLengthError",
     "CudaUnavailableError",
     "DeviceError",
+    "Distance",
     "DownloadError",
     "EngineClosedError",
+    "Estimate",
+    "Evaluation",
     "FerruleError",
     "FileAccessError",
     "InternalError",
@@ -79,4 +83,5 @@ __all__ = [
     "UnsupportedModelError",
     "Usage",
     "__version__",
+    "evaluate",
 ]

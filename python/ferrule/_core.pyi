@@ -14,14 +14,18 @@ __all__ = [
     "News",
     "QMatrix",
     "Request",
+    "Trial",
     "cpu_features",
     "cuda_devices",
     "cuda_time",
     "describe",
+    "evaluate",
     "gguf_at",
     "inspect",
     "kernel_set",
     "kernel_sets",
+    "memory",
+    "memory_bandwidth",
     "quantize_int4",
     "quantize_int8",
     "threads",
@@ -42,6 +46,8 @@ class Engine:
         device: str = "cpu",
         quantization: str = "auto",
         threads: int | None = None,
+        tile_tokens: int | None = None,
+        claim_bytes: int | None = None,
         context_length: int | None = None,
         kv_cache_dtype: str = "f16",
         kv_cache_bytes: int | None = None,
@@ -141,6 +147,11 @@ class QMatrix:
     def matmul(self, x: NDArray[np.float32]) -> NDArray[np.float32]: ...
     def dequantize(self) -> NDArray[np.float32]: ...
 
+@final
+class Trial:
+    def __new__(cls, n: int, k: int) -> Trial: ...
+    def seconds(self, m: int, threads: int, tile_tokens: int, claim_bytes: int) -> float: ...
+
 def quantize_int4(
     w: NDArray[np.float32], *, threads: int | None = None, isa: str | None = None
 ) -> QMatrix: ...
@@ -148,13 +159,37 @@ def quantize_int8(
     w: NDArray[np.float32], *, threads: int | None = None, isa: str | None = None
 ) -> QMatrix: ...
 def describe(
-    folder: str, *, quantization: str, kv_cache_dtype: str, family: str | None
+    folder: str,
+    *,
+    quantization: str,
+    kv_cache_dtype: str,
+    context_length: int | None,
+    weight_cache: bool,
+    family: str | None,
+) -> dict[str, Any]: ...
+def evaluate(
+    model: str | PathLike[str],
+    texts: list[str],
+    *,
+    documents: bool,
+    reference: str | PathLike[str] | None = None,
+    quantization: str = "auto",
+    reference_quantization: str = "none",
+    context: int | None = None,
+    limit: int | None = None,
+    kv_cache_dtype: str = "f16",
+    threads: int | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    family: str | None = None,
+    progress: Callable[[str, int, int], object] | None = None,
 ) -> dict[str, Any]: ...
 def cpu_features() -> list[str]: ...
 def gguf_at(path: str | PathLike[str]) -> Path | None: ...
 def inspect(path: str | PathLike[str]) -> str: ...
 def kernel_set() -> str: ...
 def kernel_sets() -> list[str]: ...
+def memory() -> tuple[int, int, int | None]: ...
+def memory_bandwidth(threads: int, bytes: int) -> float: ...
 def threads() -> tuple[int, str]: ...
 def cuda_time(
     form: str, n: int, k: int, tokens: int, sets: int, samples: int

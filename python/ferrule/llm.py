@@ -9,13 +9,13 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from hashlib import blake2b
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
 
-from . import _core, arguments, hub
+from . import _core, arguments, hub, tuning
 from .errors import EngineClosedError, InvalidParameterError
 from .params import ChatFields, Defaults, Fields, SamplingParams
 from .progress import Bar
@@ -58,11 +58,13 @@ class LLM:
       the log say why). Results have the same bits.
     - quantization: "int4", "int8"; "none" = the stored weights with f32 arithmetic; "auto" = the
       bits in the file, or the nearest form that takes next to nothing away (models/README.md).
-    - threads: "auto" = what the process may use (affinity, cgroup quota, kinds of core).
-    - context_length: "auto" = the model's, lowered to what memory holds (`info` tells).
+    - threads: "auto" = what `ferrule tune` found, or what the process may use (affinity, cgroup
+      quota, kinds of core).
+    - context_length: "auto" = the model's, lowered to what memory holds (`info.notes` tell). A
+      number that memory does not hold is an `OutOfMemoryError`, before anything is loaded.
     - kv_cache_dtype: of keys and values, "f32", "f16" or "int8".
-    - kv_cache_bytes: the most that they may take; "auto" = half of the free memory. No more is
-      taken than max_batch full contexts need.
+    - kv_cache_bytes: the most that they may take; "auto" = half of the memory that the weights
+      leave free. No more is taken than max_batch full contexts need.
     - max_batch: sequences computed at once; max_queue: requests that may wait.
     - prefix_cache: keep keys and values of earlier prompts for prompts that begin the same.
     - weight_cache: keep packed weights on disk, so that the next load maps them; True = in
@@ -105,14 +107,14 @@ class LLM:
                 os.fspath(folder),
                 device=device,
                 quantization=quantization,
-                threads=arguments.auto("threads", threads),
+                **_cut(arguments.auto("threads", threads)),
                 context_length=arguments.auto("context_length", context_length),
                 kv_cache_dtype=kv_cache_dtype,
                 kv_cache_bytes=arguments.auto("kv_cache_bytes", kv_cache_bytes),
                 max_batch=max_batch,
                 max_queue=max_queue,
                 prefix_cache=prefix_cache,
-                cache_dir=_cache_dir(weight_cache),
+                cache_dir=cache_dir(weight_cache),
                 chat_template=chat_template,
                 family=None if family is None else Path(family).read_text(encoding="utf-8"),
                 eos=defaults.eos,
@@ -135,6 +137,8 @@ class LLM:
         if self.info.device_because:
             _log.info("on the CPU: %s", self.info.device_because)
         _log.info("loaded %s", self.info)
+        for note in self.info.notes:
+            _log.info("%s: %s", self.info.name, note)
 
     # Text to text. One prompt gives one answer, a list of prompts a list: one batch, in order.
 
@@ -565,10 +569,20 @@ def _checked(submit: Callable[..., _core.Request]) -> Callable[..., _core.Reques
     return call
 
 
-def _cache_dir(choice: bool | str | os.PathLike[str]) -> str | None:
+def _cut(threads: int | None) -> dict[str, Any]:
+    """Threads and tiles: what was asked for, or what `ferrule tune` found."""
+    found = tuning.load(default_cache_dir()) if threads is None else None
+    return {"threads": threads} if found is None else asdict(found)
+
+
+def cache_dir(choice: bool | str | os.PathLike[str]) -> str | None:
+    """The folder that `weight_cache` means."""
     if choice is False:
         return None
-    if choice is not True:
-        return os.fspath(choice)
+    return default_cache_dir() if choice is True else os.fspath(choice)
+
+
+def default_cache_dir() -> str:
+    """The folder for what can be made again."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return os.path.join(base, "ferrule")

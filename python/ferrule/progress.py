@@ -33,3 +33,26 @@ class Bar:
         if self._shown:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
+
+
+class Steps:
+    """For a `with` around work of several kinds; gives the function to call, if there is one."""
+
+    def __init__(self, progress: bool | Callable[[str, int, int], object]) -> None:
+        self._progress = progress
+        self._shown = False
+
+    def __enter__(self) -> Callable[[str, int, int], object] | None:
+        if callable(self._progress):
+            return self._progress
+        return self._draw if self._progress and sys.stderr and sys.stderr.isatty() else None
+
+    def _draw(self, what: str, done: int, total: int) -> None:
+        self._shown = True
+        sys.stderr.write(f"\r\x1b[K{what} {100 * done // max(total, 1)} %")
+        sys.stderr.flush()
+
+    def __exit__(self, *_: object) -> None:
+        if self._shown:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()

@@ -167,6 +167,8 @@ class ModelInfo:
     isa: str
     """The kernel set in use, or the architecture of the CUDA device."""
     threads: int
+    notes: Sequence[str]
+    """What was lowered to fit into memory, and what will be slow."""
     load_s: float
     defaults: Mapping[str, tuple[object, str]]
     """Sampling fields that a request leaves open: the value, and where it comes from."""

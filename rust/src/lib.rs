@@ -16,6 +16,7 @@ pub mod backend;
 pub mod chat;
 pub mod engine;
 pub mod error;
+pub mod evaluate;
 #[allow(unsafe_code)] // memory maps
 pub mod file;
 #[allow(unsafe_code)] // SIMD, and the one call into code compiled for a CPU feature

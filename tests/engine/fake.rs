@@ -7,6 +7,7 @@
 //! is wrong, stale, shared by mistake or freed too early changes them. In a group of states the value
 //! is a hash of the token and the value before it, which is all that is kept.
 
+use ferrule::model::kv::PageCopy;
 use ferrule::model::{Chunk, Forward, KvGroup, NO_PAGE, PAGE, Sees, Wanted};
 use ferrule::{Error, Result};
 use std::sync::Mutex;
@@ -70,6 +71,12 @@ impl Forward for Fake {
 
     fn new_kv(&self, pages: &[usize]) -> Result<Memory> {
         Ok(Memory(pages.iter().map(|&n| vec![[u64::MAX; PAGE]; n]).collect()))
+    }
+
+    fn copy_pages(&self, kv: &mut Memory, copies: &[PageCopy]) {
+        for copy in copies {
+            kv.0[copy.group][copy.to as usize] = kv.0[copy.group][copy.from as usize];
+        }
     }
 
     fn forward(

@@ -8,8 +8,11 @@ mod models;
 mod tokenizers;
 mod write;
 
+use ferrule::backend::cpu::Cpu;
+use ferrule::backend::{Backend, Form, Part, Parts};
 use ferrule::file::{Checkpoint, Dtype, gguf};
-use ferrule::quant::Blocks;
+use ferrule::kernels::layout::ROWS;
+use ferrule::quant::{BLOCK, Blocks, Grouped, Kept};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -175,6 +178,22 @@ fn opens_all_splits_or_says_which_is_wrong() {
     assert!(Checkpoint::open(&folder.0.join("x-00000-of-00000.gguf")).is_ok());
 }
 
+/// What is packed, and read again, are the weights themselves.
+fn kept_as_they_are(blocks: Blocks, how: Grouped, bytes: &[u8], expected: &[f32]) {
+    let all = expected.len() / blocks.weights();
+    let n = all.min(3);
+    let k = all / n * blocks.weights();
+    let part = Part { blocks: Some(blocks), ..Part::floats(Form::F32, n, k, bytes) };
+    let parts = Parts { parts: vec![part], k, interleaved: false };
+    let mat = Cpu::new(1, None).unwrap().pack(Form::Grouped(how), &parts).unwrap().unwrap();
+    let mut row = vec![f32::NAN; k];
+    for (i, expected) in expected[..n * k].chunks(k).enumerate() {
+        mat.unpack_row(i, &mut row);
+        // As numbers: a zero has no sign.
+        assert!(row == expected, "{} row {i}", blocks.name());
+    }
+}
+
 /// Every type of block, bit by bit what gguf.quants.dequantize gives.
 #[test]
 fn blocks_equal_their_reference_values() {
@@ -209,6 +228,9 @@ fn blocks_equal_their_reference_values() {
                     "{stem} [{i}]: {found}, {expected}"
                 );
             }
+            if let Kept::Grouped(how) = blocks.kept() {
+                kept_as_they_are(*blocks, how, bytes, &found);
+            }
             types += usize::from(stem == name);
         }
         assert_eq!(types, Blocks::ALL.len());
@@ -227,7 +249,7 @@ fn block_sizes_divide_what_they_are_read_in() {
 /// mean square difference over that of the weights. `models/README.md` has this table.
 #[test]
 fn the_readme_has_the_table_of_types() {
-    use ferrule::quant::{BLOCK, BlockQ4, BlockQ8, Kept};
+    use ferrule::quant::{BlockQ4, BlockQ8};
     let golden = Checkpoint::open(Path::new("tests/golden/gguf/blocks.safetensors")).unwrap();
     let readme = fs::read_to_string("models/README.md").unwrap();
     let mut table = String::from(
@@ -259,8 +281,18 @@ fn the_readme_has_the_table_of_types() {
         let (form, bits, off, off_int4) = match blocks.kept() {
             Kept::Q8 => ("int8", 8.125, off(&int8), off(&int4)),
             Kept::Q4 => ("int4", 4.5, off(&exact), off(&exact)),
-            // Whatever is asked for; `packed_weights_are_near_and_the_same_everywhere` runs it.
-            Kept::Mxfp4 => ("mxfp4", 4.25, "0".to_owned(), "0".to_owned()),
+            Kept::Grouped(how) => {
+                let form = Form::Grouped(how);
+                let bits = (form.row_block_bytes(BLOCK) * 8) as f64 / (ROWS * BLOCK) as f64;
+                let kept = |b: usize, _: &[f32]| {
+                    let bytes = &bytes[b * BLOCK / blocks.weights() * blocks.bytes()..];
+                    let bytes = &bytes[..BLOCK / blocks.weights() * blocks.bytes()];
+                    blocks.grouped(bytes).unwrap().dequantize(how)
+                };
+                // MXFP4 stays whatever is asked for.
+                let int4 = if form == Form::MXFP4 { off(&kept) } else { off(&int4) };
+                (form.name(), bits, off(&kept), int4)
+            }
         };
         let stored = 8.0 * blocks.bytes() as f64 / blocks.weights() as f64;
         let name = blocks.name();

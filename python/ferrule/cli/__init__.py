@@ -93,6 +93,27 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(info)
     info.set_defaults(run=_lazy("info"))
 
+    plan = commands.add_parser(
+        "plan",
+        help="show whether a model fits into this machine's memory",
+        description="From a model's headers alone: for each quantization what its weights, its "
+        "keys and values and the rest will take, and how long a context memory holds. Exit status "
+        "1 if none fits.",
+    )
+    plan.add_argument("model", metavar="MODEL")
+    _model_options(plan)
+    plan.set_defaults(run=_lazy("plan"))
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="check that this machine is in order",
+        description="Check versions, CPU, kernels, cores, clocks, memory and its bandwidth, huge "
+        "pages, CUDA, energy sources and the cache. Each line is ok, a warning or a problem, with "
+        "the remedy; exit status 1 if there is a problem.",
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_lazy("doctor"))
+
     inspect = commands.add_parser(
         "inspect",
         help="show what a model file says about itself",
@@ -102,9 +123,65 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("path", metavar="FILE")
     inspect.add_argument("--json", action="store_true", help="print JSON")
     inspect.set_defaults(run=_lazy("inspect"))
+
+    tune = commands.add_parser(
+        "tune",
+        help="find this machine's best settings",
+        description="Try numbers of threads and ways of cutting the work, for 10 seconds, and keep "
+        "what is faster than the default. Close other programs first. Results do not change.",
+    )
+    tune.add_argument("--reset", action="store_true", help="go back to the defaults")
+    tune.add_argument("--json", action="store_true", help="print JSON")
+    tune.set_defaults(run=_lazy("tune"))
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure quality on a text",
+        description="Perplexity of a text and, with --reference, the distance from another model's "
+        "predictions: KL divergence, how often the likeliest token is the same, flips. A text is "
+        "cut into chunks as llama.cpp does, and the second half of each counts; of a .jsonl file "
+        'each line\'s "text" is a document, and all of it counts. Intervals are of 95 %, from '
+        "the spread between chunks or documents.",
+    )
+    evaluate.add_argument("model", metavar="MODEL")
+    evaluate.add_argument("--reference", metavar="MODEL", help="default: none")
+    _text_options(evaluate, "none")
+    evaluate.set_defaults(run=_lazy("evaluate"))
+
+    compare = commands.add_parser(
+        "compare",
+        help="measure how far one model is from another",
+        description="As `eval B --reference A`, with A as it is stored or as -r says.",
+    )
+    compare.add_argument("reference", metavar="A")
+    compare.add_argument("model", metavar="B")
+    _text_options(compare, "auto")
+    compare.set_defaults(run=_lazy("evaluate"))
     return parser
 
 
+def _text_options(parser: argparse.ArgumentParser, reference: str) -> None:
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8; - is standard input")
+    parser.add_argument("--context", type=int, metavar="N", help="default: 512, or the model's")
+    parser.add_argument("--chunks", type=int, metavar="N", help="at most so many")
+    parser.add_argument("-t", "--threads", type=int, metavar="N", help="default: what there is")
+    parser.add_argument("-q", "--quantization", choices=_QUANTIZATIONS, default="auto")
+    parser.add_argument(
+        "-r",
+        "--reference-quantization",
+        choices=_QUANTIZATIONS,
+        default=reference,
+        help=f"default: {reference}",
+    )
+    parser.add_argument("--kv-cache-dtype", choices=["f32", "f16", "int8"], default="f16")
+    parser.add_argument("--revision", metavar="REV", help="of a hub repository")
+    parser.add_argument("--offline", action="store_true", help="use only what is downloaded")
+    parser.add_argument("--family", metavar="FILE", help="TOML that describes the architecture")
+    parser.add_argument("--no-weight-cache", action="store_true", help="keep no packed weights")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+_QUANTIZATIONS = ["auto", "int4", "int8", "none"]
 _SAMPLING: dict[str, type] = {
     "max_tokens": int,
     "temperature": float,
@@ -123,7 +200,7 @@ _SAMPLING: dict[str, type] = {
 def _model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--device", metavar="D", help="cpu (default), cuda, cuda:0 or auto")
-    group.add_argument("-q", "--quantization", choices=["auto", "int4", "int8", "none"])
+    group.add_argument("-q", "--quantization", choices=_QUANTIZATIONS)
     group.add_argument("-c", "--context-length", type=int, metavar="N")
     group.add_argument("--kv-cache-dtype", choices=["f32", "f16", "int8"])
     group.add_argument("--revision", metavar="REV", help="of a hub repository")

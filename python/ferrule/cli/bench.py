@@ -11,6 +11,7 @@ import sys
 from typing import Any, Literal
 
 from ..llm import LLM
+from ..machine import Watch
 from . import model_keywords
 
 _COLUMNS = ("model", "size", "params", "backend", "threads", "test", "t/s")
@@ -23,6 +24,7 @@ def main(args: argparse.Namespace) -> int:
         return 2
     output = "json" if args.json else args.output
     rows: list[dict[str, Any]] = []
+    slowed: dict[str, list[str]] = {}
     threads: int | Literal["auto"]
     for threads in args.threads or ["auto"]:
         keywords = model_keywords(args) | {"max_batch": max(args.batch), "threads": threads}
@@ -34,8 +36,12 @@ def main(args: argparse.Namespace) -> int:
                         if tokens:
                             rows.append(_measure(llm, kind, tokens, depth, batch, args.repetitions))
                             _print_row(rows, output)
+                            for what in rows[-1]["slowed_by"]:
+                                slowed.setdefault(what, []).append(rows[-1]["test"])
     if output == "json":
         print(json.dumps(rows, indent=1))
+    for what, names in slowed.items():
+        print(f"Slowed down, {', '.join(names)}: {what}.", file=sys.stderr)
     if output == "md" and (peak := _peak_rss()):
         print(f"Tokenizing is not included. Peak memory {peak / 2**20:.0f} MiB.", file=sys.stderr)
     return 0
@@ -61,7 +67,11 @@ def _measure(
         return batch * tokens / max(d.stats.decode_s or 0.0 for d in done)
 
     once()  # warm-up; puts `before` into the prefix cache
-    samples = [once() for _ in range(repetitions)]
+    watch = Watch()
+    samples = []
+    for _ in range(repetitions):
+        samples.append(once())
+        watch.look()
     info = llm.info
     return {
         "model": f"{info.name} {info.quantization}",
@@ -78,6 +88,7 @@ def _measure(
         "tokens_per_s_sd": statistics.stdev(samples) if len(samples) > 1 else 0.0,
         "samples": samples,
         "peak_rss_bytes": _peak_rss(),
+        "slowed_by": watch.seen(),
         "excludes": "tokenizing",
     }
 
@@ -88,6 +99,7 @@ def _print_row(rows: list[dict[str, Any]], output: str) -> None:
         print(json.dumps(row), flush=True)
     elif output == "csv":
         flat = {name: value for name, value in row.items() if name != "samples"}
+        flat["slowed_by"] = "; ".join(row["slowed_by"])
         writer = csv.DictWriter(sys.stdout, flat, lineterminator="\n")
         if len(rows) == 1:
             writer.writeheader()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__, _core, hub
-from . import model_keywords
 
 
 def main(args: argparse.Namespace) -> int:
@@ -45,25 +44,29 @@ def main(args: argparse.Namespace) -> int:
 
 def _model(args: argparse.Namespace) -> dict[str, Any]:
     """What the model is, and what it will take here, from its headers."""
-    keywords = model_keywords(args)
     folder = hub.resolve(args.model, revision=args.revision, offline=args.offline)
-    family = keywords.get("family")
-    facts: dict[str, Any] = {"path": str(folder)}
-    facts |= _core.describe(
-        str(folder),
-        quantization=keywords.get("quantization", "auto"),
-        kv_cache_dtype=keywords.get("kv_cache_dtype", "f16"),
-        family=None if family is None else Path(family).read_text(encoding="utf-8"),
-    )
+    facts: dict[str, Any] = {"path": str(folder)} | described(folder, args, args.quantization)
     facts["runs_on"] = f"cpu, {_core.kernel_set()}: all {sum(facts['layers'].values())} layers"
     return facts
+
+
+def described(folder: Path, args: argparse.Namespace, quantization: str | None) -> dict[str, Any]:
+    """What the headers in `folder` say, with the options of `_model_options`."""
+    return _core.describe(
+        str(folder),
+        quantization=quantization or "auto",
+        kv_cache_dtype=args.kv_cache_dtype or "f16",
+        context_length=args.context_length,
+        weight_cache=not args.no_weight_cache,
+        family=None if args.family is None else Path(args.family).read_text(encoding="utf-8"),
+    )
 
 
 def _text(value: object, number: Callable[[object], str] = str) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):
-        return " ".join(map(str, value))
+        return " ".join(map(str, value)) or "-"
     if isinstance(value, dict):
         return "; ".join(f"{number(count)} {name}" for name, count in value.items())
     return number(value)

@@ -9,7 +9,7 @@ pub mod cuda;
 mod recurrent;
 
 pub use crate::kernels::{Activation, Form, KvDtype, PAGE, Score};
-pub use crate::quant::{Blocks, Kept};
+pub use crate::quant::{Blocks, Encoded, Kept};
 pub use recurrent::{Core, HeadRows, Heads, Recurrent};
 
 use crate::Result;
@@ -164,10 +164,12 @@ pub struct QkNorm<'a, R> {
 /// Stored rows of one checkpoint tensor.
 #[derive(Clone, Copy, Debug)]
 pub struct Part<'a> {
-    /// F32, F16, Bf16 or Mxfp4.
+    /// F32, F16, Bf16 or [`Form::MXFP4`].
     pub stored: Form,
     /// Blocks that the numbers come from, which then are F32; `row` is a multiple of their weights, `column` is 1.
     pub blocks: Option<Blocks>,
+    /// What the numbers come from instead, which then are F32; `bytes` is empty, and no number lies before its first.
+    pub encoded: Option<Encoded<'a>>,
     /// Rows.
     pub n: usize,
     /// From the first number on, little-endian. MXFP4: two codes in a byte, the first in the low nibble.
@@ -183,7 +185,7 @@ pub struct Part<'a> {
 impl<'a> Part<'a> {
     /// A matrix `[n, k]` of plain floats.
     pub fn floats(stored: Form, n: usize, k: usize, bytes: &'a [u8]) -> Part<'a> {
-        Part { stored, blocks: None, n, bytes, row: k, column: 1, scales: &[] }
+        Part { stored, blocks: None, encoded: None, n, bytes, row: k, column: 1, scales: &[] }
     }
 }
 
@@ -238,6 +240,8 @@ pub trait Backend: Send + Sync {
     ) -> Result<std::result::Result<Self::Mat, NotFinite>>;
     /// Pages for each layer.
     fn kv(&self, dtype: KvDtype, layers: &[KvLayer]) -> Result<Self::Kv>;
+    /// Page `to` of a layer becomes equal to page `from`.
+    fn copy_page(&self, kv: &mut Self::Kv, layer: usize, from: u32, to: u32);
 
     /// States for each layer: how many, and the f32 of each.
     fn states(&self, layers: &[(usize, usize)]) -> Result<Self::States>;

@@ -167,6 +167,8 @@ impl<M: Forward> Engine<M> {
     pub fn step(&mut self) -> Vec<Event> {
         let mut events = std::mem::take(&mut self.pending);
         let plan = self.scheduler.plan();
+        let copies = std::mem::take(&mut self.scheduler.copies);
+        self.model.copy_pages(&mut self.kv, &copies);
         if plan.is_empty() {
             return events;
         }

@@ -16,7 +16,7 @@
 
 use super::RequestId;
 use crate::model::PAGE;
-use crate::model::kv::{Key, KvPool, Pages, extend_keys};
+use crate::model::kv::{Key, KvPool, PageCopy, Pages, extend_keys};
 
 /// A sequence.
 #[derive(Debug)]
@@ -51,6 +51,8 @@ pub(super) struct Scheduler<T> {
     /// The oldest first.
     pub(super) slots: Vec<Slot<T>>,
     pub(super) preemptions: u64,
+    /// To be done before the next forward pass.
+    pub(super) copies: Vec<PageCopy>,
     /// Sequences with longer prompts share no pages with others.
     pub(super) long_after: Option<usize>,
     max_batch: usize,
@@ -63,6 +65,7 @@ impl<T> Scheduler<T> {
             pool,
             slots: Vec::new(),
             preemptions: 0,
+            copies: Vec::new(),
             long_after: None,
             max_batch,
             chunk_tokens,
@@ -93,6 +96,7 @@ impl<T> Scheduler<T> {
     pub(super) fn remove(&mut self, id: RequestId) -> Option<Slot<T>> {
         let index = self.slots.binary_search_by_key(&id, |slot| slot.id).ok()?;
         let mut slot = self.slots.remove(index);
+        self.pool.keep_last(&mut slot.pages, &slot.keys, &slot.tokens, slot.long);
         self.pool.release(&mut slot.pages);
         Some(slot)
     }
@@ -142,11 +146,18 @@ impl<T> Scheduler<T> {
             extend_keys(&mut slot.keys, &slot.tokens, slot.long);
         }
         self.pool.commit(&mut slot.pages, work.end, &slot.keys);
+        let computed = &slot.tokens[..work.end];
+        self.pool.keep_heads(work.start / PAGE, &slot.keys, computed, slot.long);
     }
 
-    /// Keys of the pages that a lookup may find: the last token is always computed.
+    /// Tokens that a lookup may find: the last one is always computed.
+    fn findable(slot: &Slot<T>) -> &[u32] {
+        &slot.tokens[..if slot.computes_all { 0 } else { slot.tokens.len() - 1 }]
+    }
+
+    /// Keys of the pages that a lookup may find.
     fn prefix(slot: &Slot<T>) -> &[Key] {
-        let pages = if slot.computes_all { 0 } else { (slot.tokens.len() - 1) / PAGE };
+        let pages = Self::findable(slot).len() / PAGE;
         &slot.keys[..pages.min(slot.keys.len())]
     }
 
@@ -170,6 +181,8 @@ impl<T> Scheduler<T> {
             self.pool.release(&mut pages);
             return false;
         }
+        let tokens = Self::findable(slot);
+        self.pool.adopt_head(&mut pages, &slot.keys, tokens, slot.long, &mut self.copies);
         slot.cached.get_or_insert(pages.len());
         slot.pages = pages;
         slot.running = true;

@@ -9,7 +9,7 @@
 pub(super) use super::activation::{Activation, exp, gate, sigmoid};
 use super::layout::{self, ROWS};
 use super::simd::F32x16;
-use crate::quant::{self, BLOCK, BlockQ4, BlockQ8, GROUP, GROUPS};
+use crate::quant::{self, BLOCK, BlockQ8, GROUP, GROUPS, Grouped};
 
 /// What a router makes of its logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,7 +26,7 @@ pub(super) struct Floats {
     pub(super) gemm_f32: unsafe fn(&[u8], usize, &[f32], &mut [f32]),
     pub(super) gemm_f16: unsafe fn(&[u8], usize, &[f32], &mut [f32]),
     pub(super) gemm_bf16: unsafe fn(&[u8], usize, &[f32], &mut [f32]),
-    pub(super) gemm_mxfp4: unsafe fn(&[u8], usize, &[f32], &mut [f32]),
+    pub(super) gemm_grouped: unsafe fn(Grouped, &[u8], usize, &[f32], &mut [f32]),
     pub(super) quantize: unsafe fn(&[f32], &mut [i8], &mut [i16; GROUPS]) -> (f32, i32),
     pub(super) pack_q4: unsafe fn(&[[f32; BLOCK]; ROWS], usize, &mut [u8]),
     pub(super) pack_q8: unsafe fn(&[[f32; BLOCK]; ROWS], usize, &mut [u8]),
@@ -56,8 +56,8 @@ macro_rules! instantiate {
         pub(super) const FLOATS: crate::kernels::float::Floats = {
             use crate::kernels::float::{self, Activation, Floats, Score};
             use crate::kernels::layout::ROWS;
-            use crate::kernels::{Attend, Recur, attention, recurrent};
-            use crate::quant::{BLOCK, GROUPS};
+            use crate::kernels::{Attend, Recur, attention, grouped, recurrent};
+            use crate::quant::{BLOCK, GROUPS, Grouped};
             type Rows = [[f32; BLOCK]; ROWS];
 
             $(#[target_feature(enable = $features)])?
@@ -73,8 +73,14 @@ macro_rules! instantiate {
                 float::gemm::<$v, float::Bf16>(w, k, x, y)
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn gemm_mxfp4(w: &[u8], k: usize, x: &[f32], y: &mut [f32]) {
-                crate::kernels::mxfp4::gemm::<$v>(w, k, x, y)
+            unsafe fn gemm_grouped(
+                how: Grouped,
+                w: &[u8],
+                k: usize,
+                x: &[f32],
+                y: &mut [f32],
+            ) {
+                grouped::gemm::<$v>(how, w, k, x, y)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn quantize(x: &[f32], q: &mut [i8], sums: &mut [i16; GROUPS]) -> (f32, i32) {
@@ -82,7 +88,7 @@ macro_rules! instantiate {
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn pack_q4(x: &Rows, k: usize, out: &mut [u8]) {
-                float::pack_q4(x, k, out)
+                crate::kernels::pack::pack_q4(x, k, out)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn pack_q8(x: &Rows, k: usize, out: &mut [u8]) {
@@ -189,7 +195,7 @@ macro_rules! instantiate {
                 gemm_f32,
                 gemm_f16,
                 gemm_bf16,
-                gemm_mxfp4,
+                gemm_grouped,
                 quantize,
                 pack_q4,
                 pack_q8,
@@ -336,16 +342,6 @@ pub(super) fn quantize(x: &[f32], q: &mut [i8], sums: &mut [i16; GROUPS]) -> (f3
         *sum = q.iter().map(|&q| i16::from(q)).sum();
     }
     (amax / quant::MAX, sums.iter().map(|&s| i32::from(s)).sum())
-}
-
-/// Quantizes one block of 16 rows of `k` weights each and packs it.
-#[inline(always)]
-pub(super) fn pack_q4(x: &[[f32; BLOCK]; ROWS], k: usize, out: &mut [u8]) {
-    let mut rows = [BlockQ4::ZERO; ROWS];
-    for (row, x) in rows.iter_mut().zip(x) {
-        *row = BlockQ4::quantize(&x[..k]);
-    }
-    layout::pack_q4(&rows, out);
 }
 
 /// Quantizes one block of 16 rows of `k` weights each and packs it.

@@ -11,13 +11,21 @@
 //!    sub-block t (64 k), line j, byte 4r+i: low nibble  = q[r][64t + 4j+i]       (group 2t)
 //!                                           high nibble = q[r][64t + 32 + 4j+i]  (group 2t+1)
 //!    sc[t][r]: low nibble = scale of group 2t minus one, high nibble = of group 2t+1 minus one
-//! mxfp4 block, 16 rows x 256 k  u8 e[8][16] | 4 x 8 lines as in int4, of E2M1 codes
+//! grouped block, 16 rows x 256 k   header, padded to a multiple of 64 bytes | 4 x (8 + 2 h) lines
+//!    g groups of 16 to 128 k; the header with
+//!    f16 or bf16 scales   s[g][16] | m[g][16] of the same, or i8 z[g][16], or neither
+//!    integer scales       f16 d[16] | f16 e[16] | i8 s[g][16] | i8 m[g][16], or i8 z[g][16], or neither
+//!    powers of two        u8 s[g][16] | the same
+//!    sub-block t, lines 0..8: the low four bits of codes, as in int4; with groups of 16
+//!       line j, byte 4r+i: low nibble  = q[r][64t + 32(j/4) + 4(j%4)+i], high nibble = that 16 k later
+//!    h bits beyond (0, 1 or 2): line 8 + p, byte b: those of the codes in byte b of line j = 4p/h..4(p+1)/h,
+//!       at bit 2h(j - 4p/h) of the low nibble's, h bits further of the high nibble's
 //! float, 16 rows x K            [K][16] of f32, f16 or bf16
 //! ```
 //!
 //! The last block of a row has only the lines that K needs; its header is whole.
 
-use crate::quant::{BLOCK, BlockMxfp4, BlockQ4, BlockQ8, GROUPS};
+use crate::quant::{BLOCK, BlockGrouped, BlockQ4, BlockQ8, Grouped, Offset, Scales};
 use half::{bf16, f16};
 
 /// Rows of a row block.
@@ -30,33 +38,29 @@ pub const K_PADDED: usize = 64;
 pub(super) const Q4_HEADER: usize = 256;
 /// Bytes before the lines of an int8 block: d.
 pub(super) const Q8_HEADER: usize = 64;
-/// Bytes before the lines of an MXFP4 block: e.
-pub(super) const MXFP4_HEADER: usize = 128;
 
 /// How the weights of a packed matrix are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(u8)]
 pub enum Form {
     /// [`BlockQ4`].
-    Q4 = 0,
+    Q4,
     /// [`BlockQ8`].
-    Q8 = 1,
+    Q8,
     /// As stored in the checkpoint.
-    Bf16 = 2,
+    Bf16,
     /// As stored in the checkpoint.
-    F16 = 3,
+    F16,
     /// As stored in the checkpoint.
-    F32 = 4,
-    /// [`BlockMxfp4`], against int8 activations.
-    Mxfp4 = 5,
+    F32,
+    /// [`BlockGrouped`], against int8 activations.
+    Grouped(Grouped),
     /// The same bytes, against f32 activations.
-    Mxfp4Float = 6,
+    GroupedFloat(Grouped),
 }
 
 impl Form {
-    /// Every form.
-    pub const ALL: [Form; 7] =
-        [Form::Q4, Form::Q8, Form::Bf16, Form::F16, Form::F32, Form::Mxfp4, Form::Mxfp4Float];
+    /// MXFP4 against int8 activations.
+    pub const MXFP4: Form = Form::Grouped(Grouped::MXFP4);
 
     /// The name shown to users.
     pub fn name(self) -> &'static str {
@@ -66,13 +70,14 @@ impl Form {
             Form::Bf16 => "bf16",
             Form::F16 => "f16",
             Form::F32 => "f32",
-            Form::Mxfp4 | Form::Mxfp4Float => "mxfp4",
+            Form::Grouped(Grouped::MXFP4) | Form::GroupedFloat(Grouped::MXFP4) => "mxfp4",
+            Form::Grouped(_) | Form::GroupedFloat(_) => "grouped",
         }
     }
 
     /// Whether activations are quantized to int8 to meet these weights.
     pub fn is_quantized(self) -> bool {
-        matches!(self, Form::Q4 | Form::Q8 | Form::Mxfp4)
+        matches!(self, Form::Q4 | Form::Q8 | Form::Grouped(_))
     }
 
     /// Bytes of a row block of `k` inputs.
@@ -82,7 +87,9 @@ impl Form {
         match self {
             Form::Q4 => blocks * Q4_HEADER + padded * ROWS / 2,
             Form::Q8 => blocks * Q8_HEADER + padded * ROWS,
-            Form::Mxfp4 | Form::Mxfp4Float => blocks * MXFP4_HEADER + padded * ROWS / 2,
+            Form::Grouped(how) | Form::GroupedFloat(how) => {
+                blocks * grouped_header(how) + padded / 64 * grouped_lines(how)
+            }
             Form::Bf16 | Form::F16 => k * ROWS * 2,
             Form::F32 => k * ROWS * 4,
         }
@@ -104,34 +111,100 @@ pub(super) fn block_offset(form: Form, b: usize) -> usize {
     match form {
         Form::Q4 => b * (Q4_HEADER + BLOCK * ROWS / 2),
         Form::Q8 => b * (Q8_HEADER + BLOCK * ROWS),
-        Form::Mxfp4 | Form::Mxfp4Float => b * (MXFP4_HEADER + BLOCK * ROWS / 2),
+        Form::Grouped(how) | Form::GroupedFloat(how) => {
+            b * (grouped_header(how) + BLOCK / 64 * grouped_lines(how))
+        }
         Form::Bf16 | Form::F16 | Form::F32 => unreachable!("float forms have no blocks"),
     }
 }
 
 /// Writes one block of 16 rows. `out` is as long as the block.
 pub fn pack_q4(rows: &[BlockQ4; ROWS], out: &mut [u8]) {
-    let (header, lines) = out.split_at_mut(Q4_HEADER);
     for (r, row) in rows.iter().enumerate() {
-        header[4 * r..4 * r + 4].copy_from_slice(&row.d.to_le_bytes());
-        for t in 0..4 {
-            header[64 + 16 * t + r] = (row.sc[2 * t] - 1) | (row.sc[2 * t + 1] - 1) << 4;
-            header[128 + 32 * t + 2 * r] = row.mn[2 * t] as u8;
-            header[128 + 32 * t + 2 * r + 1] = row.mn[2 * t + 1] as u8;
-        }
-        put_codes(&row.q, r, lines);
+        put_q4(row, r, out);
     }
 }
 
-/// Writes one block of 16 rows. `out` is as long as the block.
-pub fn pack_mxfp4(rows: &[BlockMxfp4; ROWS], out: &mut [u8]) {
-    let (header, lines) = out.split_at_mut(MXFP4_HEADER);
-    for (r, row) in rows.iter().enumerate() {
-        for g in 0..GROUPS {
-            header[16 * g + r] = row.e[g];
-        }
-        put_codes(&row.q, r, lines);
+/// Writes row `r` of a block.
+pub(super) fn put_q4(row: &BlockQ4, r: usize, out: &mut [u8]) {
+    let (header, lines) = out.split_at_mut(Q4_HEADER);
+    header[4 * r..4 * r + 4].copy_from_slice(&row.d.to_le_bytes());
+    for t in 0..4 {
+        header[64 + 16 * t + r] = (row.sc[2 * t] - 1) | (row.sc[2 * t + 1] - 1) << 4;
+        header[128 + 32 * t + 2 * r] = row.mn[2 * t] as u8;
+        header[128 + 32 * t + 2 * r + 1] = row.mn[2 * t + 1] as u8;
     }
+    put_codes(&row.q, r, lines);
+}
+
+/// Where the scales and the offsets of a grouped block begin, and bytes of each.
+pub(super) fn grouped_fields(how: Grouped) -> [(usize, usize); 2] {
+    let (start, width) = match how.scales {
+        Scales::F16 | Scales::Bf16 => (0, 2),
+        Scales::Integer => (64, 1),
+        Scales::Power => (0, 1),
+    };
+    let offset = match how.offset() {
+        Some(Offset::Min) => width,
+        Some(Offset::Zero) => 1,
+        Some(Offset::Signed) | None => 0,
+    };
+    [(start, width), (start + how.groups() * ROWS * width, offset)]
+}
+
+/// Bytes before the lines of a grouped block.
+pub(super) fn grouped_header(how: Grouped) -> usize {
+    let [_, (start, width)] = grouped_fields(how);
+    (start + how.groups() * ROWS * width).next_multiple_of(64)
+}
+
+/// Bytes of the lines of 64 k.
+pub(super) fn grouped_lines(how: Grouped) -> usize {
+    64 * (8 + 2 * how.high())
+}
+
+/// Writes one block of 16 rows. `out` is as long as the block.
+pub fn pack_grouped(how: Grouped, rows: &[BlockGrouped; ROWS], out: &mut [u8]) {
+    out.fill(0);
+    let (header, lines) = out.split_at_mut(grouped_header(how));
+    let (fields, places) = (grouped_fields(how), places(how));
+    for (r, row) in rows.iter().enumerate() {
+        if how.scales == Scales::Integer {
+            header[2 * r..][..2].copy_from_slice(&row.d.to_le_bytes());
+            header[32 + 2 * r..][..2].copy_from_slice(&row.e.to_le_bytes());
+        }
+        for g in 0..how.groups() {
+            let u = g * how.group / how.unit();
+            let values = [row.s[u], row.o[u]];
+            for ((start, width), value) in fields.into_iter().zip(values) {
+                let out = &mut header[start + (g * ROWS + r) * width..][..width];
+                out.copy_from_slice(&value.to_le_bytes()[..width]);
+            }
+        }
+        for (q, lines) in row.q.chunks_exact(64).zip(lines.chunks_exact_mut(grouped_lines(how))) {
+            for (q, [low, high]) in q.iter().zip(&places) {
+                lines[low.0 + 4 * r] |= (q & 15) << low.1;
+                if how.high() > 0 {
+                    lines[high.0 + 4 * r] |= q >> 4 << high.1;
+                }
+            }
+        }
+    }
+}
+
+/// Where the code of one of 64 k lies in the lines: a byte of row 0, and a bit of it; and where its bits beyond 4 do.
+type Place = [(usize, usize); 2];
+
+/// The places of 64 codes.
+fn places(how: Grouped) -> [Place; 64] {
+    let (unit, h) = (how.unit(), how.high());
+    std::array::from_fn(|k| {
+        // A pair of units shares the nibbles of its lines.
+        let (pair, half, i) = (k / (2 * unit), k / unit % 2, k % unit);
+        let j = pair * unit / 4 + i / 4;
+        let high = (64 * (8 + j * h / 4), h * (2 * (j % (4 / h.max(1))) + half));
+        [(64 * j + i % 4, 4 * half), (high.0 + i % 4, high.1)]
+    })
 }
 
 /// The 4-bit codes of row `r` into its lines.
@@ -185,14 +258,31 @@ pub fn unpack_q4(block: &[u8], r: usize) -> BlockQ4 {
     row
 }
 
-/// One block of one packed MXFP4 row.
-pub(super) fn unpack_mxfp4(block: &[u8], r: usize) -> BlockMxfp4 {
-    let (header, lines) = block.split_at(MXFP4_HEADER);
-    let mut row = BlockMxfp4::ZERO;
-    for g in 0..GROUPS {
-        row.e[g] = header[16 * g + r];
+/// One block of one packed row.
+pub(super) fn unpack_grouped(how: Grouped, block: &[u8], r: usize) -> BlockGrouped {
+    let (header, lines) = block.split_at(grouped_header(how));
+    let mut row = BlockGrouped::ZERO;
+    if how.scales == Scales::Integer {
+        row.d = u16::from_le_bytes([header[2 * r], header[2 * r + 1]]);
+        row.e = u16::from_le_bytes([header[32 + 2 * r], header[32 + 2 * r + 1]]);
     }
-    get_codes(lines, r, &mut row.q);
+    let [scales, offsets] = grouped_fields(how);
+    for u in 0..BLOCK / how.unit() {
+        let value = |(start, width): (usize, usize)| {
+            let at = start + (u * how.unit() / how.group * ROWS + r) * width;
+            header[at..at + width].iter().rev().fold(0, |value, &b| value << 8 | u16::from(b))
+        };
+        (row.s[u], row.o[u]) = (value(scales), value(offsets));
+    }
+    let places = places(how);
+    for (q, lines) in row.q.chunks_exact_mut(64).zip(lines.chunks_exact(grouped_lines(how))) {
+        for (q, [low, high]) in q.iter_mut().zip(&places) {
+            *q = lines[low.0 + 4 * r] >> low.1 & 15;
+            if how.high() > 0 {
+                *q |= (lines[high.0 + 4 * r] >> high.1 & ((1 << how.high()) - 1)) << 4;
+            }
+        }
+    }
     row
 }
 
@@ -233,9 +323,9 @@ pub fn unpack_row(form: Form, packed: &[u8], n: usize, out: &mut [f32]) {
                 out.copy_from_slice(&unpack_q8(block, r).dequantize()[..out.len()]);
             }
         }
-        Form::Mxfp4 | Form::Mxfp4Float => {
+        Form::Grouped(how) | Form::GroupedFloat(how) => {
             for (block, out) in blocks(form, row_block).zip(out.chunks_mut(BLOCK)) {
-                out.copy_from_slice(&unpack_mxfp4(block, r).dequantize()[..out.len()]);
+                out.copy_from_slice(&unpack_grouped(how, block, r).dequantize(how)[..out.len()]);
             }
         }
         Form::Bf16 => {

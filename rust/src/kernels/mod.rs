@@ -10,8 +10,9 @@ mod activation;
 mod arm;
 mod attention;
 mod float;
+mod grouped;
 pub mod layout;
-mod mxfp4;
+mod pack;
 mod recurrent;
 mod scalar;
 mod simd;
@@ -24,7 +25,7 @@ pub use float::Score;
 pub use layout::Form;
 pub use recurrent::Recur;
 
-use crate::quant::{BLOCK, GROUPS};
+use crate::quant::{BLOCK, GROUPS, Grouped};
 use crate::{Error, Result};
 use layout::ROWS;
 
@@ -75,7 +76,7 @@ pub struct Kernels {
     supported: fn() -> bool,
     gemm_q4: Gemm,
     gemm_q8: Gemm,
-    gemm_mxfp4: Gemm,
+    gemm_grouped: unsafe fn(Grouped, &[u8], &Acts<'_>, &mut [f32]),
     float: float::Floats,
 }
 
@@ -165,13 +166,14 @@ impl Kernels {
         let scales = a.blocks() * a.m;
         assert!(a.q.len() == a.m * a.k && a.s.len() == scales && a.sums.len() == scales);
         assert!(a.totals.len() == scales);
-        let gemm = match form {
-            Form::Q4 => self.gemm_q4,
-            Form::Q8 => self.gemm_q8,
-            _ => self.gemm_mxfp4,
-        };
         // SAFETY: see above.
-        unsafe { gemm(w, a, y) }
+        unsafe {
+            match form {
+                Form::Q4 => (self.gemm_q4)(w, a, y),
+                Form::Grouped(how) => (self.gemm_grouped)(how, w, a, y),
+                _ => (self.gemm_q8)(w, a, y),
+            }
+        }
     }
 
     /// As [`Kernels::gemm`], for stored floats and f32 activations `[m, k]`.
@@ -184,8 +186,11 @@ impl Kernels {
             Form::F32 => self.float.gemm_f32,
             Form::F16 => self.float.gemm_f16,
             Form::Bf16 => self.float.gemm_bf16,
-            Form::Mxfp4Float => self.float.gemm_mxfp4,
-            Form::Q4 | Form::Q8 | Form::Mxfp4 => {
+            Form::GroupedFloat(how) => {
+                // SAFETY: see above.
+                return unsafe { (self.float.gemm_grouped)(how, w, k, x, y) };
+            }
+            Form::Q4 | Form::Q8 | Form::Grouped(_) => {
                 unreachable!("quantized forms take quantized activations")
             }
         };
@@ -349,6 +354,7 @@ trait Plain: Copy {}
 impl Plain for f32 {}
 impl Plain for u16 {}
 impl Plain for i8 {}
+impl Plain for u8 {}
 
 /// The bytes of 16 numbers as those numbers.
 #[inline(always)]

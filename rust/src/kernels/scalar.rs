@@ -1,14 +1,14 @@
 //! The specification: what every other set must compute, bit by bit. Written for reading.
 
-use super::layout::{Form, ROWS, blocks, unpack_mxfp4, unpack_q4, unpack_q8};
+use super::layout::{Form, ROWS, blocks, unpack_grouped, unpack_q4, unpack_q8};
 use super::simd::Lanes;
 use super::{Acts, Kernels, float};
-use crate::quant::{BLOCK, BlockMxfp4, GROUP, TWICE};
+use crate::quant::{BLOCK, Grouped};
 
 float::instantiate!(Lanes);
 
 pub(super) const KERNELS: Kernels =
-    Kernels { name: "scalar", supported: || true, gemm_q4, gemm_q8, gemm_mxfp4, float: FLOATS };
+    Kernels { name: "scalar", supported: || true, gemm_q4, gemm_q8, gemm_grouped, float: FLOATS };
 
 /// `y[t][n] = sum over blocks b of dot(w8, a8) * (d * s)`: an exact integer over a block, then one
 /// fused multiply-add, blocks ascending.
@@ -53,23 +53,28 @@ unsafe fn gemm_q8(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
     gemm(Form::Q8, row, w, a, y);
 }
 
-/// `y[t][n] = sum over groups g of dot(twice w, a8) * (s / 2 * 2^(e - 127))`: an exact integer over a group, then one
-/// fused multiply-add, groups ascending.
-unsafe fn gemm_mxfp4(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
-    let row_blocks: Vec<&[u8]> = w.chunks_exact(Form::Mxfp4.row_block_bytes(a.k)).collect();
+/// `y[t][n] = sum over blocks b of part * s`, one fused multiply-add for each, ascending. `part` is a chain of its own
+/// over the units u of a block, ascending: `dot(T[q], a8) * s[u]`, and if codes have an offset `sum(a8) * o[u]`.
+unsafe fn gemm_grouped(how: Grouped, w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
+    let form = Form::Grouped(how);
+    let row_blocks: Vec<&[u8]> = w.chunks_exact(form.row_block_bytes(a.k)).collect();
     for (rb, row_block) in row_blocks.iter().enumerate() {
         for r in 0..ROWS {
             for t in 0..a.m {
                 let mut acc = 0.0f32;
-                for (b, block) in blocks(Form::Mxfp4, row_block).enumerate() {
-                    let row = unpack_mxfp4(block, r);
-                    for (g, q) in a.q(b, t).chunks(GROUP).enumerate() {
-                        let codes = row.q[g * GROUP..].iter();
-                        let w = codes.map(|&code| i32::from(TWICE[usize::from(code)]));
+                for (b, block) in blocks(form, row_block).enumerate() {
+                    let row = unpack_grouped(how, block, r);
+                    let mut part = 0.0f32;
+                    for (u, q) in a.q(b, t).chunks(how.unit()).enumerate() {
+                        let w = row.q[u * how.unit()..].iter().map(|&q| i32::from(how.value(q)));
                         let dot: i32 = q.iter().zip(w).map(|(&q, w)| i32::from(q) * w).sum();
-                        let scale = 0.5 * a.s(b, t) * BlockMxfp4::scale(row.e[g]);
-                        acc = (dot as f32).mul_add(scale, acc);
+                        part = (dot as f32).mul_add(row.scale(how, u), part);
+                        if how.offset().is_some() {
+                            let sum: i32 = q.iter().map(|&q| i32::from(q)).sum();
+                            part = (sum as f32).mul_add(row.offset(how, u), part);
+                        }
                     }
+                    acc = part.mul_add(a.s(b, t), acc);
                 }
                 y[t * ROWS * row_blocks.len() + rb * ROWS + r] = acc;
             }

@@ -14,6 +14,8 @@ pub(super) trait F32x16: Copy {
     fn load_f16(x: &[u16; 16]) -> Self;
     fn load_bf16(x: &[u16; 16]) -> Self;
     fn load_i8(x: &[i8; 16]) -> Self;
+    /// `table[i]` in each lane; `i < 16`.
+    fn lookup(table: &[f32; 16], i: &[u32; 16]) -> Self;
     fn store(self, out: &mut [f32; 16]);
     /// Rounds to nearest, ties to even.
     fn store_f16(self, out: &mut [u16; 16]);
@@ -45,6 +47,9 @@ impl F32x16 for Lanes {
     }
     fn load_i8(x: &[i8; 16]) -> Self {
         Lanes(x.map(f32::from))
+    }
+    fn lookup(table: &[f32; 16], i: &[u32; 16]) -> Self {
+        Lanes(i.map(|i| table[i as usize]))
     }
     fn store(self, out: &mut [f32; 16]) {
         *out = self.0;

@@ -1,11 +1,11 @@
 //! Every set this CPU can run gives the bits of `scalar`, over shapes that straddle every edge and over
 //! corner values. `scalar` itself is checked against plain arithmetic in f64.
 
-use super::layout::{
-    Form, ROWS, block_offset, pack_float, pack_mxfp4, pack_q4, pack_q8, unpack_row,
-};
+mod grouped;
+
+use super::layout::{Form, ROWS, block_offset, pack_float, pack_q4, pack_q8, unpack_row};
 use super::*;
-use crate::quant::{BLOCK, BlockMxfp4, BlockQ4, BlockQ8};
+use crate::quant::{BLOCK, BlockQ4, BlockQ8};
 use proptest::prelude::*;
 
 /// Bytes that start at a multiple of 64.
@@ -112,32 +112,6 @@ impl Quantized {
     }
 }
 
-/// An MXFP4 matrix `[n, k]` of any codes, `n` a multiple of 16, with inputs from `k` on zero as the packer leaves them.
-/// Exponents are from `range`.
-fn mxfp4(random: &mut Random, n: usize, k: usize, range: std::ops::Range<u64>) -> Aligned {
-    let size = Form::Mxfp4.row_block_bytes(k);
-    let mut out = Aligned::new(n / ROWS * size);
-    for out in out.get_mut().chunks_exact_mut(size) {
-        for (b, out) in out.chunks_mut(block_offset(Form::Mxfp4, 1)).enumerate() {
-            let mut rows = [BlockMxfp4::ZERO; ROWS];
-            let len = BLOCK.min(k - b * BLOCK);
-            for row in &mut rows {
-                // Some rows are all of one sign and as large as can be.
-                let extreme = random.next() % 8;
-                row.q[..len].fill_with(|| match extreme {
-                    0 => 7,
-                    1 => 15,
-                    _ => random.next() as u8 & 15,
-                });
-                row.e[..len.div_ceil(32)]
-                    .fill_with(|| (range.start + random.next() % (range.end - range.start)) as u8);
-            }
-            pack_mxfp4(&rows, out);
-        }
-    }
-    out
-}
-
 /// Packs an `[n, k]` matrix, `n` a multiple of 16.
 fn pack(kernels: &Kernels, form: Form, w: &[f32], k: usize) -> Aligned {
     let n = w.len() / k;
@@ -214,6 +188,37 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(if cfg!(miri) { 2 } else { 48 }))]
 
     #[test]
+    fn rows_side_by_side_are_quantized_as_one_by_one(
+        k in prop_oneof![Just(BLOCK), 1..=BLOCK],
+        seed in any::<u64>(),
+        scales in prop::array::uniform16(-90i32..90),
+        zeros in 0usize..4,
+    ) {
+        let mut random = Random(seed);
+        let mut x = [[f32::NAN; BLOCK]; ROWS]; // beyond k nothing may be read
+        for (r, x) in x.iter_mut().enumerate() {
+            for x in &mut x[..k] {
+                let value = random.value(); // few rows with zeros: they go another way
+                *x = if value == 0.0 { 0.5 } else { value } * (scales[r] as f32).exp2();
+            }
+            if r % 5 == 0 && zeros > 0 {
+                x[random.next() as usize % k] = 0.0;
+            }
+            if r == 3 && zeros == 2 {
+                x[..k].fill(0.0);
+            }
+        }
+        let rows: Vec<_> = x.iter().map(|x| BlockQ4::quantize(&x[..k])).collect();
+        let mut expected = vec![0; Form::Q4.row_block_bytes(k)];
+        pack_q4(rows[..].try_into().unwrap(), &mut expected);
+        for kernels in available() {
+            let mut out = vec![0xa5; expected.len()];
+            kernels.pack(Form::Q4, &x, k, &mut out);
+            prop_assert!(out == expected, "{}", kernels.name);
+        }
+    }
+
+    #[test]
     fn integer_gemm(m in 1usize..70, blocks in 1usize..4, k in 1usize..10, q4: bool, seed: u64) {
         let (form, k) = (if q4 { Form::Q4 } else { Form::Q8 }, k * 64);
         let mut random = Random(seed);
@@ -237,39 +242,6 @@ proptest! {
         for set in integer_sets() {
             let z = gemm(set, form, packed.get(), &a.acts());
             prop_assert_eq!(bits(&z), bits(&y), "extremes, {}", set.name);
-        }
-    }
-
-    #[test]
-    fn mxfp4_gemm(m in 1usize..20, blocks in 1usize..6, k in 1usize..22, seed: u64) {
-        let (k, mut random) = (k * 32, Random(seed));
-        let packed = mxfp4(&mut random, blocks * ROWS, k, 0..200);
-        let x = random.values(m * k);
-        let scalar = &scalar::KERNELS;
-        let mut a = Quantized::new(scalar, &x, m);
-        for extreme in [false, true] {
-            let y = gemm(scalar, Form::Mxfp4, packed.get(), &a.acts());
-            for set in integer_sets() {
-                let z = gemm(set, Form::Mxfp4, packed.get(), &a.acts());
-                prop_assert_eq!(bits(&z), bits(&y), "{} {}", set.name, extreme);
-            }
-            a.extreme();
-        }
-        // Against f32 activations: one chain of the weights as they are.
-        let packed = mxfp4(&mut random, blocks * ROWS, k, 100..150);
-        let mut row = vec![0.0; k];
-        let mut y = vec![0.0; m * blocks * ROWS];
-        for n in 0..blocks * ROWS {
-            unpack_row(Form::Mxfp4, packed.get(), n, &mut row);
-            for (t, x) in x.chunks(k).enumerate() {
-                y[t * blocks * ROWS + n] =
-                    row.iter().zip(x).fold(0.0f32, |acc, (w, x)| w.mul_add(*x, acc));
-            }
-        }
-        for set in available() {
-            let mut z = vec![0.0; y.len()];
-            set.gemm_float(Form::Mxfp4Float, packed.get(), k, &x, &mut z);
-            prop_assert_eq!(bits(&z), bits(&y), "{}", set.name);
         }
     }
 
@@ -523,11 +495,8 @@ fn scalar_gemm_is_the_dot_product_of_what_is_stored() {
     let mut random = Random(5);
     let (w, x) = (random.values(n * k), random.values(m * k));
     let set = &scalar::KERNELS;
-    for form in [Form::Q4, Form::Q8, Form::Mxfp4] {
-        let packed = match form {
-            Form::Mxfp4 => mxfp4(&mut random, n, k, 120..128),
-            _ => pack(set, form, &w, k),
-        };
+    for form in [Form::Q4, Form::Q8] {
+        let packed = pack(set, form, &w, k);
         let a = Quantized::new(set, &x, m);
         let y = gemm(set, form, packed.get(), &a.acts());
         let mut row = vec![0.0; k];

@@ -6,7 +6,7 @@
 //! Trouble here is never an error: without a cache the weights are packed in memory.
 //!
 //! ```text
-//! "ferrule packed 1" (16 bytes) | key (32) | length of all (8) | 8 zero bytes | matrices, each at a multiple of 64
+//! "ferrule packed 2" (16 bytes) | key (32) | length of all (8) | 8 zero bytes | matrices, each at a multiple of 64
 //! ```
 
 use super::weights::Plan;
@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// Changes whenever the packed order, a form or a quantizer does.
-const MAGIC: &[u8; 16] = b"ferrule packed 1";
+const MAGIC: &[u8; 16] = b"ferrule packed 2";
 /// Bytes before the first matrix.
 const HEADER: usize = 64;
 /// Models whose packed weights are smaller are quicker packed than looked up.

@@ -1,7 +1,7 @@
 //! What a model is and what it will take, from its headers: no matrix is read.
 
-use super::spec::{self, Ffn, Mixer};
-use super::{LoadOptions, forward, kv, weights};
+use super::spec::{self, Ffn, Mixer, Spec, Stored};
+use super::{KvGroup, LoadOptions, forward, kv, weights};
 use crate::Result;
 use std::path::Path;
 
@@ -24,6 +24,8 @@ pub struct Description {
     pub context_length: usize,
     /// Kinds of layers and how many there are of each, in the order of their first.
     pub layers: Vec<(String, usize)>,
+    /// How the files' matrices are quantized, if `config.json` says that they are.
+    pub quantization: Option<String>,
     /// Bytes in the files by type, of all tensors.
     pub stored: Vec<(&'static str, u64)>,
     /// Bytes in memory by form, of all matrices.
@@ -32,15 +34,23 @@ pub struct Description {
     pub kv_bytes_1000: u64,
     /// The same of one sequence as long as the context.
     pub kv_bytes_context: u64,
+    /// Its page tables.
+    pub kv_groups: Vec<KvGroup>,
+    /// Bytes of the largest packed matrix.
+    pub largest: u64,
+    /// Bytes of what else a running model needs, nearly: activations, logits, the tokenizer.
+    pub working: u64,
 }
 
 /// Positions computed at once, which windows need room for.
-const CHUNK: usize = 512;
+pub const CHUNK: usize = 512;
+/// Bytes that a tokenizer takes for each entry of its vocabulary: 730 stay, the rest is needed while it is read.
+const ENTRY: u64 = 900;
 
 /// Describes the model in `folder`, or the GGUF file that it is, as it would be loaded with `options`.
 pub fn describe(folder: &Path, options: &LoadOptions) -> Result<Description> {
     let (spec, checkpoint, path) = super::open(folder, options)?;
-    let packed = weights::sizes(&path, &checkpoint, &spec, options.quantization)?;
+    let sizes = weights::sizes(&path, &checkpoint, &spec, options.quantization)?;
     let mut stored = Vec::new();
     for tensor in checkpoint.names().filter_map(|name| checkpoint.get(name)) {
         add(&mut stored, tensor.dtype.name(), tensor.bytes.len() as u64);
@@ -81,11 +91,40 @@ pub fn describe(folder: &Path, options: &LoadOptions) -> Result<Description> {
         vocab: spec.vocab,
         context_length: spec.context_length,
         layers,
+        quantization: quantization(&spec),
         stored,
-        packed,
+        packed: sizes.forms,
         kv_bytes_1000: kv::bytes_for(&groups, 1000, CHUNK),
         kv_bytes_context: kv::bytes_for(&groups, spec.context_length, CHUNK),
+        kv_groups: groups,
+        largest: sizes.largest,
+        working: working(&spec, sizes.widest),
     })
+}
+
+/// The method, and what it makes of matrices.
+fn quantization(spec: &Spec) -> Option<String> {
+    let moes = || spec.layers.iter().filter_map(|layer| layer.ffn.moe());
+    let mxfp4 = moes().any(|moe| moe.stored == Stored::Mxfp4).then(|| "mxfp4: experts".to_owned());
+    spec.quantized.as_ref().map(spec::Quantized::name).or(mxfp4)
+}
+
+/// Bytes of activations of one chunk, of logits and of the tokenizer, nearly and rather too much: `widest` are the
+/// most outputs and inputs of a matrix.
+fn working(spec: &Spec, (outputs, inputs): (usize, usize)) -> u64 {
+    let mixture = |moe: &spec::Moe| moe.routing.top_k * (2 * spec.hidden + moe.width);
+    let mixture = spec.layers.iter().map(|layer| match &layer.ffn {
+        Ffn::Moe(moe) | Ffn::Beside(_, moe) => mixture(moe),
+        _ => 0,
+    });
+    // The residual stream, its norm and two outputs as wide; the widest output and input; quantized inputs.
+    let numbers =
+        4 * spec.hidden + outputs + inputs + inputs.div_ceil(4) + mixture.max().unwrap_or(0);
+    let chunk = CHUNK.min(spec.context_length);
+    // A row of logits is computed, copied and sampled from.
+    let floats =
+        (chunk as u64).saturating_mul(numbers as u64).saturating_add(4 * spec.vocab as u64);
+    floats.saturating_mul(size_of::<f32>() as u64).saturating_add(ENTRY * spec.vocab as u64)
 }
 
 /// Adds to the count of a name.

@@ -3,6 +3,7 @@
 
 mod gemma;
 
+use super::kv::PageCopy;
 use super::spec::{self, Gate, QkNorm};
 use super::weights::{self, Dense, Ffn, Layer, Mixer, Moe, Norm};
 use super::{Chunk, Forward, KvGroup, PAGE, Sees, Wanted};
@@ -347,6 +348,15 @@ impl<B: Backend> Forward for Model<B> {
             after: b.buf(),
             gemma: gemma::Work::new(b, s.gemma.as_ref()),
         })
+    }
+
+    fn copy_pages(&self, kv: &mut Kv<B>, copies: &[PageCopy]) {
+        for copy in copies {
+            let layers = self.group_of.iter().enumerate().filter(|(_, g)| **g == copy.group);
+            for (layer, _) in layers {
+                self.backend.copy_page(&mut kv.pages, layer, copy.from, copy.to);
+            }
+        }
     }
 
     fn forward(

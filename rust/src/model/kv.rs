@@ -5,7 +5,7 @@
 //! A page is in exactly one state: *free*; *owned* by the tables that refer to it; or *cached*: full,
 //! in no table, found again by the content hash of all tokens up to its end.
 //!
-//! Only full pages are shared. A full page whose content another page already holds is given up for
+//! Only full pages are shared; of others, and where prompts part inside a page, a copy is (`kv/heads.rs`). A full page whose content another page already holds is given up for
 //! that one: equal tokens at equal positions give equal bits, so either serves.
 //!
 //! Cached pages are evicted least recently used first. A sequence gives its pages back from the last
@@ -21,7 +21,12 @@
 //! where it computes pages anew because their state is missing, it ends with the last of them: where
 //! two prompts part, the third finds a state.
 
+mod heads;
+
+pub use heads::PageCopy;
+
 use super::{KvGroup, NO_PAGE, PAGE, Sees};
+use heads::Heads;
 use std::collections::{BTreeMap, HashMap};
 
 /// Names the content of a full page: a hash of all tokens from position 0 to its end, and of whether they belong to
@@ -76,6 +81,18 @@ pub fn bytes_for(groups: &[KvGroup], len: usize, chunk: usize) -> u64 {
     })
 }
 
+/// Most positions of a sequence that fit into `bytes`, in whole pages; the last of `context` may be the first that
+/// is beyond it.
+pub fn longest(groups: &[KvGroup], bytes: u64, context: usize, chunk: usize) -> usize {
+    let fits = |n: usize| bytes_for(groups, n.saturating_mul(PAGE), chunk) <= bytes;
+    let (mut low, mut high) = (0, context.div_ceil(PAGE));
+    while low < high {
+        let middle = (low + high).div_ceil(2);
+        if fits(middle) { low = middle } else { high = middle - 1 }
+    }
+    low.saturating_mul(PAGE)
+}
+
 /// Pages per group within `bytes`: first for one sequence of `context` positions (or as many as
 /// fit), then for `others` more that are all as long as fits. `None`: not even one page each.
 pub fn divide(
@@ -85,17 +102,7 @@ pub fn divide(
     chunk: usize,
     others: usize,
 ) -> Option<Vec<usize>> {
-    // Greatest n <= context, in whole pages, for which `copies` sequences of n positions fit.
-    let longest = |bytes: u64, copies: u64| {
-        let need = |n: usize| bytes_for(groups, n.saturating_mul(PAGE), chunk);
-        let fits = |n| need(n).saturating_mul(copies) <= bytes;
-        let (mut low, mut high) = (0, context.div_ceil(PAGE));
-        while low < high {
-            let middle = (low + high).div_ceil(2);
-            if fits(middle) { low = middle } else { high = middle - 1 }
-        }
-        low.saturating_mul(PAGE)
-    };
+    let longest = |bytes: u64, copies: u64| longest(groups, bytes / copies, context, chunk);
     let first = longest(bytes, 1);
     let rest = match first >= context {
         true => longest(bytes - bytes_for(groups, first, chunk), others.max(1) as u64),
@@ -157,7 +164,8 @@ struct Group {
     free: Vec<u32>,
     cached: BTreeMap<u64, u32>, // stamp -> page
     by_key: HashMap<Key, u32>,
-    clock: u64, // counts stamps
+    clock: u64,        // counts stamps
+    evicted: Vec<Key>, // since the pool last looked
 }
 
 impl Group {
@@ -171,6 +179,7 @@ impl Group {
             let (_, page) = self.cached.pop_first().expect("a page is available");
             let key = self.pages[page as usize].key.take().expect("a cached page has a key");
             self.by_key.remove(&key);
+            self.evicted.push(key);
             page
         });
         self.pages[page as usize].refs = 1;
@@ -243,6 +252,7 @@ impl Group {
 pub struct KvPool {
     groups: Vec<Group>,
     reuse: bool,
+    heads: Heads,
 }
 
 impl KvPool {
@@ -255,8 +265,10 @@ impl KvPool {
             cached: BTreeMap::new(),
             by_key: HashMap::new(),
             clock: 0,
+            evicted: Vec::new(),
         };
-        KvPool { groups: groups.iter().zip(pages).map(group).collect(), reuse }
+        let groups = groups.iter().zip(pages).map(group).collect();
+        KvPool { groups, reuse, heads: Heads::default() }
     }
 
     /// Whether full pages are kept for later sequences.
@@ -377,6 +389,7 @@ impl KvPool {
                 table.push(group.take());
             }
         }
+        self.forget_evicted();
         reach
     }
 

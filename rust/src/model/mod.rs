@@ -1,5 +1,6 @@
 //! A model: architecture as data (`spec`), weights, the one forward pass, the paged KV cache.
 
+mod budget;
 mod cache;
 mod describe;
 mod forward;
@@ -8,13 +9,12 @@ pub mod spec;
 mod weights;
 
 pub use crate::backend::{KvDtype, PAGE};
-pub use describe::{Description, describe};
+pub use budget::{Budget, Wish};
+pub use describe::{CHUNK, Description, describe};
 pub use forward::{Kv, Model};
 
 use crate::backend::Backend;
-#[cfg(feature = "cuda")]
-use crate::backend::Form;
-use crate::backend::cpu::Cpu;
+use crate::backend::cpu::{Cpu, Tiles};
 use crate::file::{self, Checkpoint};
 use crate::{Error, Result};
 use spec::Spec;
@@ -95,6 +95,8 @@ pub trait Forward {
     fn kv_groups(&self) -> Vec<KvGroup>;
     /// Memory for this many pages of each group.
     fn new_kv(&self, pages: &[usize]) -> Result<Self::Kv>;
+    /// Copies pages, one after the other.
+    fn copy_pages(&self, kv: &mut Self::Kv, copies: &[kv::PageCopy]);
     /// Runs every chunk; the logits of the wanted rows, f32 [rows, vocab], in order. Looks at
     /// `interrupt` between layers: `Error::Interrupted` leaves the chunks' positions undefined, and
     /// the states before them as they were.
@@ -126,6 +128,8 @@ pub struct LoadOptions {
     pub quantization: Quantization,
     /// Threads; `None` = as [`topology::auto`](crate::backend::cpu::topology::auto) says.
     pub threads: Option<usize>,
+    /// How matrix products are cut.
+    pub tiles: Tiles,
     /// The kernel set to use; `None` = the best one.
     pub isa: Option<String>,
     /// How keys and values are kept.
@@ -143,6 +147,7 @@ impl Default for LoadOptions {
         LoadOptions {
             quantization: Quantization::Auto,
             threads: None,
+            tiles: Tiles::default(),
             isa: None,
             kv_dtype: KvDtype::F16,
             cache_dir: None,
@@ -205,9 +210,12 @@ pub fn load_cuda(
 pub fn for_cuda(folder: &Path, options: &LoadOptions) -> Result<u64> {
     let (spec, checkpoint, path) = open(folder, options)?;
     spec.runs_on_cuda()?;
-    let sizes = weights::sizes(&path, &checkpoint, &spec, options.quantization)?;
-    match sizes.iter().find(|(form, _)| *form == Form::Mxfp4.name()) {
-        Some(_) => Err(Error::Unsupported("mxfp4 weights do not run on CUDA yet".into())),
+    let sizes = weights::sizes(&path, &checkpoint, &spec, options.quantization)?.forms;
+    let runs = |form: &str| ["int4", "int8", "bf16", "f16", "f32"].contains(&form);
+    match sizes.iter().find(|(form, _)| !runs(form)) {
+        Some((form, _)) => Err(Error::Unsupported(format!(
+            "{form} weights do not run on CUDA yet; use quantization=\"int4\" or \"int8\""
+        ))),
         None => Ok(sizes.iter().map(|(_, bytes)| bytes).sum()),
     }
 }
@@ -215,7 +223,7 @@ pub fn for_cuda(folder: &Path, options: &LoadOptions) -> Result<u64> {
 /// The CPU that `options` ask for.
 fn cpu(options: &LoadOptions) -> Result<Cpu> {
     let threads = options.threads.unwrap_or_else(|| crate::backend::cpu::topology::auto().count);
-    Cpu::new(threads, options.isa.as_deref())
+    Cpu::new(threads, options.isa.as_deref())?.with_tiles(options.tiles)
 }
 
 fn place<B: Backend>(

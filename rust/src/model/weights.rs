@@ -1,5 +1,6 @@
 //! From a checkpoint's tensors to packed weights. Formats and checkpoint names end here.
 
+mod encoded;
 mod gemma;
 mod latent;
 mod load;
@@ -170,14 +171,27 @@ struct Reader<'a> {
 
 impl<'a> Reader<'a> {
     fn new(folder: &'a Path, checkpoint: &'a Checkpoint, spec: &'a Spec) -> Reader<'a> {
-        let names = spec.names(|name| checkpoint.get(name).is_some());
+        let has = |name: &str| checkpoint.get(name).is_some();
+        let names = spec.names(|name| {
+            let module = spec.quantized.as_ref().zip(name.strip_suffix(".weight"));
+            has(name)
+                || module.is_some_and(|(q, module)| {
+                    q.marks().any(|mark| has(&format!("{module}{mark}")))
+                })
+        });
         Reader { folder, checkpoint, spec, names }
     }
 
     /// An error if there are tensors that are no weights of the model. After `plans`: these have found every weight, so
     /// their number is bounded by the file.
     fn refuse_unused(&self) -> Result<()> {
-        let unused = self.spec.unused(&self.names, self.checkpoint.names());
+        let mut unused = self.spec.unused(&self.names, self.checkpoint.names());
+        // AutoGPTQ once wrote a bias of zeros for each matrix.
+        let zeros = |name: &&str| {
+            let tensor = self.checkpoint.get(name).filter(|_| name.ends_with(".bias"));
+            tensor.is_some_and(|tensor| tensor.bytes.iter().all(|&byte| byte == 0))
+        };
+        unused.retain(|name| self.spec.quantized.is_none() || !zeros(name));
         match unused.first() {
             None => Ok(()),
             Some(first) => Err(Error::Unsupported(format!(
@@ -207,14 +221,14 @@ impl<'a> Reader<'a> {
     fn tensors(&self, place: &Slice) -> Result<(Vec<TensorView<'a>>, Form)> {
         let tensor = |(name, shape): (String, Vec<usize>)| self.tensor(&name, &shape);
         let tensors: Vec<_> = place.tensors().into_iter().map(tensor).collect::<Result<_>>()?;
-        let mut stored = Form::Mxfp4;
+        let mut stored = Form::MXFP4;
         for tensor in &tensors {
             stored = match (tensor.dtype, place.mxfp4) {
                 (Dtype::F32, false) => Form::F32,
                 (Dtype::F16, false) => Form::F16,
                 (Dtype::BF16, false) => Form::Bf16,
                 (Dtype::Blocks(_), false) => Form::F32,
-                (Dtype::U8, true) => Form::Mxfp4,
+                (Dtype::U8, true) => Form::MXFP4,
                 (other, mxfp4) => {
                     return Err(Error::Unsupported(format!(
                         "tensor `{}`: found {}, expected {}",
@@ -230,6 +244,12 @@ impl<'a> Reader<'a> {
 
     /// `n` rows of `k` numbers.
     fn part(&self, place: &Slice, n: usize, k: usize) -> Result<(Vec<TensorView<'a>>, Part<'a>)> {
+        if let Some(scheme) = &place.scheme {
+            let (tensors, encoded) = self.encoded(place, scheme)?;
+            let part = Part::floats(Form::F32, n, k, &[]);
+            let Slice { row, column, .. } = *place;
+            return Ok((tensors, Part { encoded: Some(encoded), row, column, ..part }));
+        }
         let (mut tensors, stored) = self.tensors(place)?;
         let numbers: usize = place.shape.iter().product();
         let end = place.first + (n - 1) * place.row + (k - 1) * place.column + 1;
@@ -251,7 +271,8 @@ impl<'a> Reader<'a> {
         }
         let scales = tensors.get(1).map_or(&[][..], |scales| scales.bytes);
         let Slice { row, column, .. } = *place;
-        let part = Part { stored, blocks, n, bytes: tensors[0].bytes, row, column, scales };
+        let bytes = tensors[0].bytes;
+        let part = Part { stored, blocks, encoded: None, n, bytes, row, column, scales };
         Ok((tensors, part))
     }
 

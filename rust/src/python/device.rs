@@ -1,6 +1,6 @@
 //! Which device a model is loaded onto, and what is said of it. Touches no driver unless CUDA is asked for.
 
-use crate::backend::cpu::{Cpu, topology};
+use crate::backend::cpu::Cpu;
 use crate::model::LoadOptions;
 use crate::{Error, Result};
 use pyo3::prelude::*;
@@ -87,7 +87,7 @@ pub(super) struct Machine {
     pub(super) device: String,
     pub(super) isa: String,
     pub(super) threads: usize,
-    /// Bytes that keys and values may take unless that is said.
+    /// Bytes that keys and values may take unless that is said; of the CPU the budget says it.
     pub(super) free: u64,
 }
 
@@ -96,7 +96,7 @@ pub(super) fn cpu(cpu: &Cpu) -> Machine {
         device: "cpu".into(),
         isa: cpu.kernels().name().into(),
         threads: cpu.threads(),
-        free: topology::available_memory() / 2,
+        free: 0,
     }
 }
 
@@ -151,8 +151,9 @@ pub(super) fn cuda_time(
         if form == "copy" {
             return Ok((cuda.time_copy(n, samples)?, n));
         }
-        let forms = crate::backend::Form::ALL;
-        let known = forms.into_iter().find(|known| known.name() == form && *form != *"mxfp4");
+        use crate::backend::Form;
+        let forms = [Form::Q4, Form::Q8, Form::Bf16, Form::F16, Form::F32];
+        let known = forms.into_iter().find(|known| known.name() == form);
         let known =
             known.ok_or_else(|| Error::parameter("form", form, "a form that runs on CUDA"))?;
         if n == 0 || k == 0 || tokens == 0 || sets == 0 {

@@ -2,11 +2,12 @@
 //! end does.
 
 use super::convert::exception;
-use crate::backend::cpu::{Buf, Cpu, Mat, topology};
+use crate::backend::cpu::{Buf, Bytes, Cpu, Mat, Tiles, topology};
 use crate::backend::{Backend, Form, Part, Parts};
 use crate::{Error, Result};
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray2, PyUntypedArrayMethods};
 use pyo3::prelude::*;
+use std::time::Instant;
 
 /// A quantized weight matrix [n, k], packed for one kernel set.
 #[pyclass(frozen, module = "ferrule._core")]
@@ -123,5 +124,49 @@ impl QMatrix {
             rows.for_each(|(r, row)| self.mat.unpack_row(r, row));
         });
         PyArray1::from_vec(py, w).reshape([n, k])
+    }
+}
+
+/// A matrix of int4 weights [n, k] of no meaning, to try settings on; their values do not change the speed.
+#[pyclass(frozen, module = "ferrule._core")]
+pub(super) struct Trial(Mat);
+
+#[pymethods]
+impl Trial {
+    #[new]
+    fn new(py: Python<'_>, n: usize, k: usize) -> PyResult<Trial> {
+        let make = || {
+            let size = n.checked_mul(k).filter(|&size| size > 0 && size <= 1 << 36);
+            if size.is_none() {
+                return Err(Error::parameter("shape", format!("[{n}, {k}]"), "1 to 2^36 weights"));
+            }
+            let mut bytes = Bytes::zeroed(Form::Q4.bytes(n, k), "weights to try")?;
+            bytes.get_mut().fill(1); // pages that are never written are all the same one
+            Mat::new(Form::Q4, n, k, bytes)
+        };
+        py.detach(make).map(Trial).map_err(|error| exception(py, &error))
+    }
+
+    /// Seconds of one product with `m` rows of activations, after one that is not timed.
+    fn seconds(
+        &self,
+        py: Python<'_>,
+        m: usize,
+        threads: usize,
+        tile_tokens: usize,
+        claim_bytes: usize,
+    ) -> PyResult<f64> {
+        let run = || {
+            let isa = std::env::var("FERRULE_ISA").ok();
+            let tiles = Tiles { tokens: tile_tokens, claim: claim_bytes };
+            let cpu = Cpu::new(threads, isa.as_deref())?.with_tiles(tiles)?;
+            let (_, k) = self.0.shape();
+            let (x, mut out) = (Buf::new(vec![1.0; m * k], k), Buf::default());
+            cpu.linear(&self.0, None, &x, &mut out);
+            let start = Instant::now();
+            cpu.linear(&self.0, None, &x, &mut out);
+            Ok(start.elapsed().as_secs_f64())
+        };
+        py.detach(run).map_err(|error| exception(py, &error))
     }
 }

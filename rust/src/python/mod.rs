@@ -5,14 +5,16 @@ mod convert;
 mod device;
 mod driver;
 mod matrix;
+mod quality;
+mod watch;
 
 use crate::backend::Backend;
-use crate::backend::cpu::topology;
+use crate::backend::cpu::{self, Tiles, topology};
 use crate::chat::{ChatTemplate, special_tokens};
 use crate::engine::{self, EngineConfig};
 use crate::file;
 use crate::kernels;
-use crate::model::{self, Forward, KvDtype, LoadOptions, Model, Quantization};
+use crate::model::{self, Forward, KvDtype, LoadOptions, Model, Quantization, Wish};
 use crate::sample::Sampling;
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
@@ -33,7 +35,7 @@ use std::time::{Duration, Instant};
 const SIGNALS: Duration = Duration::from_millis(50);
 
 /// Tokens of prompts computed in one step.
-const CHUNK_TOKENS: usize = 512;
+const CHUNK_TOKENS: usize = model::CHUNK;
 const QUANTIZATIONS: [(&str, Quantization); 4] = [
     ("auto", Quantization::Auto),
     ("int4", Quantization::Int4),
@@ -61,6 +63,7 @@ struct Info {
     device_because: String,
     isa: String,
     threads: usize,
+    notes: Vec<String>,
 }
 
 /// A model on its engine, driven by a thread of its own.
@@ -84,7 +87,7 @@ struct Loaded {
 #[pymethods]
 impl Engine {
     #[new]
-    #[pyo3(signature = (folder, *, device="cpu", quantization="auto", threads=None, context_length=None,
+    #[pyo3(signature = (folder, *, device="cpu", quantization="auto", threads=None, tile_tokens=None, claim_bytes=None, context_length=None,
         kv_cache_dtype="f16", kv_cache_bytes=None, max_batch=16, max_queue=256, prefix_cache=true, cache_dir=None,
         chat_template=None, family=None, eos=Vec::new(), progress=None))]
     fn new(
@@ -93,6 +96,8 @@ impl Engine {
         device: &str,
         quantization: &str,
         threads: Option<i64>,
+        tile_tokens: Option<usize>,
+        claim_bytes: Option<usize>,
         context_length: Option<i64>,
         kv_cache_dtype: &str,
         kv_cache_bytes: Option<u64>,
@@ -114,6 +119,10 @@ impl Engine {
                 load: LoadOptions {
                     quantization: named("quantization", quantization, &QUANTIZATIONS)?,
                     threads: count("threads", threads)?,
+                    tiles: Tiles {
+                        tokens: tile_tokens.unwrap_or(Tiles::default().tokens),
+                        claim: claim_bytes.unwrap_or(Tiles::default().claim),
+                    },
                     isa: std::env::var("FERRULE_ISA").ok(),
                     kv_dtype: named("kv_cache_dtype", kv_cache_dtype, &KV_DTYPES)?,
                     cache_dir: cache_dir.map(PathBuf::from),
@@ -464,14 +473,15 @@ fn load_and_drive(
         #[cfg(feature = "cuda")]
         Ok(Ok(ordinal)) => {
             let load = |load| model::load_cuda(folder, ordinal, load);
-            return serve(folder, options, load, device::cuda, String::new(), sender, inbox);
+            return serve(folder, options, load, device::cuda, None, String::new(), sender, inbox);
         }
         #[cfg(not(feature = "cuda"))]
         Ok(Ok(_)) => String::new(),
         Ok(Err(because)) => because,
         Err(error) => return drop(sender.send(Err(error))),
     };
-    serve(folder, options, |load| model::load(folder, load), device::cpu, because, sender, inbox);
+    let (load, available) = (|load| model::load(folder, load), Some(cpu::memory().available));
+    serve(folder, options, load, device::cpu, available, because, sender, inbox);
 }
 
 fn serve<B: Backend>(
@@ -479,11 +489,12 @@ fn serve<B: Backend>(
     options: Options,
     load: impl FnOnce(LoadOptions) -> Result<Model<B>>,
     machine: fn(&B) -> device::Machine,
+    available: Option<u64>,
     because: String,
     sender: &mpsc::Sender<Result<Loaded>>,
     inbox: &Inbox,
 ) {
-    match open(folder, options, load, machine, because) {
+    match open(folder, options, load, machine, available, because) {
         Ok((engine, loaded)) => {
             // Nobody may wait for it any more: then the inbox is closed, and nobody comes.
             let _ = sender.send(Ok(loaded));
@@ -498,6 +509,7 @@ fn open<B: Backend>(
     options: Options,
     load_model: impl FnOnce(LoadOptions) -> Result<Model<B>>,
     machine: fn(&B) -> device::Machine,
+    available: Option<u64>,
     device_because: String,
 ) -> Result<(engine::Engine<Model<B>>, Loaded)> {
     let Options { load, mut engine, kv_bytes, context_length, chat_template, mut eos, .. } =
@@ -509,6 +521,12 @@ fn open<B: Backend>(
         Some(source) => Some(ChatTemplate::new(&source, special_tokens(folder)?)?),
         None => ChatTemplate::open(folder)?,
     };
+    let cache = load.cache_dir.is_some();
+    let wish = Wish { cache, context_length, kv_bytes, max_batch: engine.max_batch };
+    // A device has memory of its own, and says itself when it is short.
+    let budget =
+        available.map(|available| model::describe(folder, &load)?.budget(&wish, available));
+    let budget = budget.transpose()?;
     let model = Arc::new(load_model(load)?);
     let device::Machine { device, isa, threads, free } = machine(&model.backend);
     if eos.is_empty() {
@@ -516,7 +534,7 @@ fn open<B: Backend>(
     }
     let spec = &model.spec;
     engine.context_length = context_length.unwrap_or(spec.context_length);
-    engine.kv_bytes = kv_bytes.unwrap_or(free);
+    engine.kv_bytes = budget.as_ref().map_or(kv_bytes.unwrap_or(free), |budget| budget.kv_bytes);
     let driven = engine::Engine::new(model.clone(), tokenizer.clone(), eos, engine)?;
     let pages = driven.stats().pages.into_iter().zip(model.kv_groups());
     let info = Info {
@@ -535,6 +553,7 @@ fn open<B: Backend>(
         device_because,
         isa,
         threads,
+        notes: budget.map_or_else(Vec::new, |budget| budget.notes),
     };
     Ok((driven, Loaded { tokenizer, template, info }))
 }
@@ -544,14 +563,16 @@ fn parsed<T: DeserializeOwned>(field: &'static str, text: &str, expected: &str) 
     serde_json::from_str(text).map_err(|error| Error::parameter(field, error, expected))
 }
 
-/// What the model in `folder` is and will take, without loading it: `ferrule info`.
+/// What the model in `folder` is and will take, without loading it: `ferrule info` and `ferrule plan`.
 #[pyfunction]
-#[pyo3(signature = (folder, *, quantization, kv_cache_dtype, family))]
+#[pyo3(signature = (folder, *, quantization, kv_cache_dtype, context_length, weight_cache, family))]
 fn describe<'py>(
     py: Python<'py>,
     folder: &str,
     quantization: &str,
     kv_cache_dtype: &str,
+    context_length: Option<usize>,
+    weight_cache: bool,
     family: Option<String>,
 ) -> PyResult<Bound<'py, PyDict>> {
     let describe = || {
@@ -562,9 +583,11 @@ fn describe<'py>(
             ..LoadOptions::default()
         };
         let found = model::describe(Path::new(folder), &options)?;
-        Ok((found, ChatTemplate::open(Path::new(folder))?.is_some()))
+        let wish = Wish { cache: weight_cache, context_length, kv_bytes: None, max_batch: 1 };
+        let budget = found.budget(&wish, cpu::memory().available);
+        Ok((found, budget, ChatTemplate::open(Path::new(folder))?.is_some()))
     };
-    let (found, chat_template) = py.detach(describe).map_err(raise(py))?;
+    let (found, budget, chat_template) = py.detach(describe).map_err(raise(py))?;
     let dict = PyDict::new(py);
     dict.set_item("architecture", found.architecture)?;
     dict.set_item("family", found.family)?;
@@ -575,11 +598,26 @@ fn describe<'py>(
     dict.set_item("vocab_size", found.vocab)?;
     dict.set_item("context_length", found.context_length)?;
     dict.set_item("chat_template", chat_template)?;
+    if let Some(quantization) = found.quantization {
+        dict.set_item("stored_quantization", quantization)?;
+    }
     dict.set_item("stored_bytes", counts(py, found.stored)?)?;
     dict.set_item("weight_bytes", counts(py, found.packed)?)?;
     dict.set_item("kv_cache_dtype", kv_cache_dtype)?;
     dict.set_item("kv_bytes_1000_tokens", found.kv_bytes_1000)?;
     dict.set_item("kv_bytes_context", found.kv_bytes_context)?;
+    dict.set_item("working_bytes", found.working)?;
+    dict.set_item("available_bytes", cpu::memory().available)?;
+    dict.set_item("fits", budget.is_ok())?;
+    match budget {
+        Ok(budget) => {
+            dict.set_item("weights_mapped", budget.mapped)?;
+            dict.set_item("loading_bytes", budget.loading)?;
+            dict.set_item("context_length_here", budget.context_length)?;
+            dict.set_item("notes", budget.notes)?;
+        }
+        Err(error) => dict.set_item("notes", [error.to_string()])?,
+    }
     Ok(dict)
 }
 
@@ -630,6 +668,29 @@ fn threads() -> (usize, String) {
     (threads.count, threads.why)
 }
 
+/// Memory in bytes: all of it, what can be had without swapping, and the least limit of a cgroup.
+#[pyfunction]
+fn memory() -> (u64, u64, Option<u64>) {
+    let memory = cpu::memory();
+    (memory.total, memory.available, memory.limit)
+}
+
+/// Bytes that `threads` threads read from memory in a second: the best of passes over `bytes` bytes in a third of one.
+#[pyfunction]
+fn memory_bandwidth(py: Python<'_>, threads: usize, bytes: usize) -> PyResult<f64> {
+    let measure = || {
+        let reader = cpu::Reader::new(threads, bytes)?;
+        let (began, mut best) = (Instant::now(), Duration::MAX);
+        while best == Duration::MAX || began.elapsed() < Duration::from_millis(333) {
+            let pass = Instant::now();
+            reader.read();
+            best = best.min(pass.elapsed());
+        }
+        Ok(bytes as f64 / best.as_secs_f64())
+    };
+    py.detach(measure).map_err(raise(py))
+}
+
 /// What a file or a folder says about itself, as JSON.
 #[pyfunction]
 fn inspect(py: Python<'_>, path: PathBuf) -> PyResult<String> {
@@ -644,7 +705,7 @@ fn gguf_at(py: Python<'_>, path: PathBuf) -> PyResult<Option<PathBuf>> {
 }
 
 /// `ferrule._core`.
-#[pymodule]
+#[pymodule(gil_used = false)] // every class is frozen, and what changes in it is behind a lock
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("version", env!("CARGO_PKG_VERSION"))?;
     module.add_function(wrap_pyfunction!(kernel_set, module)?)?;
@@ -652,13 +713,17 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(threads, module)?)?;
     module.add_function(wrap_pyfunction!(device::cuda_devices, module)?)?;
     module.add_function(wrap_pyfunction!(device::cuda_time, module)?)?;
+    module.add_function(wrap_pyfunction!(memory, module)?)?;
+    module.add_function(wrap_pyfunction!(memory_bandwidth, module)?)?;
     module.add_function(wrap_pyfunction!(describe, module)?)?;
     module.add_function(wrap_pyfunction!(cpu_features, module)?)?;
     module.add_function(wrap_pyfunction!(gguf_at, module)?)?;
     module.add_function(wrap_pyfunction!(inspect, module)?)?;
     module.add_function(wrap_pyfunction!(matrix::quantize_int4, module)?)?;
     module.add_function(wrap_pyfunction!(matrix::quantize_int8, module)?)?;
+    module.add_function(wrap_pyfunction!(quality::evaluate, module)?)?;
     module.add_class::<matrix::QMatrix>()?;
+    module.add_class::<matrix::Trial>()?;
     module.add_class::<Engine>()?;
     module.add_class::<Request>()?;
     module.add_class::<convert::News>()?;

@@ -1,21 +1,35 @@
 //! The blocks of ggml's quantized types, as GGUF files hold them: bytes -> f32, bit by bit what ggml's reference
 //! (`gguf.quants.dequantize`) gives. Only reads them; knows no file.
 
-use super::{BLOCK, BlockQ4, GROUPS, TWICE, grids};
+use super::{
+    BLOCK, BlockGrouped, BlockQ4, GROUPS, Grouped, TWICE, UNEVEN, grids, half_power,
+};
 
 /// The canonical form that a type of blocks is kept in where no other is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kept {
     /// [`BlockQ4`], exactly.
     Q4,
-    /// [`BlockMxfp4`](super::BlockMxfp4), exactly.
-    Mxfp4,
+    /// [`BlockGrouped`], exactly.
+    Grouped(Grouped),
     /// [`BlockQ8`](super::BlockQ8): no form holds it exactly, and this one nearly.
     Q8,
 }
 
+macro_rules! kept {
+    (Q4) => {
+        Kept::Q4
+    };
+    (Q8) => {
+        Kept::Q8
+    };
+    ($how:ident) => {
+        Kept::Grouped(Grouped::$how)
+    };
+}
+
 macro_rules! blocks {
-    ($($name:ident $ggml:literal $weights:literal $bytes:literal $decode:ident $kept:ident)*) => {
+    ($($name:ident $ggml:literal $weights:literal $bytes:literal $decode:ident $kept:tt)*) => {
         /// A type of block.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[allow(non_camel_case_types, missing_docs)] // ggml's own names
@@ -47,7 +61,7 @@ macro_rules! blocks {
 
             /// The form that it is kept in.
             pub const fn kept(self) -> Kept {
-                match self { $(Blocks::$name => Kept::$kept),* }
+                match self { $(Blocks::$name => kept!($kept)),* }
             }
 
             /// The weights of whole blocks.
@@ -67,29 +81,29 @@ macro_rules! blocks {
 
 // Name, ggml's number, weights of a block, its bytes, the function that reads it, the form that it is kept in.
 blocks! {
-    Q4_0 2 32 18 q4_0 Q8
-    Q4_1 3 32 20 q4_1 Q8
-    Q5_0 6 32 22 q5_0 Q8
-    Q5_1 7 32 24 q5_1 Q8
+    Q4_0 2 32 18 q4_0 Q4_0
+    Q4_1 3 32 20 q4_1 Q4_1
+    Q5_0 6 32 22 q5_0 Q5_0
+    Q5_1 7 32 24 q5_1 Q5_1
     Q8_0 8 32 34 q8_0 Q8
-    Q2_K 10 256 84 q2_k Q8
-    Q3_K 11 256 110 q3_k Q8
-    Q4_K 12 256 144 q4_k Q8
-    Q5_K 13 256 176 q5_k Q8
-    Q6_K 14 256 210 q6_k Q8
+    Q2_K 10 256 84 q2_k Q2_K
+    Q3_K 11 256 110 q3_k Q3_K
+    Q4_K 12 256 144 q4_k Q4_K
+    Q5_K 13 256 176 q5_k Q5_K
+    Q6_K 14 256 210 q6_k Q6_K
     IQ2_XXS 16 256 66 iq2_xxs Q8
     IQ2_XS 17 256 74 iq2_xs Q8
     IQ3_XXS 18 256 98 iq3_xxs Q8
     IQ1_S 19 256 50 iq1_s Q8
-    IQ4_NL 20 32 18 iq4_nl Q8
+    IQ4_NL 20 32 18 iq4_nl IQ4_NL
     IQ3_S 21 256 110 iq3_s Q8
     IQ2_S 22 256 82 iq2_s Q8
-    IQ4_XS 23 256 136 iq4_xs Q8
+    IQ4_XS 23 256 136 iq4_xs IQ4_XS
     IQ1_M 29 256 56 iq1_m Q8
     TQ1_0 34 256 54 tq1_0 Q4
     TQ2_0 35 256 66 tq2_0 Q4
-    MXFP4 39 32 17 mxfp4 Mxfp4
-    NVFP4 40 64 36 nvfp4 Q8
+    MXFP4 39 32 17 mxfp4 MXFP4
+    NVFP4 40 64 36 nvfp4 NVFP4
 }
 
 fn u16_at(b: &[u8], at: usize) -> u16 {
@@ -163,12 +177,16 @@ fn q2_k(b: &[u8; 84], out: &mut [f32; 256]) {
     }
 }
 
+fn q3_k_scale(b: &[u8], g: usize) -> i8 {
+    // Six bits each: sixteen times four low ones, then four times two high ones in each of four bytes.
+    let scale = code(&b[96..], 8, 4, g) | code(&b[104..], 4, 2, g) << 4;
+    scale as i8 - 32
+}
+
 fn q3_k(b: &[u8; 110], out: &mut [f32; 256]) {
     let d = f16_at(b, 108);
     for (g, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-        // Six bits each: sixteen times four low ones, then four times two high ones in each of four bytes.
-        let scale = code(&b[96..], 8, 4, g) | code(&b[104..], 4, 2, g) << 4;
-        let scale = d * (f32::from(scale) - 32.0);
+        let scale = d * f32::from(q3_k_scale(b, g));
         for (i, x) in out.iter_mut().enumerate() {
             let i = 16 * g + i;
             // A clear mask bit subtracts 4.
@@ -179,20 +197,20 @@ fn q3_k(b: &[u8; 110], out: &mut [f32; 256]) {
 }
 
 /// Scale and minimum `g` of the eight that 12 bytes hold, six bits each.
-fn scale_min(b: &[u8], g: usize) -> (f32, f32) {
+fn scale_min(b: &[u8], g: usize) -> (u16, u16) {
     let (scale, min) = if g < 4 {
         (b[g] & 63, b[g + 4] & 63)
     } else {
         (b[g + 4] & 15 | b[g - 4] >> 6 << 4, b[g + 4] >> 4 | b[g] >> 6 << 4)
     };
-    (f32::from(scale), f32::from(min))
+    (u16::from(scale), u16::from(min))
 }
 
 fn q4_k(b: &[u8; 144], out: &mut [f32; 256]) {
     let (d, dmin) = (f16_at(b, 0), f16_at(b, 2));
     for (g, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
         let (scale, min) = scale_min(&b[4..16], g);
-        let (scale, min) = (d * scale, dmin * min);
+        let (scale, min) = (d * f32::from(scale), dmin * f32::from(min));
         for (i, x) in out.iter_mut().enumerate() {
             *x = scale * f32::from(code(&b[16..], 32, 4, 32 * g + i)) - min;
         }
@@ -203,7 +221,7 @@ fn q5_k(b: &[u8; 176], out: &mut [f32; 256]) {
     let (d, dmin) = (f16_at(b, 0), f16_at(b, 2));
     for (g, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
         let (scale, min) = scale_min(&b[4..16], g);
-        let (scale, min) = (d * scale, dmin * min);
+        let (scale, min) = (d * f32::from(scale), dmin * f32::from(min));
         for (i, x) in out.iter_mut().enumerate() {
             let i = 32 * g + i;
             let q = code(&b[48..], 32, 4, i) | code(&b[16..], 32, 1, i) << 4;
@@ -336,26 +354,24 @@ fn iq1_m(b: &[u8; 56], out: &mut [f32; 256]) {
     }
 }
 
-/// What the codes of IQ4_NL and IQ4_XS stand for.
-const UNEVEN: [f32; 16] = [
-    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0,
-    89.0, 113.0,
-];
-
 fn iq4_nl(b: &[u8; 18], out: &mut [f32; 32]) {
     let d = f16_at(b, 0);
     for (i, x) in out.iter_mut().enumerate() {
-        *x = d * UNEVEN[usize::from(code(&b[2..], 16, 4, i))];
+        *x = d * f32::from(UNEVEN[usize::from(code(&b[2..], 16, 4, i))]);
     }
 }
 
+fn iq4_xs_scale(b: &[u8], g: usize) -> i8 {
+    let scale = nibble(&b[4..], g) | ((u16_at(b, 2) >> (2 * g) & 3) as u8) << 4;
+    scale as i8 - 32
+}
+
 fn iq4_xs(b: &[u8; 136], out: &mut [f32; 256]) {
-    let (d, high) = (f16_at(b, 0), u16_at(b, 2));
+    let d = f16_at(b, 0);
     for (g, out) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
-        let scale = nibble(&b[4..], g) | ((high >> (2 * g) & 3) as u8) << 4;
-        let scale = d * (f32::from(scale) - 32.0);
+        let scale = d * f32::from(iq4_xs_scale(b, g));
         for (i, x) in out.iter_mut().enumerate() {
-            *x = scale * UNEVEN[usize::from(code(&b[8 + 16 * g..], 16, 4, i))];
+            *x = scale * f32::from(UNEVEN[usize::from(code(&b[8 + 16 * g..], 16, 4, i))]);
         }
     }
 }
@@ -409,29 +425,93 @@ impl Blocks {
         };
         Some(BlockQ4 { d, sc: [1; GROUPS], mn: [1; GROUPS], q })
     }
+
+    /// Whole blocks of at most [`BLOCK`] weights, exactly; `None` if [`Blocks::kept`] says otherwise.
+    pub fn grouped(self, bytes: &[u8]) -> Option<BlockGrouped> {
+        let Kept::Grouped(how) = self.kept() else { return None };
+        let unit = how.unit();
+        let mut row = BlockGrouped::ZERO;
+        let blocks = bytes.chunks_exact(self.bytes());
+        for (b, q) in blocks.clone().zip(row.q.chunks_exact_mut(self.weights())) {
+            match self {
+                Blocks::Q4_0 | Blocks::IQ4_NL => fill(q, |i| code(&b[2..], 16, 4, i)),
+                Blocks::Q4_1 => fill(q, |i| code(&b[4..], 16, 4, i)),
+                Blocks::Q5_0 => fill(q, |i| code(&b[6..], 16, 4, i) | bit(&b[2..], i) << 4),
+                Blocks::Q5_1 => fill(q, |i| code(&b[8..], 16, 4, i) | bit(&b[4..], i) << 4),
+                Blocks::Q2_K => fill(q, |i| code(&b[16..], 32, 2, i)),
+                // From -4..4 to 4..12, of which 8 are subtracted.
+                Blocks::Q3_K => {
+                    fill(q, |i| (code(&b[32..], 32, 2, i) | code(b, 32, 1, i) << 2) + 4)
+                }
+                Blocks::Q4_K => fill(q, |i| code(&b[16..], 32, 4, i)),
+                Blocks::Q5_K => {
+                    fill(q, |i| code(&b[48..], 32, 4, i) | code(&b[16..], 32, 1, i) << 4)
+                }
+                Blocks::Q6_K => fill(q, |i| code(b, 64, 4, i) | code(&b[128..], 32, 2, i) << 4),
+                Blocks::IQ4_XS => fill(q, |i| code(&b[8..], 16, 4, i)),
+                Blocks::MXFP4 => fill(q, |i| code(&b[1..], 16, 4, i)),
+                _ => fill(q, |i| code(&b[4..], 8, 4, i)), // NVFP4
+            }
+        }
+        let scales = row.s.iter_mut().zip(&mut row.o);
+        let groups = blocks.flat_map(|b| (0..self.weights() / unit).map(move |g| (b, g)));
+        for ((s, o), (b, g)) in scales.zip(groups) {
+            (*s, *o) = match self {
+                Blocks::Q4_1 | Blocks::Q5_1 => (u16_at(b, 0), u16_at(b, 2)),
+                Blocks::Q2_K => (u16::from(b[g] & 15), u16::from(b[g] >> 4)),
+                Blocks::Q3_K => (q3_k_scale(b, g) as u16, 0),
+                Blocks::Q4_K | Blocks::Q5_K => scale_min(&b[4..16], g),
+                Blocks::Q6_K => (u16::from(b[192 + g]), 0),
+                Blocks::IQ4_XS => (iq4_xs_scale(b, g) as u16, 0),
+                Blocks::MXFP4 => (u16::from(b[0]), 0),
+                Blocks::NVFP4 => (half::f16::from_f32(nvfp4_scale(b[g])).to_bits(), 0),
+                _ => (u16_at(b, 0), 0),
+            };
+        }
+        // Minima are subtracted.
+        let minus = |at| u16_at(bytes, at) ^ 0x8000;
+        match self {
+            Blocks::Q2_K => (row.d, row.e) = (u16_at(bytes, 80), minus(82)),
+            Blocks::Q3_K => row.d = u16_at(bytes, 108),
+            Blocks::Q4_K | Blocks::Q5_K => (row.d, row.e) = (u16_at(bytes, 0), minus(2)),
+            Blocks::Q6_K => row.d = u16_at(bytes, 208),
+            Blocks::IQ4_XS => row.d = u16_at(bytes, 0),
+            _ => {}
+        }
+        Some(row)
+    }
+}
+
+fn fill(out: &mut [u8], code: impl Fn(usize) -> u8) {
+    out.iter_mut().enumerate().for_each(|(i, q)| *q = code(i));
+}
+
+/// Bit `i`.
+fn bit(b: &[u8], i: usize) -> u8 {
+    b[i / 8] >> (i % 8) & 1
 }
 
 fn mxfp4(b: &[u8; 17], out: &mut [f32; 32]) {
-    // Half of 2^(b[0] - 127); the smallest two are subnormal.
-    let d = f32::from_bits(match b[0] {
-        e @ 0..2 => 0x0020_0000 << e,
-        e => u32::from(e - 1) << 23,
-    });
+    let d = half_power(b[0]);
     for (i, x) in out.iter_mut().enumerate() {
         *x = d * f32::from(TWICE[usize::from(code(&b[1..], 16, 4, i))]);
     }
 }
 
+/// Half of an 8-bit float (E4M3) without a sign.
+fn nvfp4_scale(x: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(x >> 3 & 15), f32::from(x & 7));
+    let d = match exponent {
+        _ if x == 0x7f => 0.0,
+        0 => mantissa / 512.0,
+        e => (1.0 + mantissa / 8.0) * f32::from_bits(((e - 7 + 127) as u32) << 23),
+    };
+    d * 0.5
+}
+
 fn nvfp4(b: &[u8; 36], out: &mut [f32; 64]) {
     for (g, out) in out.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-        // Half of an 8-bit float (E4M3) without a sign.
-        let (exponent, mantissa) = (i32::from(b[g] >> 3 & 15), f32::from(b[g] & 7));
-        let d = match exponent {
-            _ if b[g] == 0x7f => 0.0,
-            0 => mantissa / 512.0,
-            e => (1.0 + mantissa / 8.0) * f32::from_bits(((e - 7 + 127) as u32) << 23),
-        };
-        let d = d * 0.5;
+        let d = nvfp4_scale(b[g]);
         for (i, x) in out.iter_mut().enumerate() {
             *x = d * f32::from(TWICE[usize::from(code(&b[4 + 8 * g..], 8, 4, i))]);
         }

@@ -12,17 +12,30 @@
 //! An int4 weight therefore *is* an int8 weight, exactly. A dot product is an exact integer over one
 //! block and one float step per block, whatever the instruction set, the batch or the phase.
 //!
-//! The third, [`BlockMxfp4`], is a format of checkpoints: small integers and a power of two for each [`GROUP`], hence
-//! an exact integer and one float step per group.
+//! The third, [`BlockGrouped`], keeps the formats of checkpoints in 4 to 6 bits as they are: a scale, and perhaps an offset, for
+//! each group of inputs that no integer of a block could replace, hence an exact integer and a float step per group.
 
+mod awq;
+mod bitsandbytes;
 mod blocks;
+mod compressed;
+mod encoded;
+mod float8;
+mod gptq;
 mod grids;
-mod mxfp4;
+mod grouped;
 mod q4;
 mod q8;
 
+pub use awq::awq;
+pub use bitsandbytes::{llm_int8, nibbles};
 pub use blocks::{Blocks, Kept};
-pub use mxfp4::{BlockMxfp4, TWICE};
+pub use compressed::{fp4, int8, packed};
+pub use encoded::{Encoded, Floats, Groups, Scaling};
+pub use float8::float8;
+pub use gptq::gptq;
+pub(crate) use grouped::half_power;
+pub use grouped::{BlockGrouped, Codes, Grouped, Offset, Scales, TWICE, UNEVEN, UNITS};
 pub use q4::BlockQ4;
 pub use q8::BlockQ8;
 

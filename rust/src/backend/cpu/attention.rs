@@ -28,6 +28,12 @@ impl Kv {
         };
         Ok(Kv { dtype, layers: layers.iter().map(layer).collect::<Result<_>>()? })
     }
+
+    pub(super) fn copy_page(&mut self, layer: usize, from: u32, to: u32) {
+        let Layer { bytes, stride, .. } = &mut self.layers[layer];
+        let start = from as usize * *stride;
+        bytes.get_mut().copy_within(start..start + *stride, to as usize * *stride);
+    }
 }
 
 impl Cpu {

@@ -1,15 +1,22 @@
-//! Weights that a packed form holds exactly: MXFP4, and ternary blocks in the int4 form. Never rounds.
+//! Weights that a packed form holds exactly: those of the grouped forms; ternary blocks, and int4 with one scale for
+//! each 256 inputs or more, in the int4 form; int8 with such scales in the int8 form. Never rounds, but for int8's -128.
 
 use super::{NotFinite, Part, Parts};
 use crate::kernels::{Form, layout};
-use crate::quant::{BLOCK, BlockMxfp4, BlockQ4, Blocks, GROUP};
+use crate::quant::{BLOCK, BlockGrouped, BlockQ4, BlockQ8, Blocks, Encoded, GROUP};
 use layout::ROWS;
 
 /// Whether `form` holds `parts` exactly; else they are quantized.
 pub(super) fn holds(form: Form, parts: &Parts<'_>) -> bool {
     match form {
-        Form::Mxfp4 | Form::Mxfp4Float => true,
-        Form::Q4 => parts.parts.iter().all(|part| part.blocks.is_some_and(Blocks::is_ternary)),
+        Form::Grouped(_) | Form::GroupedFloat(_) => true,
+        Form::Q4 => parts.parts.iter().all(|part| {
+            part.blocks.is_some_and(Blocks::is_ternary)
+                || whole_rows(part, parts.k).is_some_and(Encoded::fits_q4)
+        }),
+        Form::Q8 => {
+            parts.parts.iter().all(|part| whole_rows(part, parts.k).is_some_and(Encoded::fits_q8))
+        }
         _ => false,
     }
 }
@@ -22,8 +29,16 @@ pub(super) fn pack(
     out: &mut [u8],
 ) -> Result<(), NotFinite> {
     match form {
-        Form::Q4 => each(form, parts, rb, out, BlockQ4::ZERO, ternary, layout::pack_q4),
-        _ => each(form, parts, rb, out, BlockMxfp4::ZERO, mxfp4, layout::pack_mxfp4),
+        Form::Grouped(how) | Form::GroupedFloat(how) => {
+            let read = |part: &Part<'_>, start, len| {
+                let row = grouped(part, start, len);
+                row.not_finite(how).map_or(Ok(row), Err)
+            };
+            let pack = |rows: &[_; ROWS], out: &mut [u8]| layout::pack_grouped(how, rows, out);
+            each(form, parts, rb, out, BlockGrouped::ZERO, read, pack)
+        }
+        Form::Q8 => each(form, parts, rb, out, BlockQ8::ZERO, int8, layout::pack_q8),
+        _ => each(form, parts, rb, out, BlockQ4::ZERO, int4, layout::pack_q4),
     }
 }
 
@@ -53,31 +68,41 @@ fn each<B: Copy>(
     Ok(())
 }
 
-fn mxfp4(part: &Part<'_>, start: usize, len: usize) -> Result<BlockMxfp4, usize> {
-    let mut row = BlockMxfp4::ZERO;
-    if part.blocks == Some(Blocks::MXFP4) {
-        // An exponent before each 16 bytes, which hold number j beside number j + 16.
-        let blocks = part.bytes.as_chunks::<17>().0[start / GROUP..][..len / GROUP].iter();
-        for ((e, q), block) in row.e.iter_mut().zip(row.q.as_chunks_mut::<GROUP>().0).zip(blocks) {
-            *e = block[0];
-            for (j, byte) in block[1..].iter().enumerate() {
-                (q[j], q[j + 16]) = (byte & 15, byte >> 4);
-            }
-        }
-    } else {
-        for (j, byte) in part.bytes[start / 2..][..len / 2].iter().enumerate() {
-            (row.q[2 * j], row.q[2 * j + 1]) = (byte & 15, byte >> 4);
-        }
-        let e = &part.scales[start / GROUP..][..len / GROUP];
-        row.e[..e.len()].copy_from_slice(e);
+fn grouped(part: &Part<'_>, start: usize, len: usize) -> BlockGrouped {
+    if let Some(blocks) = part.blocks {
+        let (weights, bytes) = (blocks.weights(), blocks.bytes());
+        let bytes = &part.bytes[start / weights * bytes..][..len / weights * bytes];
+        return blocks.grouped(bytes).unwrap_or(BlockGrouped::ZERO); // the plan has looked
     }
-    match row.e.iter().position(|&e| e == BlockMxfp4::NAN) {
-        Some(g) => Err(g * GROUP),
-        None => Ok(row),
+    if let Some(encoded) = part.encoded {
+        return encoded.grouped(start, len);
     }
+    // MXFP4 in two tensors.
+    let mut row = BlockGrouped::ZERO;
+    for (j, byte) in part.bytes[start / 2..][..len / 2].iter().enumerate() {
+        (row.q[2 * j], row.q[2 * j + 1]) = (byte & 15, byte >> 4);
+    }
+    for (s, &e) in row.s.iter_mut().zip(&part.scales[start / GROUP..][..len / GROUP]) {
+        *s = u16::from(e);
+    }
+    row
 }
 
-fn ternary(part: &Part<'_>, start: usize, _: usize) -> Result<BlockQ4, usize> {
+/// The matrix that a part consists of rows of, if it does.
+fn whole_rows<'p>(part: &'p Part<'_>, k: usize) -> Option<&'p Encoded<'p>> {
+    let whole =
+        |e: &&Encoded<'_>| e.k == k && part.row.is_multiple_of(k) && e.first.is_multiple_of(k);
+    part.encoded.as_ref().filter(whole).filter(|_| part.column == 1)
+}
+
+fn int8(part: &Part<'_>, start: usize, len: usize) -> Result<BlockQ8, usize> {
+    part.encoded.and_then(|e| e.q8(start, len)).ok_or(0)
+}
+
+fn int4(part: &Part<'_>, start: usize, len: usize) -> Result<BlockQ4, usize> {
+    if let Some(encoded) = part.encoded {
+        return encoded.q4(start, len).ok_or(0);
+    }
     let blocks = part.blocks.unwrap_or(Blocks::TQ2_0); // `holds` has looked
     let bytes = &part.bytes[start / BLOCK * blocks.bytes()..][..blocks.bytes()];
     blocks.ternary(bytes).filter(|block| block.d.is_finite()).ok_or(0)

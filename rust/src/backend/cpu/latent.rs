@@ -1,7 +1,7 @@
 //! Products with a matrix for each head, and the queries and keys of latent attention that they make.
 
 use super::memory::Disjoint;
-use super::product::{Into, Job, TOKENS};
+use super::product::{Into, Job};
 use super::{Buf, Cpu, Latent, Mat};
 use crate::kernels::layout::ROWS;
 
@@ -28,8 +28,8 @@ impl Cpu {
         });
         let mut jobs = Vec::with_capacity(heads);
         for h in 0..heads {
-            for t in (0..m).step_by(TOKENS) {
-                let rows = h * m + t..h * m + m.min(t + TOKENS);
+            for t in (0..m).step_by(self.tiles.tokens) {
+                let rows = h * m + t..h * m + m.min(t + self.tiles.tokens);
                 jobs.push(Job { w, block: h * n / ROWS, n, bias: None, rows });
             }
         }

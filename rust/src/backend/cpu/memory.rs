@@ -21,7 +21,7 @@ impl Bytes {
         let map = MmapMut::map_anon(len.max(1)).map_err(|_| Error::OutOfMemory {
             what: what.to_owned(),
             requested: len as u64,
-            available: super::topology::available_memory(),
+            available: super::memory().available,
         })?;
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage); // speed only: fewer TLB misses

@@ -2,6 +2,8 @@
 //! kernels. Knows no family and no file.
 
 mod attention;
+mod available;
+mod bandwidth;
 mod exact;
 mod latent;
 mod memory;
@@ -14,7 +16,10 @@ mod streams;
 pub mod topology;
 
 pub use attention::Kv;
+pub use available::{Memory, memory};
+pub use bandwidth::Reader;
 pub use memory::Bytes;
+pub use product::Tiles;
 pub use recurrent::States;
 
 use super::{
@@ -35,6 +40,7 @@ const MANY: usize = 8;
 pub struct Cpu {
     kernels: &'static Kernels,
     pool: Pool,
+    tiles: Tiles,
     acts: Mutex<ActBuf>,
     moe: Mutex<moe::Scratch>,
     heads: Mutex<latent::Scratch>,
@@ -118,10 +124,23 @@ impl Cpu {
         Ok(Cpu {
             kernels: crate::kernels::choose(isa)?,
             pool,
+            tiles: Tiles::default(),
             acts: Mutex::default(),
             moe: Mutex::default(),
             heads: Mutex::default(),
         })
+    }
+
+    /// This CPU, with matrix products cut as `tiles` says.
+    pub fn with_tiles(self, tiles: Tiles) -> Result<Cpu> {
+        let Tiles { tokens, claim } = tiles;
+        if !(1..=1 << 16).contains(&tokens) {
+            return Err(Error::parameter("tile_tokens", tokens, "1 to 65536"));
+        }
+        if !(1 << 10..=1 << 30).contains(&claim) {
+            return Err(Error::parameter("claim_bytes", claim, "1 KiB to 1 GiB"));
+        }
+        Ok(Cpu { tiles, ..self })
     }
 
     /// The kernel set in use.
@@ -182,6 +201,10 @@ impl Backend for Cpu {
 
     fn kv(&self, dtype: KvDtype, layers: &[KvLayer]) -> Result<Kv> {
         Kv::new(dtype, layers)
+    }
+
+    fn copy_page(&self, kv: &mut Kv, layer: usize, from: u32, to: u32) {
+        kv.copy_page(layer, from, to);
     }
 
     fn embed(&self, table: &Mat, ids: &[u32], scale: f32, out: &mut Buf) {

@@ -3,7 +3,7 @@
 //! they are added up by ascending expert.
 
 use super::memory::Disjoint;
-use super::product::{Into, Job, TOKENS};
+use super::product::{Into, Job};
 use super::{Buf, Cpu, Expert, Mat, Routing};
 
 /// Room for one operation.
@@ -84,13 +84,13 @@ impl Cpu {
             let mut start = 0;
             for (expert, &end) in experts.iter().zip(&*ends) {
                 let (w, bias) = w(expert);
-                for from in (start..end).step_by(TOKENS) {
+                for from in (start..end).step_by(self.tiles.tokens) {
                     jobs.push(Job {
                         w,
                         block: 0,
                         n: w.n,
                         bias,
-                        rows: from..end.min(from + TOKENS),
+                        rows: from..end.min(from + self.tiles.tokens),
                     });
                 }
                 start = end;

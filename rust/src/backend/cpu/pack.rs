@@ -107,7 +107,7 @@ impl Part<'_> {
 
     /// The `k` numbers of row `i` in a float form: their own, or F32.
     pub(super) fn floats_of(&self, form: Form, i: usize, k: usize) -> Cow<'_, [u8]> {
-        if self.stored == form && self.blocks.is_none() {
+        if self.stored == form && self.blocks.is_none() && self.encoded.is_none() {
             return self.range(i, 0, k);
         }
         let mut values = vec![0.0; k];
@@ -128,6 +128,14 @@ impl Part<'_> {
 
     /// Numbers `from..from + out.len()` of row `i`.
     pub(super) fn values(&self, i: usize, from: usize, out: &mut [f32]) {
+        if let Some(encoded) = &self.encoded {
+            let at = i * self.row + from * self.column;
+            if self.column == 1 {
+                return encoded.decode(at, out);
+            }
+            let each = out.chunks_mut(1).enumerate();
+            return each.for_each(|(j, out)| encoded.decode(at + j * self.column, out));
+        }
         if let Some(blocks) = self.blocks {
             let before = (i * self.row + from) / blocks.weights() * blocks.bytes();
             return blocks.decode(&self.bytes[before..], out);

@@ -1,16 +1,22 @@
 //! The thread pool: a region of work is claimed piece by piece by whoever comes.
 //!
 //! The caller works too and never waits for a thread that has not begun: on a machine that is busy with
-//! something else a late worker finds nothing left and costs nothing. Workers spin briefly between regions,
-//! because the regions of one step follow each other within microseconds, and then sleep.
+//! something else a late worker finds nothing left and costs nothing. Who waits (a worker for the next region, the
+//! caller for the last piece) spins briefly, because the regions of one step follow each other within microseconds,
+//! and then sleeps: on an idle core the system puts a thread that waits for a busy one, and that is the thread waited
+//! for. With more threads than CPUs nobody spins.
 
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::*};
 use std::sync::{Arc, Mutex};
 use std::thread::{JoinHandle, Thread};
+use std::time::{Duration, Instant};
 
-/// Spins before a worker sleeps: some 50 microseconds.
-const SPINS: u32 = 20_000;
+/// How long to spin before sleeping.
+const SPIN: Duration = Duration::from_micros(50);
+/// How long a worker runs before it offers its core to others. It does so between regions, where it holds nothing:
+/// taken off its core inside a region, it would keep all others waiting.
+const TURN: Duration = Duration::from_millis(1);
 
 type Job = *const (dyn Fn(usize) + Sync);
 
@@ -25,6 +31,28 @@ struct Shared {
     panicked: AtomicBool,
     stop: AtomicBool,
     asleep: Vec<AtomicBool>,
+    /// The caller sleeps until `inside` is 0.
+    waiting: AtomicBool,
+    caller: Mutex<Option<Thread>>,
+    spin: Duration,
+}
+
+impl Shared {
+    /// Whether `ready` came true while it was worth spinning.
+    fn spin(&self, ready: impl Fn() -> bool) -> bool {
+        let start = Instant::now();
+        loop {
+            for _ in 0..32 {
+                if ready() {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            if start.elapsed() >= self.spin {
+                return false;
+            }
+        }
+    }
 }
 
 // SAFETY: `job` is the only field that is not already `Sync`. It is written by the one caller that holds
@@ -44,6 +72,7 @@ pub(super) struct Pool {
 impl Pool {
     /// A pool of `threads`, the caller of [`Pool::run`] counted in.
     pub(super) fn new(threads: usize) -> std::io::Result<Pool> {
+        let cpus = std::thread::available_parallelism().map_or(threads, usize::from);
         let shared = Arc::new(Shared {
             epoch: AtomicU64::new(0),
             job: UnsafeCell::new(None),
@@ -51,6 +80,9 @@ impl Pool {
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             asleep: (1..threads).map(|_| AtomicBool::new(false)).collect(),
+            waiting: AtomicBool::new(false),
+            caller: Mutex::new(None),
+            spin: if threads > cpus { Duration::ZERO } else { SPIN },
         });
         let mut pool = Pool { shared, workers: Vec::new(), region: Mutex::new(()) };
         for i in 0..threads.saturating_sub(1) {
@@ -104,16 +136,18 @@ struct Close<'a>(&'a Shared);
 
 impl Drop for Close<'_> {
     fn drop(&mut self) {
-        self.0.epoch.fetch_add(1, SeqCst);
-        let mut spins = 0u32;
-        while self.0.inside.load(SeqCst) != 0 {
-            spins += 1;
-            if spins.is_multiple_of(SPINS) {
-                std::thread::yield_now(); // the one inside may need this core
-            } else {
-                std::hint::spin_loop();
-            }
+        let shared = self.0;
+        shared.epoch.fetch_add(1, SeqCst);
+        if shared.spin(|| shared.inside.load(SeqCst) == 0) {
+            return;
         }
+        *shared.caller.lock().unwrap_or_else(|e| e.into_inner()) = Some(std::thread::current());
+        // Announce the sleep, look once more, sleep: who leaves goes, then looks who waits.
+        shared.waiting.store(true, SeqCst);
+        while shared.inside.load(SeqCst) != 0 {
+            std::thread::park();
+        }
+        shared.waiting.store(false, SeqCst);
     }
 }
 
@@ -130,31 +164,29 @@ impl Drop for Pool {
 }
 
 fn worker(shared: &Shared, index: usize) {
-    let mut done = 0;
+    let (mut done, mut since) = (0, Instant::now());
     loop {
-        let mut spins = 0;
-        let open = loop {
-            if shared.stop.load(Relaxed) {
-                return;
-            }
+        if since.elapsed() > TURN {
+            std::thread::yield_now();
+            since = Instant::now();
+        }
+        let open = || {
             let epoch = shared.epoch.load(SeqCst);
-            if epoch % 2 == 1 && epoch != done {
-                break epoch;
-            }
-            spins += 1;
-            if spins < SPINS {
-                std::hint::spin_loop();
-                continue;
-            }
+            (epoch % 2 == 1 && epoch != done).then_some(epoch)
+        };
+        let stop = || shared.stop.load(SeqCst);
+        while !shared.spin(|| open().is_some() || stop()) {
             // Announce the sleep, look once more, sleep: the caller opens, then looks who sleeps.
             shared.asleep[index].store(true, SeqCst);
-            let now = shared.epoch.load(SeqCst);
-            if (now.is_multiple_of(2) || now == done) && !shared.stop.load(SeqCst) {
+            if open().is_none() && !stop() {
                 std::thread::park();
             }
             shared.asleep[index].store(false, SeqCst);
-            spins = 0;
-        };
+        }
+        if stop() {
+            return;
+        }
+        let Some(open) = open() else { continue };
         shared.inside.fetch_add(1, SeqCst);
         // Either the caller sees us inside and waits, or we see that it has closed the region.
         if shared.epoch.load(SeqCst) == open {
@@ -168,7 +200,12 @@ fn worker(shared: &Shared, index: usize) {
                 }
             }
         }
-        shared.inside.fetch_sub(1, SeqCst);
+        if shared.inside.fetch_sub(1, SeqCst) == 1
+            && shared.waiting.load(SeqCst)
+            && let Some(caller) = &*shared.caller.lock().unwrap_or_else(|e| e.into_inner())
+        {
+            caller.unpark();
+        }
         done = open;
     }
 }

@@ -7,10 +7,20 @@ use crate::kernels::layout::{self, ROWS};
 use crate::quant::{BLOCK, GROUPS};
 use std::ops::Range;
 
-/// Tokens of a tile of a matrix product: its f32 sums (128 bytes a token) stay in L2.
-pub(super) const TOKENS: usize = 512;
-/// Bytes of weights that a thread claims at once when they are read once: long streams, small remainders.
-const CLAIM: usize = 128 << 10;
+/// How matrix products are cut. Speed only, never results.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tiles {
+    /// Tokens of a tile: its f32 sums (128 bytes a token) stay in L2.
+    pub tokens: usize,
+    /// Bytes of weights that a thread claims at once when they are read once: long streams, small remainders.
+    pub claim: usize,
+}
+
+impl Default for Tiles {
+    fn default() -> Tiles {
+        Tiles { tokens: 512, claim: 128 << 10 }
+    }
+}
 
 /// Quantized activations of the operation that runs.
 #[derive(Default)]
@@ -48,7 +58,7 @@ pub(super) struct Job<'a> {
     /// Rows from there on.
     pub(super) n: usize,
     pub(super) bias: Option<&'a Vec<f32>>,
-    /// At most [`TOKENS`].
+    /// At most [`Tiles::tokens`].
     pub(super) rows: Range<usize>,
 }
 
@@ -115,8 +125,9 @@ impl Cpu {
             Into::Add => assert!(out.rows == x.rows && out.width == w.n),
             Into::Gate(_, width) => out.shape(x.rows, width),
         }
-        for t in (0..x.rows).step_by(TOKENS) {
-            let rows = t..x.rows.min(t + TOKENS);
+        let tokens = self.tiles.tokens;
+        for t in (0..x.rows).step_by(tokens) {
+            let rows = t..x.rows.min(t + tokens);
             self.products(&[Job { w, block: 0, n: w.n, bias, rows }], x, into, out);
         }
     }
@@ -136,7 +147,7 @@ impl Cpu {
         let pairs = n.div_ceil(2 * ROWS);
         let size = w.form.row_block_bytes(w.k);
         let few = jobs.iter().all(|job| job.rows.len() <= 4);
-        let grain = if few { (CLAIM / (2 * size)).clamp(1, 64) } else { 1 };
+        let grain = if few { (self.tiles.claim / (2 * size)).clamp(1, 64) } else { 1 };
         let claims = Claims::new(jobs.len() * pairs, self.pool.threads(), grain);
         let values = Disjoint::new(out.values_mut());
         self.pool.run(&|thread| {

@@ -1,7 +1,8 @@
 //! The back end gives the same bits with any number of threads, and the formula's result.
 
-use super::product::TOKENS;
+const TOKENS: usize = 512;
 use super::*;
+use crate::quant::Grouped;
 
 pub(super) fn noise(n: usize, mut seed: u32) -> Vec<f32> {
     (0..n)
@@ -79,8 +80,9 @@ fn mxfp4_is_kept_as_it_is() {
     let scales: Vec<u8> = (0..2 * n * k / 32).map(|i| (100 + i % 60) as u8).collect();
     // Two matrices whose rows alternate, as gate and up do.
     let part = |first: usize| Part {
-        stored: Form::Mxfp4,
+        stored: Form::MXFP4,
         blocks: None,
+        encoded: None,
         n,
         bytes: &codes[first * k / 2..],
         row: 2 * k,
@@ -89,7 +91,7 @@ fn mxfp4_is_kept_as_it_is() {
     };
     let cpu = Cpu::new(2, None).unwrap();
     let parts = |interleaved| Parts { parts: vec![part(0), part(1)], k, interleaved };
-    for form in [Form::Mxfp4, Form::Mxfp4Float] {
+    for form in [Form::MXFP4, Form::GroupedFloat(Grouped::MXFP4)] {
         let mat = cpu.pack(form, &parts(false)).unwrap().unwrap();
         let beside = cpu.pack(form, &parts(true)).unwrap().unwrap();
         let (mut row, mut same) = (vec![0.0; k], vec![0.0; k]);

@@ -1,5 +1,5 @@
-//! How many threads to use and how much memory there is: affinity, cgroup quota, SMT siblings, big and little
-//! cores. Reads the system, changes nothing.
+//! How many threads to use: affinity, cgroup quota, SMT siblings, big and little cores. Reads the system, changes
+//! nothing.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -20,7 +20,8 @@ pub fn auto() -> Threads {
     let allowed = allowed_cpus();
     let root = Path::new("/sys/devices/system/cpu");
     let mut threads = physical(root, &allowed);
-    if let Some(quota) = quota(Path::new("/sys/fs/cgroup"), &own_cgroup()) {
+    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    if let Some(quota) = quota(Path::new("/sys/fs/cgroup"), &groups) {
         let limit = (quota.ceil() as usize).max(1);
         if limit < threads.count {
             threads = Threads { count: limit, why: format!("cgroup quota of {quota:.2} CPUs") };
@@ -57,6 +58,14 @@ fn number(path: &Path) -> Option<u64> {
 
 /// Physical cores among `allowed`, big ones only.
 fn physical(root: &Path, allowed: &[usize]) -> Threads {
+    #[cfg(target_vendor = "apple")]
+    for (name, what) in
+        [(c"hw.perflevel0.physicalcpu", "performance"), (c"hw.physicalcpu", "physical")]
+    {
+        if let Some(count) = super::available::sysctl(name).filter(|&n| n > 0) {
+            return Threads { count: count as usize, why: format!("{count} {what} cores") };
+        }
+    }
     if allowed.is_empty() {
         let count = std::thread::available_parallelism().map_or(1, |n| n.get());
         return Threads { count, why: "CPUs the system reports".to_owned() };
@@ -83,14 +92,9 @@ fn physical(root: &Path, allowed: &[usize]) -> Threads {
     Threads { count: cores.len().max(1), why }
 }
 
-/// This process's cgroup path (v2), or "/".
-fn own_cgroup() -> String {
-    let text = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    text.lines().find_map(|l| l.strip_prefix("0::")).unwrap_or("/").to_owned()
-}
-
-/// The CPU quota in CPUs: the least along the cgroup's path (v2), or of v1's controller.
-fn quota(root: &Path, own: &str) -> Option<f64> {
+/// The least CPU quota along the paths of `groups` (as in /proc/self/cgroup), in CPUs: of cgroup v2 and of v1's
+/// controller `cpu`.
+fn quota(root: &Path, groups: &str) -> Option<f64> {
     let v2 = |folder: &Path| -> Option<f64> {
         let text = fs::read_to_string(folder.join("cpu.max")).ok()?;
         let mut words = text.split_whitespace();
@@ -98,48 +102,38 @@ fn quota(root: &Path, own: &str) -> Option<f64> {
             (words.next()?.parse::<f64>().ok()?, words.next()?.parse::<f64>().ok()?);
         (period > 0.0).then_some(quota / period)
     };
-    let mut least: Option<f64> = None;
-    let mut folder = root.join(own.trim_start_matches('/'));
-    while folder.starts_with(root) {
-        if let Some(q) = v2(&folder) {
-            least = Some(least.map_or(q, |l| l.min(q)));
-        }
-        if !folder.pop() {
-            break;
-        }
-    }
-    least.or_else(|| {
-        let quota = number(&root.join("cpu/cpu.cfs_quota_us"))?; // -1 (none) does not parse
-        let period = number(&root.join("cpu/cpu.cfs_period_us")).filter(|&p| p > 0)?;
+    let v1 = |folder: &Path| -> Option<f64> {
+        let quota = number(&folder.join("cpu.cfs_quota_us"))?; // -1 (none) does not parse
+        let period = number(&folder.join("cpu.cfs_period_us")).filter(|&p| p > 0)?;
         Some(quota as f64 / period as f64)
-    })
-}
-
-/// Bytes of memory that can be had without swapping: the system's, or less if the cgroup has a limit.
-pub fn available_memory() -> u64 {
-    let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    let line = info.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
-    let free = line.and_then(|l| l.trim().trim_end_matches(" kB").parse::<u64>().ok());
-    let free = free.map_or(u64::MAX, |kib| kib * 1024);
-    let mut folder = Path::new("/sys/fs/cgroup").join(own_cgroup().trim_start_matches('/'));
-    let mut least = free;
-    while folder.starts_with("/sys/fs/cgroup") {
-        let (max, used) = (folder.join("memory.max"), folder.join("memory.current"));
-        if let (Some(max), Some(used)) = (number(&max), number(&used)) {
-            least = least.min(max.saturating_sub(used));
-        }
-        if !folder.pop() {
-            break;
+    };
+    let mut least: Option<f64> = None;
+    for (kind, top) in [("", root.to_path_buf()), ("cpu", root.join("cpu"))] {
+        // id:controllers:path; a path that a container does not see leaves the top.
+        let own = groups.lines().find_map(|line| {
+            let mut parts = line.splitn(3, ':').skip(1);
+            let kinds = parts.next()?;
+            kinds.split(',').any(|k| k == kind).then_some(parts.next()).flatten()
+        });
+        let mut folder = top.join(own.unwrap_or("/").trim_start_matches('/'));
+        while folder.starts_with(&top) {
+            let found = if kind.is_empty() { v2(&folder) } else { v1(&folder) };
+            if let Some(found) = found {
+                least = Some(least.map_or(found, |least| least.min(found)));
+            }
+            if !folder.pop() {
+                break;
+            }
         }
     }
-    if least == u64::MAX { 4 << 30 } else { least } // not Linux: assume 4 GiB
+    least
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn tree(name: &str, files: &[(&str, &str)]) -> std::path::PathBuf {
+    pub(in super::super) fn tree(name: &str, files: &[(&str, &str)]) -> std::path::PathBuf {
         let root = std::env::temp_dir().join(format!("ferrule-{name}-{}", std::process::id()));
         for (path, text) in files {
             let path = root.join(path);
@@ -167,7 +161,28 @@ mod tests {
         assert_eq!(physical(&root, &[0, 1, 4]).count, 2);
         assert_eq!(physical(&root, &[0, 1, 2, 4]).count, 2);
         assert_eq!(physical(&root, &[2]).count, 1);
+        let why = physical(&root, &[0, 1, 2, 4]).why;
+        assert_eq!(why, "2 big cores of 4 allowed CPUs");
         fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn middle_cores_count_as_big_and_so_do_those_of_unknown_capacity() {
+        // Four Cortex-A55 and four Cortex-A76, as an RK3588 says; then little, middle and big ones.
+        let cores = |name: &str, capacities: &[&str]| {
+            let paths: Vec<_> =
+                (0..capacities.len()).map(|i| format!("cpu{i}/cpu_capacity")).collect();
+            let files: Vec<_> =
+                paths.iter().map(String::as_str).zip(capacities.iter().copied()).collect();
+            let root = tree(name, &files);
+            let all: Vec<_> = (0..capacities.len()).collect();
+            let threads = physical(&root, &all);
+            fs::remove_dir_all(root).unwrap();
+            threads.count
+        };
+        assert_eq!(cores("two", &["414", "414", "414", "414", "1024", "1024", "1024", "1024"]), 4);
+        assert_eq!(cores("three", &["250", "250", "250", "250", "620", "620", "620", "1024"]), 4);
+        assert_eq!(cores("unknown", &["none", "none"]), 2);
     }
 
     #[test]
@@ -180,18 +195,27 @@ mod tests {
                 ("cpu.max", "max 1"),
             ],
         );
-        assert_eq!(quota(&root, "/a/b"), Some(1.5));
-        assert_eq!(quota(&root, "/"), None);
+        assert_eq!(quota(&root, "0::/a/b\n"), Some(1.5));
+        assert_eq!(quota(&root, "0::/\n"), None);
         fs::remove_dir_all(root).unwrap();
         let root =
             tree("v1", &[("cpu/cpu.cfs_quota_us", "50000"), ("cpu/cpu.cfs_period_us", "100000")]);
-        assert_eq!(quota(&root, "/"), Some(0.5));
+        assert_eq!(quota(&root, ""), Some(0.5));
+        fs::remove_dir_all(&root).unwrap();
+        let files = [
+            ("cpu/docker/1/cpu.cfs_quota_us", "250000"),
+            ("cpu/docker/1/cpu.cfs_period_us", "100000"),
+            ("cpu/cpu.cfs_quota_us", "-1"),
+            ("cpu/cpu.cfs_period_us", "100000"),
+        ];
+        let root = tree("v1-own", &files);
+        assert_eq!(quota(&root, "4:memory:/docker/1\n3:cpu,cpuacct:/docker/1\n0::/\n"), Some(2.5));
+        assert_eq!(quota(&root, "3:cpuset:/docker/1\n"), None);
         fs::remove_dir_all(root).unwrap();
     }
 
     #[test]
-    fn there_is_at_least_one_thread_and_some_memory() {
+    fn there_is_at_least_one_thread() {
         assert!(auto().count >= 1);
-        assert!(available_memory() > 0);
     }
 }

@@ -360,14 +360,19 @@ impl Device {
         }
     }
 
-    /// Copies from one memory of the device to another, now.
+    /// Copies from one memory of the device to another, after all that was launched.
     pub(super) fn copy(&self, to: u64, from: u64, bytes: usize) {
-        // SAFETY: callers own both ranges.
-        let done = self
-            .enter()
-            .and_then(|()| unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) });
+        let mut state = self.state();
+        self.flush(&mut state);
+        if state.fault.is_some() || bytes == 0 {
+            return;
+        }
+        let done = self.enter().and_then(|()| {
+            // SAFETY: callers own both ranges.
+            unsafe { result::memcpy_dtod_async(to, from, bytes, self.stream) }
+        });
         if let Err(error) = done {
-            self.state().fail(Fault::Device(format!("copying on the device: {}", text(error))));
+            state.fail(Fault::Device(format!("copying on the device: {}", text(error))));
         }
     }
 

@@ -239,7 +239,7 @@ impl Cuda {
                 (_, 1) => ("gemv_f32_1", 1),
                 _ => ("gemv_f32_4", 4),
             };
-            let (w, k, form) = (w.memory.at, w.k as u32, w.form as u32);
+            let (w, k, form) = (w.memory.at, w.k as u32, pack::code(w.form));
             let params = launch::GemvFloat { w, x: x.at, k, tokens, form, pad: 0, e };
             return self.launch(kernel, [x.rows.div_ceil(each), tiles, 1], 32, &params);
         }
@@ -312,8 +312,10 @@ impl Backend for Cuda {
     fn place(&self, packed: cpu::Mat) -> Result<Mat> {
         let (form, (n, k)) = (packed.form(), packed.shape());
         let Some(bytes) = pack::bytes(form, n, k) else {
-            let what =
-                format!("{} weights do not run on CUDA yet; use device=\"cpu\"", form.name());
+            let what = format!(
+                "{} weights do not run on CUDA yet; use quantization=\"int4\" or \"int8\"",
+                form.name()
+            );
             return Err(Error::Unsupported(what));
         };
         let mut tiles = vec![0; bytes];
@@ -342,6 +344,12 @@ impl Backend for Cuda {
         Kv::new(&self.device, dtype, layers)
     }
 
+    fn copy_page(&self, kv: &mut Kv, layer: usize, from: u32, to: u32) {
+        let pages = kv.pages(layer);
+        let at = |page: u32| pages.bytes + u64::from(page) * u64::from(pages.page);
+        self.device.copy(at(to), at(from), pages.page as usize);
+    }
+
     fn states(&self, layers: &[(usize, usize)]) -> Result<()> {
         match layers.iter().any(|(count, _)| *count > 0) {
             true => Err(Error::Unsupported("layers with a state do not run on CUDA yet".into())),
@@ -355,7 +363,7 @@ impl Backend for Cuda {
             table: table.memory.at,
             ids: self.device.input(ids),
             out: out.at,
-            form: table.form as u32,
+            form: pack::code(table.form),
             width: table.k as u32,
             scale,
             pad: 0,

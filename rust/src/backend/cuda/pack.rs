@@ -28,7 +28,18 @@ fn tile_bytes(form: Form, k: usize) -> Option<usize> {
         Form::Q8 => Some(4 * TILE * blocks + 2 * LINE * groups),
         Form::Bf16 | Form::F16 => Some(LINE * k.div_ceil(8)),
         Form::F32 => Some(LINE * k.div_ceil(4)),
-        Form::Mxfp4 | Form::Mxfp4Float => None,
+        Form::Grouped(_) | Form::GroupedFloat(_) => None,
+    }
+}
+
+/// The form as the kernels of `rows.cu` and `gemv.cu` number it.
+pub(super) fn code(form: Form) -> u32 {
+    match form {
+        Form::Q4 => 0,
+        Form::Q8 => 1,
+        Form::Bf16 => 2,
+        Form::F16 => 3,
+        Form::F32 | Form::Grouped(_) | Form::GroupedFloat(_) => 4,
     }
 }
 

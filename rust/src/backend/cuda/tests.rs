@@ -54,7 +54,7 @@ fn weights_come_back_from_their_tiles() {
             assert!(back == mat.bytes(), "{form:?} [{n}, {k}]");
         }
     }
-    assert_eq!(pack::bytes(Form::Mxfp4, 32, 32), None);
+    assert_eq!(pack::bytes(Form::MXFP4, 32, 32), None);
     // 4.5 bits a weight.
     assert_eq!(pack::bytes(Form::Q4, 4096, 4096).unwrap() * 8, 4096 * 4096 * 9 / 2);
 }

@@ -120,7 +120,7 @@ fn the_last_token_is_always_computed() {
     step(&mut s);
     s.push(1, prompt(1, 128), false, 0);
     s.push(2, prompt(1, 128), true, 0);
-    assert_eq!(step(&mut s), [(0, 128, 129), (1, 64, 128), (2, 0, 128)]);
+    assert_eq!(step(&mut s), [(0, 128, 129), (1, 127, 128), (2, 0, 128)]);
     assert_eq!(s.slots[0].pages.tables()[0][..2], s.slots[2].pages.tables()[0][..2]);
 }
 

@@ -5,7 +5,7 @@
 
 use super::super::layout::Q4_HEADER;
 use super::super::{Acts, Form, Kernels};
-use super::{QUADS, Step, finish, mxfp4, neon, offsets, prefetch, scales, unpack, walk};
+use super::{QUADS, Step, finish, grouped, neon, offsets, prefetch, scales, unpack, walk};
 use std::arch::aarch64::*;
 use std::arch::asm;
 
@@ -14,7 +14,7 @@ pub(in super::super) const KERNELS: Kernels = Kernels {
     supported: || std::arch::is_aarch64_feature_detected!("dotprod"),
     gemm_q4,
     gemm_q8,
-    gemm_mxfp4: mxfp4::gemm_dotprod,
+    gemm_grouped: grouped::gemm_dotprod,
     ..neon::KERNELS
 };
 

@@ -6,8 +6,8 @@
 //! it lies, or as a *panel*: int8 lines made once per block, when enough tokens pay for it.
 
 pub(super) mod dotprod;
+mod grouped;
 pub(super) mod i8mm;
-mod mxfp4;
 pub(super) mod neon;
 
 use super::layout::{Q4_HEADER, Q8_HEADER, ROWS, block_offset};

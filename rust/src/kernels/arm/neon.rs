@@ -7,7 +7,7 @@
 use super::super::layout::Q4_HEADER;
 use super::super::simd::F32x16;
 use super::super::{Acts, Form, Kernels, float};
-use super::{QUADS, Step, finish, four, mxfp4, offsets, prefetch, scales, unpack, walk};
+use super::{QUADS, Step, finish, four, grouped, offsets, prefetch, scales, unpack, walk};
 use std::arch::aarch64::*;
 
 float::instantiate!(Lanes4);
@@ -17,7 +17,7 @@ pub(in super::super) const KERNELS: Kernels = Kernels {
     supported: || std::arch::is_aarch64_feature_detected!("neon"),
     gemm_q4,
     gemm_q8,
-    gemm_mxfp4: mxfp4::gemm_neon,
+    gemm_grouped: grouped::gemm_neon,
     float: FLOATS,
 };
 
@@ -66,6 +66,25 @@ impl F32x16 for Lanes4 {
                 vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))),
                 vcvtq_f32_s32(vmovl_high_s16(high)),
             ])
+        }
+    }
+    #[inline(always)]
+    fn lookup(table: &[f32; 16], i: &[u32; 16]) -> Self {
+        // SAFETY: see above; four registers are the bytes of the table.
+        unsafe {
+            let p = table.as_ptr().cast::<u8>();
+            let table = uint8x16x4_t(
+                vld1q_u8(p),
+                vld1q_u8(p.add(16)),
+                vld1q_u8(p.add(32)),
+                vld1q_u8(p.add(48)),
+            );
+            Lanes4(std::array::from_fn(|h| {
+                // The four bytes from 4 i on.
+                let i = vld1q_u32(i.as_ptr().add(4 * h));
+                let bytes = vmlaq_n_u32(vdupq_n_u32(0x0302_0100), i, 0x0404_0404);
+                vreinterpretq_f32_u8(vqtbl4q_u8(table, vreinterpretq_u8_u32(bytes)))
+            }))
         }
     }
     #[inline(always)]

@@ -8,7 +8,7 @@
 use super::super::layout::{Q4_HEADER, Q8_HEADER, ROWS};
 use super::super::simd::F32x16;
 use super::super::{Acts, Form, Kernels, float};
-use super::mxfp4;
+use super::grouped;
 use crate::quant::BLOCK;
 use std::arch::x86_64::*;
 
@@ -23,7 +23,7 @@ pub(in super::super) const KERNELS: Kernels = Kernels {
     },
     gemm_q4,
     gemm_q8,
-    gemm_mxfp4: mxfp4::gemm_avx2,
+    gemm_grouped: grouped::gemm_avx2,
     float: FLOATS,
 };
 
@@ -78,6 +78,21 @@ impl F32x16 for Ymm2 {
             let wide =
                 |p: *const i8| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast())));
             Ymm2(wide(x.as_ptr()), wide(x.as_ptr().add(8)))
+        }
+    }
+    #[inline(always)]
+    fn lookup(table: &[f32; 16], i: &[u32; 16]) -> Self {
+        // SAFETY: see above.
+        unsafe {
+            let table = [_mm256_loadu_ps(table.as_ptr()), _mm256_loadu_ps(table.as_ptr().add(8))];
+            let eight = |i: *const u32| {
+                let i = _mm256_loadu_si256(i.cast());
+                let low = _mm256_permutevar8x32_ps(table[0], i);
+                let high = _mm256_permutevar8x32_ps(table[1], i);
+                // Bit 3 of the index in the sign.
+                _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(i)))
+            };
+            Ymm2(eight(i.as_ptr()), eight(i.as_ptr().add(8)))
         }
     }
     #[inline(always)]

@@ -6,7 +6,7 @@
 
 use super::super::layout::{Q4_HEADER, Q8_HEADER, ROWS, block_offset};
 use super::super::{Acts, Form, Kernels};
-use super::avx2;
+use super::{avx2, grouped};
 use crate::quant::BLOCK;
 use std::arch::x86_64::*;
 
@@ -15,6 +15,7 @@ pub(in super::super) const KERNELS: Kernels = Kernels {
     supported: || (avx2::KERNELS.supported)() && is_x86_feature_detected!("avxvnni"),
     gemm_q4,
     gemm_q8,
+    gemm_grouped: grouped::gemm_avxvnni,
     ..avx2::KERNELS
 };
 

@@ -4,6 +4,7 @@ pub(super) mod amx;
 pub(super) mod avx2;
 pub(super) mod avx512vnni;
 pub(super) mod avxvnni;
-mod mxfp4;
+mod grouped;
+mod grouped512;
 #[cfg(all(test, target_os = "linux"))]
 pub(super) mod trap;

@@ -62,6 +62,11 @@ impl KvPool {
                     return Err(format!("group {g}: page {p} is shared but not full"));
                 }
             }
+            if let Some(key) = self.heads.keys().find(|key| !group.by_key.contains_key(*key)) {
+                return Err(format!(
+                    "group {g}: the beginning of page {key:?} is known, not the page"
+                ));
+            }
             let named = group.pages.iter().filter(|page| page.key.is_some()).count();
             if named != group.by_key.len() {
                 return Err(format!("group {g}: {named} keys, {} found", group.by_key.len()));

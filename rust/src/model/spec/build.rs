@@ -4,6 +4,7 @@
 use super::config::{Facts, Object, bad, shown};
 use super::family::{Family, Format};
 use super::gemma;
+use super::quantized::Quantized;
 use super::ropes::Ropes;
 use super::{Act, Attention, Ffn, Gate, Latent, Layer, Mixer, Norms, Place, QkNorm, Spec, Values};
 use crate::{Error, Result};
@@ -68,12 +69,14 @@ impl Spec {
                 .object(key)?
                 .ok_or_else(|| bad(key, "nothing", "an object that describes the text model"))?,
         };
-        refuse(&family, architecture, &top, &text)?;
+        let quantized = quantized(&family, architecture, &top, &text)?;
+        refuse(&family, architecture, &text)?;
         if format == Format::Gguf {
             only_known(&family, architecture, &top)?;
         }
         let facts = Facts { top, text };
         let mut spec = Spec::build(family, architecture, &facts)?;
+        spec.quantized = quantized;
         if format == Format::Gguf {
             let behind = facts.top.number_in("nextn_predict_layers", 0.0, 64.0)?.unwrap_or(0.0);
             let layers = spec.layers.len();
@@ -256,6 +259,7 @@ impl Spec {
                 Some(positions) => file_context.min(positions),
                 None => file_context.max(ropes.reach.unwrap_or(0).min(MAX_POSITIONS)),
             },
+            quantized: None,
             model: family.model,
             names: family.names,
             ignore: family.ignore,
@@ -265,24 +269,49 @@ impl Spec {
     }
 }
 
-/// Refuses a model that asks for more than the family honours.
-fn refuse(family: &Family, architecture: &str, top: &Object<'_>, text: &Object<'_>) -> Result<()> {
+/// What the file says about quantized weights, but for methods of the family's own, which must say no more than that.
+fn quantized(
+    family: &Family,
+    architecture: &str,
+    top: &Object<'_>,
+    text: &Object<'_>,
+) -> Result<Option<Quantized>> {
+    let mut found: Option<(String, &Value)> = None;
+    let mut quantized = None;
     for object in [top, text] {
         for key in ["quantization_config", "compression_config"] {
-            if let Some(value) = object.get(key) {
-                let method = value["quant_method"].as_str().unwrap_or("unknown");
-                if family.quantized.iter().any(|known| known == method) {
-                    only_experts(object, key)?;
-                    continue;
+            let Some(value) = object.get(key) else { continue };
+            match &found {
+                Some((_, other)) if *other == value => continue,
+                Some((label, _)) => {
+                    return Err(object.bad(
+                        key,
+                        "another description".to_owned(),
+                        &format!("what {label} says"),
+                    ));
                 }
+                None => found = Some((object.label(key), value)),
+            }
+            let method = value["quant_method"].as_str().unwrap_or("unknown");
+            if family.quantized.iter().any(|known| known == method) {
+                only_experts(object, key)?;
+            } else if let Some(said) = object.object(key)? {
+                quantized = Some(Quantized::read(&said)?);
+            }
+            if quantized.is_some() && family.transposed {
                 return Err(Error::Unsupported(format!(
-                    "config.json: {}: checkpoints quantized with {method:?} are not supported; take the model's \
+                    "config.json: {}: quantized weights of {architecture} are not supported; take the model's \
                      unquantized checkpoint",
                     object.label(key)
                 )));
             }
         }
     }
+    Ok(quantized)
+}
+
+/// Refuses a model that asks for more than the family honours.
+fn refuse(family: &Family, architecture: &str, text: &Object<'_>) -> Result<()> {
     if let Some(kind) = text.text("model_type")?
         && !family.model_types.is_empty()
         && !family.model_types.iter().any(|t| t == kind)
@@ -395,9 +424,12 @@ fn ffns(family: &Family, facts: &Facts<'_>, hidden: usize, layers: usize) -> Res
         None => (None, vec![false; layers]),
         Some(moe) if !moe.enabled(facts)? => (None, vec![false; layers]),
         Some(moe) => {
-            // `refuse` lets nothing else pass.
-            let mxfp4 = [&facts.top, &facts.text].map(|o| o.get("quantization_config"));
-            let mxfp4 = mxfp4.iter().any(Option::is_some);
+            let own = |o: &Object<'_>| {
+                let said =
+                    o.get("quantization_config").and_then(|said| said["quant_method"].as_str());
+                said.is_some_and(|method| family.quantized.iter().any(|known| known == method))
+            };
+            let mxfp4 = own(&facts.top) || own(&facts.text);
             let (moe, has) = moe.read(facts, hidden, width, layers, mxfp4)?;
             (Some(moe), has)
         }

@@ -12,6 +12,7 @@ mod latent;
 mod moe;
 mod names;
 mod place;
+mod quantized;
 mod recurrent;
 mod rope;
 mod ropes;
@@ -23,6 +24,7 @@ pub use latent::Latent;
 pub use moe::{Moe, Shared, Stored};
 pub use names::{Names, Weight};
 pub use place::Slice;
+pub use quantized::{Quantized, Scheme, Spread};
 pub use recurrent::Recurrent;
 use serde::Deserialize;
 use std::collections::BTreeMap;
@@ -347,6 +349,8 @@ pub struct Spec {
     pub ropes: Vec<Rope>,
     /// Positions the model is meant for: `max_position_embeddings`, or what YaRN extends it to.
     pub context_length: usize,
+    /// How quantized matrices are stored, where a `quantization_config` says so. MXFP4 is in [`Moe::stored`].
+    pub quantized: Option<Quantized>,
     model: Vec<String>,
     names: BTreeMap<String, family::Names>,
     ignore: Vec<String>,

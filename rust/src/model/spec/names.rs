@@ -309,7 +309,21 @@ impl Spec {
             }
         }
         let ignored = |name: &str| self.ignore.iter().any(|pattern| matches(pattern, name));
-        tensors.into_iter().filter(|name| !known.contains(*name) && !ignored(name)).collect()
+        let other = |name: &&str| !known.contains(*name) && !ignored(name);
+        let unused = tensors.into_iter().filter(other);
+        let Some(quantized) = &self.quantized else { return unused.collect() };
+        let head = names.stems.get("head").filter(|_| self.tied);
+        let part = |name: &str| {
+            let mut ends = name.match_indices('.');
+            quantized.of_cache(name)
+                || ends.any(|(at, _)| {
+                    let (module, end) = name.split_at(at);
+                    quantized.belongs(end)
+                        && known.contains(&format!("{module}.weight"))
+                        && head.is_none_or(|head| head != module)
+                })
+        };
+        unused.filter(|name| !part(name)).collect()
     }
 }
 

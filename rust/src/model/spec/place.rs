@@ -1,6 +1,6 @@
 //! Where a weight lies among a checkpoint's tensors. Never reads one.
 
-use super::{Names, Spec, Stored};
+use super::{Names, Scheme, Spec, Stored};
 
 /// Where a weight is, or one expert's part of it: its number `(i, j)` is number `first + i * row + j * column` of a
 /// tensor.
@@ -18,13 +18,15 @@ pub struct Slice {
     pub column: usize,
     /// The tensor is two: see [`Stored::Mxfp4`].
     pub mxfp4: bool,
+    /// How it is stored, if it is quantized: the tensors then are others. A checkpoint's reader finds that out.
+    pub scheme: Option<Scheme>,
 }
 
 impl Slice {
     /// A whole tensor.
     pub fn whole(tensor: String, shape: Vec<usize>) -> Slice {
         let row = shape.iter().skip(1).product();
-        Slice { tensor, shape, first: 0, row, column: 1, mxfp4: false }
+        Slice { tensor, shape, first: 0, row, column: 1, mxfp4: false, scheme: None }
     }
 
     /// The checkpoint's tensors and their shapes.
@@ -92,6 +94,7 @@ impl Spec {
             row: step * row,
             column,
             mxfp4: stored == Stored::Mxfp4 && !inner.is_empty(),
+            scheme: None,
         }
     }
 

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 mod dense;
 mod gemma;
+mod quantized;
 mod recurrent;
 
 fn config(architecture: &str, more: Value) -> Value {
@@ -337,7 +338,7 @@ fn gpt_oss_in_both_layouts() {
         assert_eq!((bias.first, bias.row), (5 * 192, 2));
     }
     for (value, expected) in [
-        (json!({"quant_method": "gptq"}), "checkpoints quantized with \"gptq\""),
+        (json!({"quant_method": "gptqx"}), "checkpoints quantized with \"gptqx\""),
         (json!({"quant_method": "mxfp4", "bits": 4}), "quantization_config.bits: not known"),
         (
             json!({"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.1.mlp.experts"]}),
@@ -469,8 +470,8 @@ fn errors_say_what_where_and_what_was_expected() {
             "config.json: model_type: found \"arcee\", but architecture Llama",
         ),
         (
-            json!({"quantization_config": {"quant_method": "gptq"}}),
-            "config.json: quantization_config: checkpoints quantized with \"gptq\"",
+            json!({"quantization_config": {"quant_method": "aqlm"}}),
+            "config.json: quantization_config.quant_method: checkpoints quantized with \"aqlm\"",
         ),
         (json!({"architectures": []}), "config.json: architectures: found [], expected a list"),
         (

@@ -2,7 +2,7 @@
 
 use super::{Reader, Source, Weights};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
-use crate::backend::{Backend, Form, Kept, Part, Parts};
+use crate::backend::{Backend, Blocks, Encoded, Form, Kept, Part, Parts};
 use crate::file::Checkpoint;
 use crate::model::spec::{Slice, Spec};
 use crate::model::{LoadOptions, Quantization, cache};
@@ -28,31 +28,38 @@ impl Plan {
 impl Reader<'_> {
     /// How a matrix will be packed.
     fn plan(&self, quantization: Quantization, source: Source) -> Result<Plan> {
-        let Source { parts, k, interleaved, exact } = source;
+        let Source { mut parts, k, interleaved, exact } = source;
+        for (place, _) in &mut parts {
+            place.scheme = self.scheme(&place.tensor)?;
+        }
         let mut form = None;
-        for (place, _) in &parts {
-            let (tensors, stored) = self.tensors(place)?;
-            let blocks = tensors[0].dtype.blocks();
-            let kept = blocks.map_or(stored, |blocks| match blocks.kept() {
-                _ if place.column != 1 => Form::Q8, // no block is one of the packed matrix
+        for (place, n) in &parts {
+            let (_, Part { stored, blocks, encoded, .. }) = self.part(place, *n, k)?;
+            let kept = blocks.map(Blocks::kept).or(encoded.map(|encoded| encoded.kept()));
+            // Columns, or pieces of rows: no block is one of the packed matrix.
+            let rows = |e: &Encoded<'_>| {
+                e.k == k && place.first.is_multiple_of(k) && place.row.is_multiple_of(k)
+            };
+            let cut = place.column != 1 || encoded.is_some_and(|e| !rows(&e));
+            let kept = kept.map_or(stored, |kept| match kept {
+                _ if cut => Form::Q8,
                 Kept::Q4 => Form::Q4,
                 Kept::Q8 => Form::Q8,
-                Kept::Mxfp4 => Form::Mxfp4,
+                Kept::Grouped(how) => Form::Grouped(how),
             });
-            let wanted = match quantization {
-                Quantization::None if kept == Form::Mxfp4 => Form::Mxfp4Float,
-                Quantization::None => stored,
+            let wanted = match (quantization, kept) {
+                (Quantization::None, Form::Grouped(how)) => Form::GroupedFloat(how),
+                (Quantization::None, _) => stored,
                 _ if exact => stored,
-                _ if kept == Form::Mxfp4 => kept,
-                Quantization::Int4 => Form::Q4,
-                Quantization::Int8 => Form::Q8,
-                Quantization::Auto => kept,
+                (Quantization::Auto, _) | (_, Form::MXFP4) => kept,
+                (Quantization::Int4, _) => Form::Q4,
+                (Quantization::Int8, _) => Form::Q8,
             };
             let form = form.get_or_insert(wanted);
             if *form == wanted {
                 continue;
             }
-            if self.checkpoint.metadata().is_none() {
+            if self.checkpoint.metadata().is_none() && self.spec.quantized.is_none() {
                 return Err(Error::Unsupported(format!(
                     "tensor `{}`: found {}, but `{}` beside it is stored otherwise; use quantization=\"int8\"",
                     place.tensor,
@@ -60,7 +67,7 @@ impl Reader<'_> {
                     parts[0].0.tensor
                 )));
             }
-            // GGUF files mix types: a form that holds both nearly, or exactly.
+            // GGUF files mix types, and quantized checkpoints leave some matrices as they are: a form that holds both nearly, or exactly.
             let exact = !form.is_quantized() && !wanted.is_quantized();
             *form = if exact { Form::F32 } else { Form::Q8 };
         }
@@ -105,23 +112,36 @@ impl Reader<'_> {
     }
 }
 
-/// What the weights will take in memory: the bytes of each form.
+/// What the matrices of a model will take in memory.
+pub(in crate::model) struct Sizes {
+    /// The bytes of each form.
+    pub(in crate::model) forms: Vec<(&'static str, u64)>,
+    /// Bytes of the largest matrix.
+    pub(in crate::model) largest: u64,
+    /// Most outputs of a matrix, those over the vocabulary left out, and most inputs.
+    pub(in crate::model) widest: (usize, usize),
+}
+
+/// What the matrices will take in memory.
 pub(in crate::model) fn sizes(
     folder: &Path,
     checkpoint: &Checkpoint,
     spec: &Spec,
     quantization: Quantization,
-) -> Result<Vec<(&'static str, u64)>> {
+) -> Result<Sizes> {
     let reader = Reader::new(folder, checkpoint, spec);
     let plans = reader.plans(quantization)?;
     reader.refuse_unused()?;
-    let mut sizes: Vec<(&str, u64)> = Vec::new();
+    let mut sizes = Sizes { forms: Vec::new(), largest: 0, widest: (0, 0) };
     for plan in plans {
         let (form, bytes) = (plan.form.name(), plan.bytes() as u64);
-        match sizes.iter_mut().find(|(name, _)| *name == form) {
+        match sizes.forms.iter_mut().find(|(name, _)| *name == form) {
             Some((_, sum)) => *sum += bytes,
-            None => sizes.push((form, bytes)),
+            None => sizes.forms.push((form, bytes)),
         }
+        sizes.largest = sizes.largest.max(bytes);
+        let (n, k) = sizes.widest;
+        sizes.widest = (if plan.n < spec.vocab { n.max(plan.n) } else { n }, k.max(plan.k));
     }
     Ok(sizes)
 }
@@ -176,6 +196,18 @@ pub(in crate::model) fn load<B: Backend>(
             return placed(mats);
         }
     }
+    let available = crate::backend::cpu::memory().available;
+    if total > available {
+        let what = format!(
+            "packed weights, {}: give weight_cache a folder on a disk with room for them, from which they \
+             are mapped, or a quantization with fewer bits",
+            match &options.cache_dir {
+                Some(dir) => format!("as the weight cache in {} cannot be written", dir.display()),
+                None => "without a weight cache".to_owned(),
+            }
+        );
+        return Err(Error::OutOfMemory { what, requested: total, available });
+    }
     let mut done = 0;
     let mut mats = Vec::with_capacity(plans.len());
     for plan in &plans {
@@ -186,4 +218,30 @@ pub(in crate::model) fn load<B: Backend>(
         options.report(done, total);
     }
     joined(mats)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Reader;
+    use crate::file::{Checkpoint, read_json};
+    use crate::model::Quantization;
+    use crate::model::spec::Spec;
+    use std::path::Path;
+
+    /// Packed weights are found again by what their plans say.
+    #[test]
+    fn another_description_is_another_plan() {
+        let folder = "tests/golden/quant-gptq-int4-g32-actorder-sym-a";
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
+        let checkpoint = Checkpoint::open(&folder).unwrap();
+        let mut config = read_json(&folder.join("config.json"), 1 << 20).unwrap().unwrap();
+        let mut plans = |format: &str| {
+            config["quantization_config"]["checkpoint_format"] = format.into();
+            let spec = Spec::new(&config, None).unwrap();
+            let reader = Reader::new(&folder, &checkpoint, &spec);
+            format!("{:?}", reader.plans(Quantization::Int8).unwrap())
+        };
+        assert_eq!(plans("gptq"), plans("gptq"));
+        assert_ne!(plans("gptq"), plans("gptq_v2"));
+    }
 }

@@ -1,0 +1,58 @@
+"""`ferrule plan`: whether a model fits into this machine's memory. Reads its headers only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from .. import _core, hub
+from ..errors import UnsupportedModelError
+from .info import described
+
+_COLUMNS = ("quantization", "weights", "keys and values", "rest", "context here", "fits")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Run the command."""
+    folder = hub.resolve(args.model, revision=args.revision, offline=args.offline)
+    rows: list[dict[str, Any]] = []
+    for quantization in [args.quantization] if args.quantization else ["int4", "int8", "none"]:
+        try:
+            facts = described(folder, args, quantization)
+        except UnsupportedModelError:
+            if args.quantization:
+                raise
+            continue  # a form that this file's weights cannot be kept in
+        rows.append({"quantization": quantization, **facts})
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        _print(rows)
+    return int(not any(row["fits"] for row in rows))
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    total, available, limit = _core.memory()
+    print(
+        f"memory: {available / 1e9:.1f} GB of {total / 1e9:.1f} GB can be had"
+        + (f", the cgroup's limit is {limit / 1e9:.1f} GB" if limit is not None else "")
+    )
+    if rows:
+        print(f"context: {rows[0]['context_length']} tokens, keys and values in "
+              f"{rows[0]['kv_cache_dtype']}")  # fmt: skip
+    print("| " + " | ".join(_COLUMNS) + " |")
+    print("| --- | ---: | ---: | ---: | ---: | --- |")
+    for row in rows:
+        cells = (
+            row["quantization"],
+            f"{sum(row['weight_bytes'].values()) / 1e6:,.0f} MB",
+            f"{row['kv_bytes_context'] / 1e6:,.0f} MB",
+            f"{row['working_bytes'] / 1e6:,.0f} MB",
+            str(row.get("context_length_here", "-")),
+            ("yes" if not row["notes"] else "with limits") if row["fits"] else "no",
+        )
+        print("| " + " | ".join(cells) + " |")
+    for row in rows:
+        for note in row["notes"]:
+            print(f"{row['quantization']}: {note}")

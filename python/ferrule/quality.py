@@ -1,0 +1,139 @@
+"""Quality of a model on a text: what `evaluate` gives. Presents; the core computes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from . import _core, hub
+from .llm import _cache_dir
+from .progress import Steps
+
+Quantization = Literal["auto", "int4", "int8", "none"]
+
+
+class Estimate(NamedTuple):
+    """A mean over tokens with the ends of its 95 % confidence interval.
+
+    The interval comes from the spread between contexts (chunks or documents), since tokens of one
+    context are not independent; with a single context there is none.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far a model's predictions are from a reference's."""
+
+    reference: str
+    quantization: str
+    """Of the reference."""
+    bits_per_weight: float
+    """Of the reference."""
+    perplexity: Estimate
+    """Of the reference."""
+    perplexity_ratio: Estimate
+    """The model's over the reference's."""
+    kl: Estimate
+    """Kullback-Leibler divergence from the reference, in nats a token."""
+    kl_quantiles: Mapping[float, float]
+    """Quantile -> divergence; 1.0 is the largest of all tokens."""
+    same_top: Estimate
+    """How often the likeliest token is the reference's."""
+    flips: Estimate
+    """How often exactly one of the two has the text's token as the likeliest."""
+    rms_dp: Estimate
+    """Root of the mean square of the difference of the probability of the text's token."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model predicts a text."""
+
+    model: str
+    tokens: int
+    """Tokens that were predicted."""
+    contexts: int
+    """Chunks or documents that they stand in."""
+    context: int
+    """The most tokens of a context."""
+    quantization: str
+    bits_per_weight: float
+    """Bytes of the packed matrices in memory, over parameters."""
+    isa: str
+    perplexity: Estimate
+    accuracy: Estimate
+    """How often the text's token is the likeliest."""
+    distance: Distance | None
+    """From the reference, if there is one."""
+
+
+def evaluate(
+    model: str | os.PathLike[str],
+    text: str | Sequence[str],
+    *,
+    reference: str | os.PathLike[str] | None = None,
+    quantization: Quantization = "auto",
+    reference_quantization: Quantization = "none",
+    context: int | None = None,
+    chunks: int | None = None,
+    kv_cache_dtype: Literal["f32", "f16", "int8"] = "f16",
+    threads: int | None = None,
+    family: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    weight_cache: bool | str | os.PathLike[str] = True,
+    progress: bool | Callable[[str, int, int], object] = True,
+) -> Evaluation:
+    """Measure how well a model predicts a text, and how far it is from a reference.
+
+    - text: one text is cut as llama.cpp does: chunks of `context` tokens (512, or less if the
+      model has less), each begun with BOS if the tokenizer has one, and the tokens of the second
+      half of each counted. A list of texts is a list of documents: each one context, cut at
+      `context` (the model's), all tokens but the first counted.
+    - reference: another model, or the same; loaded as `reference_quantization` says ("none": the
+      stored weights in f32 arithmetic). Its tokenizer and vocabulary must be the model's.
+    - chunks: at most so many chunks or documents.
+    - progress: True shows a line on a terminal; a function gets what is done, how far, of how much.
+
+    Ctrl-C ends it. Both models are in memory at once.
+    """
+    name, other = os.fspath(model), reference and os.fspath(reference)
+    resolve = [hub.resolve(m, revision=revision, offline=offline) for m in (name, other) if m]
+    with Steps(progress) as show:
+        found = _core.evaluate(
+            str(resolve[0]),
+            [text] if isinstance(text, str) else list(text),
+            documents=not isinstance(text, str),
+            reference=str(resolve[1]) if other else None,
+            quantization=quantization,
+            reference_quantization=reference_quantization,
+            context=context,
+            limit=chunks,
+            kv_cache_dtype=kv_cache_dtype,
+            threads=threads,
+            cache_dir=_cache_dir(weight_cache),
+            family=None if family is None else Path(family).read_text(encoding="utf-8"),
+            progress=show,
+        )
+    distance = found.pop("distance", None)
+    return Evaluation(
+        model=name,
+        **_estimates(found),
+        distance=None if distance is None else _distance(str(other), distance),
+    )
+
+
+def _distance(name: str, found: dict[str, Any]) -> Distance:
+    quantiles = dict(found.pop("kl_quantiles"))
+    return Distance(reference=name, kl_quantiles=quantiles, **_estimates(found))
+
+
+def _estimates(found: dict[str, Any]) -> dict[str, Any]:
+    return {k: Estimate(*v) if isinstance(v, tuple) else v for k, v in found.items()}

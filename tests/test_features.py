@@ -1,0 +1,72 @@
+"""A kernel set asks for every instruction set that its functions are compiled for.
+
+A CPU that has some of them and not others (AVX-512 without VNNI) must get a weaker set, not a
+refused instruction; no emulator at hand has AVX-512, so this is read off the source.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).parent.parent / "rust" / "src" / "kernels"
+# What having one instruction set says about another (rustc_target; CPUs with one have the other).
+IMPLIES = {
+    "avx2": {"sse", "sse2", "avx"},
+    "fma": {"avx"},
+    "avx512f": {"avx2", "fma", "f16c"},
+    "avx512bw": {"avx512f"},
+    "dotprod": {"neon"},
+    "i8mm": {"neon"},
+}
+
+
+def detected(path: Path) -> set[str]:
+    """What the set in this file asks the CPU for, and what follows from it."""
+    text = path.read_text(encoding="utf-8")
+    found = set(re.findall(r'feature_detected!\("([\w.-]+)"\)', text))
+    for parent in re.findall(r"(\w+)::KERNELS\.supported", text):
+        found |= detected(path.with_name(f"{parent}.rs"))
+    while more := {new for name in found for new in IMPLIES.get(name, ())} - found:
+        found |= more
+    return found
+
+
+def compiled(path: Path) -> set[str]:
+    """What the functions in this file are compiled for."""
+    text = path.read_text(encoding="utf-8")
+    lists = re.findall(r'target_feature\(enable = "([^"]+)"\)', text)
+    lists += re.findall(r'instantiate!\([^)]*?"([^"]+)"', text)
+    return {name for names in lists for name in names.split(",")}
+
+
+SETS = sorted(
+    path
+    for path in [*(KERNELS / "x86").glob("*.rs"), *(KERNELS / "arm").glob("*.rs")]
+    if re.search(r"supported: \|\|", path.read_text(encoding="utf-8")) and path.stem != "trap"
+)
+
+
+@pytest.mark.parametrize("path", SETS, ids=lambda path: path.stem)
+def test_a_set_asks_for_what_it_uses(path: Path) -> None:
+    assert compiled(path)
+    assert compiled(path) <= detected(path)
+
+
+def test_there_are_these_sets() -> None:
+    names = {path.stem for path in SETS}
+    assert names >= {"avx2", "avxvnni", "avx512vnni", "amx", "neon", "dotprod", "i8mm"}
+
+
+def test_shared_kernels_belong_to_a_set_that_asks_for_them() -> None:
+    """`x86/mxfp4.rs` has functions of two sets, named after them."""
+    text = (KERNELS / "x86/mxfp4.rs").read_text(encoding="utf-8")
+    pattern = r'target_feature\(enable = "([^"]+)"\)\]\s*(?:#\[.*\]\s*)*(?:pub\S* )?unsafe fn (\w+)'
+    entries = {name: set(features.split(",")) for features, name in re.findall(pattern, text)}
+    gemms = {name: features for name, features in entries.items() if name.startswith("gemm")}
+    assert gemms
+    for name, features in gemms.items():
+        kernels = "avx512vnni" if "512" in name else "avx2"
+        assert features <= detected(KERNELS / f"x86/{kernels}.rs"), name
