@@ -8,7 +8,7 @@ export PATH := venv / "bin:" + env("PATH")
 export VIRTUAL_ENV := venv
 
 # All that CI runs.
-all: lint test-rust test-python isa wheel emulated
+all: lint test-rust test-python isa cuda wheel emulated
 
 # Formatting, lints and types, nothing changed.
 lint:
@@ -47,6 +47,20 @@ isa: build
         FERRULE_ISA=$isa cargo test --test golden; \
         FERRULE_ISA=$isa pytest -q tests/test_demo_golden.py tests/test_matrix.py; \
     done
+
+# The CUDA kernels, for which no device is needed: the committed PTX is what the sources give, ptxas takes it for every
+# architecture without spills, and the crate builds and is checked without the back end. (`cargo test` and pytest run the
+# kernels themselves, on an emulated driver.) Linux on x86-64.
+cuda:
+    python -m venv target/nvidia
+    target/nvidia/bin/pip install --quiet --no-deps --require-hashes -r rust/src/backend/cuda/kernel-requirements.txt
+    target/nvidia/bin/python rust/src/backend/cuda/build_kernels.py --check
+    cargo clippy --no-default-features --features python -- -D warnings
+
+# On a machine with an NVIDIA GPU: correctness, speed against the floor, energy; writes gpu.json and gpu.md. Needs the
+# wheel and Python; says so and does nothing without a device.
+gpu *args:
+    python benches/gpu.py {{ args }}
 
 # A wheel, installed into a clean environment and used from an empty folder; its size; the sdist's files.
 wheel:

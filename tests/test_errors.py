@@ -54,6 +54,8 @@ def copy(tmp_path: Path, **changes: Callable[[dict[str, Any]], object] | None) -
         (ferrule.ContextLengthError, ValueError),
         (ferrule.InvalidParameterError, ValueError),
         (ferrule.OutOfMemoryError, MemoryError),
+        (ferrule.CudaUnavailableError, RuntimeError),
+        (ferrule.DeviceError, RuntimeError),
         (ferrule.QueueFullError, RuntimeError),
         (ferrule.EngineClosedError, RuntimeError),
         (ferrule.LogitsProcessorError, Exception),
@@ -396,6 +398,8 @@ def test_generation_configs(tmp_path: Path) -> None:
     [
         ({"quantization": "int3"}, "quantization"),
         ({"kv_cache_dtype": "f8"}, "kv_cache_dtype"),
+        ({"device": "gpu"}, "device"),
+        ({"device": "cuda:x"}, "device"),
         ({"threads": 0}, "threads"),
         ({"threads": 100_000}, "threads"),
         ({"threads": "many"}, "threads"),

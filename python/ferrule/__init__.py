@@ -11,6 +11,8 @@ from ._core import version as __version__
 from .errors import (
     ChatTemplateError,
     ContextLengthError,
+    CudaUnavailableError,
+    DeviceError,
     DownloadError,
     EngineClosedError,
     FerruleError,
@@ -50,6 +52,8 @@ __all__ = [
     "Chunk",
     "Completion",
     "ContextLengthError",
+    "CudaUnavailableError",
+    "DeviceError",
     "Distance",
     "DownloadError",
     "EngineClosedError",

@@ -16,6 +16,8 @@ __all__ = [
     "Request",
     "Trial",
     "cpu_features",
+    "cuda_devices",
+    "cuda_time",
     "describe",
     "evaluate",
     "gguf_at",
@@ -41,6 +43,7 @@ class Engine:
         cls,
         folder: str,
         *,
+        device: str = "cpu",
         quantization: str = "auto",
         threads: int | None = None,
         tile_tokens: int | None = None,
@@ -188,3 +191,7 @@ def kernel_sets() -> list[str]: ...
 def memory() -> tuple[int, int, int | None]: ...
 def memory_bandwidth(threads: int, bytes: int) -> float: ...
 def threads() -> tuple[int, str]: ...
+def cuda_time(
+    form: str, n: int, k: int, tokens: int, sets: int, samples: int
+) -> tuple[list[float], int]: ...
+def cuda_devices() -> tuple[list[tuple[int, str, str, int]], str]: ...

@@ -96,6 +96,14 @@ class OutOfMemoryError(FerruleError, MemoryError):
         self.available = available
 
 
+class CudaUnavailableError(FerruleError, RuntimeError):
+    """CUDA was asked for and can't be had; the message says why, and the remedy."""
+
+
+class DeviceError(FerruleError, RuntimeError):
+    """The CUDA device failed, and what lay on it is lost: load the model again."""
+
+
 class QueueFullError(FerruleError, RuntimeError):
     """More requests wait than `max_queue` allows."""
 

@@ -53,6 +53,9 @@ class LLM:
     "tales-1m"), a hub repository "org/repo", or a GGUF file in one, "org/repo:Q4_K_M". A path that
     exists wins.
 
+    - device: "cpu"; "cuda" or "cuda:0", which raises `CudaUnavailableError` where there is none;
+      "auto" = CUDA if there is a device that runs the model, else the CPU (`info` and one line of
+      the log say why). Results have the same bits.
     - quantization: "int4", "int8"; "none" = the stored weights with f32 arithmetic; "auto" = the
       bits in the file, or the nearest form that takes next to nothing away (models/README.md).
     - threads: "auto" = what `ferrule tune` found, or what the process may use (affinity, cgroup
@@ -79,6 +82,7 @@ class LLM:
         self,
         model: str | os.PathLike[str] = "tales-4m",
         *,
+        device: str = "cpu",
         quantization: Literal["auto", "int4", "int8", "none"] = "auto",
         threads: int | Literal["auto"] = "auto",
         context_length: int | Literal["auto"] = "auto",
@@ -101,6 +105,7 @@ class LLM:
         with Bar(progress) as report:
             self._core = _core.Engine(
                 os.fspath(folder),
+                device=device,
                 quantization=quantization,
                 **_cut(arguments.auto("threads", threads)),
                 context_length=arguments.auto("context_length", context_length),
@@ -129,6 +134,8 @@ class LLM:
             **self._core.info,
         )
         self.device = self.info.device
+        if self.info.device_because:
+            _log.info("on the CPU: %s", self.info.device_because)
         _log.info("loaded %s", self.info)
         for note in self.info.notes:
             _log.info("%s: %s", self.info.name, note)

@@ -161,8 +161,11 @@ class ModelInfo:
     kv_cache_bytes: int
     """The most that keys and values may take."""
     device: str
+    """"cpu" or "cuda:0"."""
+    device_because: str
+    """Why it is the CPU, if that was not asked for."""
     isa: str
-    """The kernel set in use."""
+    """The kernel set in use, or the architecture of the CUDA device."""
     threads: int
     notes: Sequence[str]
     """What was lowered to fit into memory, and what will be slow."""

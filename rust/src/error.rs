@@ -53,6 +53,10 @@ pub enum Error {
         /// Bytes that are there.
         available: u64,
     },
+    /// CUDA was asked for and can't be had: why, and the remedy.
+    CudaUnavailable(String),
+    /// A device failed; what lay on it is lost.
+    Device(String),
     /// The operating system refused.
     Io {
         /// The file concerned.
@@ -107,6 +111,7 @@ impl fmt::Display for Error {
             | Error::Numeric(what)
             | Error::Tokenizer(what)
             | Error::ChatTemplate(what)
+            | Error::CudaUnavailable(what)
             | Error::Processor(what) => write!(f, "{what}"),
             Error::ContextLength { prompt_tokens, max_tokens, context_length } => {
                 write!(f, "the prompt has {prompt_tokens} tokens")?;
@@ -122,6 +127,12 @@ impl fmt::Display for Error {
             }
             Error::OutOfMemory { what, requested, available } => {
                 write!(f, "{what}: {requested} bytes asked for, {available} available")
+            }
+            Error::Device(what) => {
+                write!(
+                    f,
+                    "the CUDA device failed: {what}; load the model again, or use device=\"cpu\""
+                )
             }
             Error::Io { path, source } => write!(f, "{}: {source}", path.display()),
             Error::QueueFull { queued, limit } => {

@@ -199,6 +199,7 @@ _SAMPLING: dict[str, type] = {
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
+    group.add_argument("--device", metavar="D", help="cpu (default), cuda, cuda:0 or auto")
     group.add_argument("-q", "--quantization", choices=_QUANTIZATIONS)
     group.add_argument("-c", "--context-length", type=int, metavar="N")
     group.add_argument("--kv-cache-dtype", choices=["f32", "f16", "int8"])
@@ -211,7 +212,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 def model_keywords(args: argparse.Namespace) -> dict[str, Any]:
     """Keywords for `LLM` from the options of `_model_options`."""
-    names = ("quantization", "context_length", "kv_cache_dtype", "family", "revision")
+    names = ("device", "quantization", "context_length", "kv_cache_dtype", "family", "revision")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return given | {"offline": args.offline, "weight_cache": not args.no_weight_cache}
 

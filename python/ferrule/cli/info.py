@@ -15,6 +15,7 @@ from .. import __version__, _core, hub
 def main(args: argparse.Namespace) -> int:
     """Run the command."""
     threads, why = _core.threads()
+    devices, without = _core.cuda_devices()
     facts: dict[str, Any] = {
         "version": __version__,
         "python": platform.python_version(),
@@ -24,8 +25,8 @@ def main(args: argparse.Namespace) -> int:
         "kernels_available": _core.kernel_sets(),
         "threads": threads,
         "threads_because": why,
-        "cuda": False,
-        "cuda_because": "this build has no CUDA back end",
+        "cuda": bool(devices),
+        "cuda_because": without or [f"cuda:{n}, {name}, {cc}" for n, name, cc, _ in devices],
     }
     if args.model is not None:
         facts["model"] = _model(args)

@@ -4,6 +4,8 @@
 //! Activations are `[rows, width]` f32, row-major; weights are matrices `[out, in]`; vectors are gains and biases.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod recurrent;
 
 pub use crate::kernels::{Activation, Form, KvDtype, PAGE, Score};
@@ -214,6 +216,17 @@ pub trait Backend: Send + Sync {
     type Kv: Send;
     /// States of all layers.
     type States: Send;
+
+    /// The CPU that packs its weights.
+    fn packer(&self) -> &cpu::Cpu;
+    /// A packed matrix, where this machine wants it.
+    fn place(&self, packed: cpu::Mat) -> Result<Self::Mat>;
+    /// How a matrix is stored, and its bytes.
+    fn stored(mat: &Self::Mat) -> (Form, usize);
+    /// Ends a step (and a load): what an operation could not do comes out here. None of the CPU's fails.
+    fn finish(&self) -> Result<()> {
+        Ok(())
+    }
 
     /// An empty buffer.
     fn buf(&self) -> Self::Buf;

@@ -249,6 +249,7 @@ fn same(error: &Error) -> Error {
         Error::OutOfMemory { what, requested, available } => {
             Error::OutOfMemory { what: what.clone(), requested: *requested, available: *available }
         }
+        Error::Device(what) => Error::Device(what.clone()),
         other => Error::Unsupported(format!("the forward pass failed: {other}")),
     }
 }

@@ -245,7 +245,7 @@ pub fn pack_q8(rows: &[BlockQ8; ROWS], out: &mut [u8]) {
 }
 
 /// One block of one packed int4 row.
-pub(super) fn unpack_q4(block: &[u8], r: usize) -> BlockQ4 {
+pub fn unpack_q4(block: &[u8], r: usize) -> BlockQ4 {
     let (header, lines) = block.split_at(Q4_HEADER);
     let mut row = BlockQ4 { d: f32_at(header, r), ..BlockQ4::ZERO };
     for t in 0..4 {
@@ -287,7 +287,7 @@ pub(super) fn unpack_grouped(how: Grouped, block: &[u8], r: usize) -> BlockGroup
 }
 
 /// One block of one packed int8 row.
-pub(super) fn unpack_q8(block: &[u8], r: usize) -> BlockQ8 {
+pub fn unpack_q8(block: &[u8], r: usize) -> BlockQ8 {
     let (header, lines) = block.split_at(Q8_HEADER);
     let mut row = BlockQ8 { d: f32_at(header, r), ..BlockQ8::ZERO };
     for (j, line) in lines.chunks_exact(64).enumerate() {
@@ -303,7 +303,7 @@ fn f32_at(bytes: &[u8], i: usize) -> f32 {
 }
 
 /// Splits a row block into its blocks.
-pub(super) fn blocks(form: Form, row_block: &[u8]) -> std::slice::Chunks<'_, u8> {
+pub fn blocks(form: Form, row_block: &[u8]) -> std::slice::Chunks<'_, u8> {
     row_block.chunks(block_offset(form, 1))
 }
 

@@ -302,15 +302,15 @@ impl<B: Backend> Model<B> {
     }
 }
 
-impl Model<crate::backend::cpu::Cpu> {
+impl<B: Backend> Model<B> {
     /// Bytes of the packed matrices.
     pub fn weight_bytes(&self) -> u64 {
-        self.weights.mats().map(|m| m.bytes().len() as u64).sum()
+        self.weights.mats().map(|m| B::stored(m).1 as u64).sum()
     }
 
     /// How the weights of the layers are stored.
     pub fn form(&self) -> &'static str {
-        self.weights.layers[0].ffn.mats()[0].form().name()
+        B::stored(self.weights.layers[0].ffn.mats()[0]).0.name()
     }
 }
 
@@ -431,6 +431,7 @@ impl<B: Backend> Model<B> {
         kv.show(see);
         for (l, w) in self.weights.layers.iter().enumerate() {
             if interrupt.load(Ordering::Relaxed) {
+                b.finish()?;
                 return Err(Error::Interrupted);
             }
             let step = Step { tables: &tables, spans: &spans[self.group_of[l]] };
@@ -438,6 +439,7 @@ impl<B: Backend> Model<B> {
             kv.show(see);
         }
         if wanted.is_empty() {
+            b.finish()?;
             return Ok(Vec::new());
         }
         self.select(&wanted, kv);
@@ -450,7 +452,9 @@ impl<B: Backend> Model<B> {
         if let Some(cap) = s.logit_softcap {
             b.softcap(wide, cap);
         }
-        Ok(b.read(wide))
+        let logits = b.read(wide);
+        b.finish()?;
+        Ok(logits)
     }
 }
 

@@ -13,6 +13,7 @@ pub use budget::{Budget, Wish};
 pub use describe::{CHUNK, Description, describe};
 pub use forward::{Kv, Model};
 
+use crate::backend::Backend;
 use crate::backend::cpu::{Cpu, Tiles};
 use crate::file::{self, Checkpoint};
 use crate::{Error, Result};
@@ -185,11 +186,53 @@ fn open(folder: &Path, options: &LoadOptions) -> Result<(Spec, Checkpoint, PathB
 }
 
 /// Loads the model in `folder` onto the CPU, or the GGUF file that `folder` is or has.
-pub fn load(folder: &Path, mut options: LoadOptions) -> Result<Model<Cpu>> {
-    let (spec, checkpoint, path) = open(folder, &options)?;
+pub fn load(folder: &Path, options: LoadOptions) -> Result<Model<Cpu>> {
+    let opened = open(folder, &options)?;
+    let cpu = cpu(&options)?;
+    place(opened, cpu, options)
+}
+
+/// As [`load`], onto CUDA device `ordinal`, or the first that kernels run on.
+#[cfg(feature = "cuda")]
+pub fn load_cuda(
+    folder: &Path,
+    ordinal: Option<usize>,
+    options: LoadOptions,
+) -> Result<Model<crate::backend::cuda::Cuda>> {
+    let opened = open(folder, &options)?;
+    opened.0.runs_on_cuda()?;
+    let cuda = crate::backend::cuda::Cuda::new(ordinal, cpu(&options)?)?;
+    place(opened, cuda, options)
+}
+
+/// Bytes of the weights of the model in `folder`, if the CUDA back end has kernels for all of it. From headers alone.
+#[cfg(feature = "cuda")]
+pub fn for_cuda(folder: &Path, options: &LoadOptions) -> Result<u64> {
+    let (spec, checkpoint, path) = open(folder, options)?;
+    spec.runs_on_cuda()?;
+    let sizes = weights::sizes(&path, &checkpoint, &spec, options.quantization)?.forms;
+    let runs = |form: &str| ["int4", "int8", "bf16", "f16", "f32"].contains(&form);
+    match sizes.iter().find(|(form, _)| !runs(form)) {
+        Some((form, _)) => Err(Error::Unsupported(format!(
+            "{form} weights do not run on CUDA yet; use quantization=\"int4\" or \"int8\""
+        ))),
+        None => Ok(sizes.iter().map(|(_, bytes)| bytes).sum()),
+    }
+}
+
+/// The CPU that `options` ask for.
+fn cpu(options: &LoadOptions) -> Result<Cpu> {
     let threads = options.threads.unwrap_or_else(|| crate::backend::cpu::topology::auto().count);
-    let backend = Cpu::new(threads, options.isa.as_deref())?.with_tiles(options.tiles)?;
+    Cpu::new(threads, options.isa.as_deref())?.with_tiles(options.tiles)
+}
+
+fn place<B: Backend>(
+    (spec, checkpoint, path): (Spec, Checkpoint, PathBuf),
+    backend: B,
+    mut options: LoadOptions,
+) -> Result<Model<B>> {
     let weights = weights::load(&path, &checkpoint, &spec, &backend, &mut options)?;
+    backend.finish()?;
     let (groups, group_of) = forward::kv_groups(&spec, options.kv_dtype);
     Ok(Model { spec, backend, weights, kv_dtype: options.kv_dtype, group_of, groups })
 }

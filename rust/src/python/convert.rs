@@ -56,6 +56,8 @@ fn build(py: Python<'_>, error: &Error) -> PyResult<PyErr> {
             fields.set_item("limit", limit)?;
             "QueueFullError"
         }
+        Error::CudaUnavailable(_) => "CudaUnavailableError",
+        Error::Device(_) => "DeviceError",
         Error::Closed => "EngineClosedError",
         Error::Interrupted => "FerruleError",
         Error::Numeric(_) => "NumericError",

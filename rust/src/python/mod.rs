@@ -2,12 +2,14 @@
 //! part of the crate that knows Python. Never computes.
 
 mod convert;
+mod device;
 mod driver;
 mod matrix;
 mod quality;
 mod watch;
 
-use crate::backend::cpu::{self, Cpu, Tiles, topology};
+use crate::backend::Backend;
+use crate::backend::cpu::{self, Tiles, topology};
 use crate::chat::{ChatTemplate, special_tokens};
 use crate::engine::{self, EngineConfig};
 use crate::file;
@@ -57,8 +59,9 @@ struct Info {
     chat_template: bool,
     kv_cache_dtype: &'static str,
     kv_cache_bytes: u64,
-    device: &'static str,
-    isa: &'static str,
+    device: String,
+    device_because: String,
+    isa: String,
     threads: usize,
     notes: Vec<String>,
 }
@@ -84,12 +87,13 @@ struct Loaded {
 #[pymethods]
 impl Engine {
     #[new]
-    #[pyo3(signature = (folder, *, quantization="auto", threads=None, tile_tokens=None, claim_bytes=None, context_length=None,
+    #[pyo3(signature = (folder, *, device="cpu", quantization="auto", threads=None, tile_tokens=None, claim_bytes=None, context_length=None,
         kv_cache_dtype="f16", kv_cache_bytes=None, max_batch=16, max_queue=256, prefix_cache=true, cache_dir=None,
         chat_template=None, family=None, eos=Vec::new(), progress=None))]
     fn new(
         py: Python<'_>,
         folder: &str,
+        device: &str,
         quantization: &str,
         threads: Option<i64>,
         tile_tokens: Option<usize>,
@@ -111,6 +115,7 @@ impl Engine {
             let count = |field, value: Option<i64>| value.map(|n| count(field, n)).transpose();
             let bytes = bytes.clone();
             Ok(Options {
+                device: device::Wanted::parse(device)?,
                 load: LoadOptions {
                     quantization: named("quantization", quantization, &QUANTIZATIONS)?,
                     threads: count("threads", threads)?,
@@ -448,6 +453,7 @@ fn raise(py: Python<'_>) -> impl Fn(Error) -> PyErr {
 
 /// Keywords of `Engine`.
 struct Options {
+    device: device::Wanted,
     load: LoadOptions,
     engine: EngineConfig,
     kv_bytes: Option<u64>,
@@ -463,21 +469,52 @@ fn load_and_drive(
     sender: &mpsc::Sender<Result<Loaded>>,
     inbox: &Inbox,
 ) {
-    let opened = open(folder, options).map(|(engine, loaded)| {
-        // Nobody may wait for it any more: then the inbox is closed, and nobody comes.
-        let _ = sender.send(Ok(loaded));
-        engine
-    });
-    match opened {
-        Ok(engine) => driver::drive(engine, inbox),
+    let because = match options.device.on_cuda(folder, &options.load) {
+        #[cfg(feature = "cuda")]
+        Ok(Ok(ordinal)) => {
+            let load = |load| model::load_cuda(folder, ordinal, load);
+            return serve(folder, options, load, device::cuda, None, String::new(), sender, inbox);
+        }
+        #[cfg(not(feature = "cuda"))]
+        Ok(Ok(_)) => String::new(),
+        Ok(Err(because)) => because,
+        Err(error) => return drop(sender.send(Err(error))),
+    };
+    let (load, available) = (|load| model::load(folder, load), Some(cpu::memory().available));
+    serve(folder, options, load, device::cpu, available, because, sender, inbox);
+}
+
+fn serve<B: Backend>(
+    folder: &Path,
+    options: Options,
+    load: impl FnOnce(LoadOptions) -> Result<Model<B>>,
+    machine: fn(&B) -> device::Machine,
+    available: Option<u64>,
+    because: String,
+    sender: &mpsc::Sender<Result<Loaded>>,
+    inbox: &Inbox,
+) {
+    match open(folder, options, load, machine, available, because) {
+        Ok((engine, loaded)) => {
+            // Nobody may wait for it any more: then the inbox is closed, and nobody comes.
+            let _ = sender.send(Ok(loaded));
+            driver::drive(engine, inbox);
+        }
         Err(error) => drop(sender.send(Err(error))),
     }
 }
 
-fn open(folder: &Path, options: Options) -> Result<(engine::Engine<Model<Cpu>>, Loaded)> {
-    let Options { load, mut engine, kv_bytes, context_length, chat_template, mut eos } = options;
+fn open<B: Backend>(
+    folder: &Path,
+    options: Options,
+    load_model: impl FnOnce(LoadOptions) -> Result<Model<B>>,
+    machine: fn(&B) -> device::Machine,
+    available: Option<u64>,
+    device_because: String,
+) -> Result<(engine::Engine<Model<B>>, Loaded)> {
+    let Options { load, mut engine, kv_bytes, context_length, chat_template, mut eos, .. } =
+        options;
     let kv_dtype = load.kv_dtype;
-    let available = cpu::memory().available;
     // Small files first: what they lack shows before the weights are read.
     let tokenizer = Arc::new(Tokenizer::open(folder)?);
     let template = match chat_template {
@@ -486,14 +523,18 @@ fn open(folder: &Path, options: Options) -> Result<(engine::Engine<Model<Cpu>>, 
     };
     let cache = load.cache_dir.is_some();
     let wish = Wish { cache, context_length, kv_bytes, max_batch: engine.max_batch };
-    let budget = model::describe(folder, &load)?.budget(&wish, available)?;
-    let model = Arc::new(model::load(folder, load)?);
+    // A device has memory of its own, and says itself when it is short.
+    let budget =
+        available.map(|available| model::describe(folder, &load)?.budget(&wish, available));
+    let budget = budget.transpose()?;
+    let model = Arc::new(load_model(load)?);
+    let device::Machine { device, isa, threads, free } = machine(&model.backend);
     if eos.is_empty() {
         eos.extend(tokenizer.ends());
     }
     let spec = &model.spec;
     engine.context_length = context_length.unwrap_or(spec.context_length);
-    engine.kv_bytes = budget.kv_bytes;
+    engine.kv_bytes = budget.as_ref().map_or(kv_bytes.unwrap_or(free), |budget| budget.kv_bytes);
     let driven = engine::Engine::new(model.clone(), tokenizer.clone(), eos, engine)?;
     let pages = driven.stats().pages.into_iter().zip(model.kv_groups());
     let info = Info {
@@ -508,10 +549,11 @@ fn open(folder: &Path, options: Options) -> Result<(engine::Engine<Model<Cpu>>, 
         chat_template: template.is_some(),
         kv_cache_dtype: KV_DTYPES.iter().find(|(_, d)| *d == kv_dtype).map_or("", |(name, _)| name),
         kv_cache_bytes: pages.map(|(n, group)| (n.total * group.page_bytes) as u64).sum(),
-        device: "cpu",
-        isa: model.backend.kernels().name(),
-        threads: model.backend.threads(),
-        notes: budget.notes,
+        device,
+        device_because,
+        isa,
+        threads,
+        notes: budget.map_or_else(Vec::new, |budget| budget.notes),
     };
     Ok((driven, Loaded { tokenizer, template, info }))
 }
@@ -669,6 +711,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(kernel_set, module)?)?;
     module.add_function(wrap_pyfunction!(kernel_sets, module)?)?;
     module.add_function(wrap_pyfunction!(threads, module)?)?;
+    module.add_function(wrap_pyfunction!(device::cuda_devices, module)?)?;
+    module.add_function(wrap_pyfunction!(device::cuda_time, module)?)?;
     module.add_function(wrap_pyfunction!(memory, module)?)?;
     module.add_function(wrap_pyfunction!(memory_bandwidth, module)?)?;
     module.add_function(wrap_pyfunction!(describe, module)?)?;

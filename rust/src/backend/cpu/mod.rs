@@ -170,6 +170,18 @@ impl Backend for Cpu {
     type Kv = Kv;
     type States = States;
 
+    fn packer(&self) -> &Cpu {
+        self
+    }
+
+    fn place(&self, packed: Mat) -> Result<Mat> {
+        Ok(packed)
+    }
+
+    fn stored(mat: &Mat) -> (Form, usize) {
+        (mat.form, mat.bytes().len())
+    }
+
     fn buf(&self) -> Buf {
         Buf::default()
     }

@@ -3,6 +3,8 @@
 
 mod build;
 mod config;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod family;
 mod gemma;
 pub mod gguf;

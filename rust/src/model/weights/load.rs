@@ -67,9 +67,15 @@ impl Reader<'_> {
                     parts[0].0.tensor
                 )));
             }
-            // GGUF files mix types, and quantized checkpoints leave some matrices as they are: a form that holds both nearly, or exactly.
+            // GGUF files mix types, and quantized checkpoints leave some matrices as they are: a form that holds both
+            // exactly, or nearly.
             let exact = !form.is_quantized() && !wanted.is_quantized();
-            *form = if exact { Form::F32 } else { Form::Q8 };
+            let joined = match (*form, wanted) {
+                (Form::Grouped(a), Form::Grouped(b)) => a.join(b).map(Form::Grouped),
+                (Form::GroupedFloat(a), Form::GroupedFloat(b)) => a.join(b).map(Form::GroupedFloat),
+                _ => None,
+            };
+            *form = joined.unwrap_or(if exact { Form::F32 } else { Form::Q8 });
         }
         let n = parts.iter().map(|(_, n)| n).sum::<usize>();
         let n = if interleaved { 2 * (n / 2).next_multiple_of(16) } else { n };
@@ -146,20 +152,25 @@ pub(in crate::model) fn sizes(
     Ok(sizes)
 }
 
-/// Reads, quantizes and packs all weights; or maps them, if `options.cache_dir` holds them packed.
-pub(in crate::model) fn load(
+/// Reads, quantizes and packs all weights, or maps them, if `options.cache_dir` holds them packed; and puts them where
+/// the back end wants them.
+pub(in crate::model) fn load<B: Backend>(
     folder: &Path,
     checkpoint: &Checkpoint,
     spec: &Spec,
-    cpu: &Cpu,
+    backend: &B,
     options: &mut LoadOptions,
-) -> Result<Weights<Mat, Vec<f32>>> {
+) -> Result<Weights<B::Mat, B::Row>> {
+    let cpu = backend.packer();
     let reader = Reader::new(folder, checkpoint, spec);
     let plans = reader.plans(options.quantization)?;
     reader.refuse_unused()?;
-    let joined = |mats: Vec<Mat>| {
+    let joined = |mats: Vec<B::Mat>| {
         let mut mats = mats.into_iter();
-        reader.weights(|values| cpu.row(values), |_| mats.next().ok_or(Error::Closed))
+        reader.weights(|values| backend.row(values), |_| mats.next().ok_or(Error::Closed))
+    };
+    let placed = |mats: Vec<Mat>| {
+        mats.into_iter().map(|mat| backend.place(mat)).collect::<Result<_>>().and_then(joined)
     };
     let total: u64 = plans.iter().map(|p| p.bytes() as u64).sum();
     let mut cache = match &options.cache_dir {
@@ -168,7 +179,7 @@ pub(in crate::model) fn load(
     };
     if let Some(mats) = cache.as_ref().and_then(|cache| cache.read(&plans)) {
         options.report(total, total);
-        return joined(mats);
+        return placed(mats);
     }
     // Straight to disk, one matrix in memory at a time, then mapped; or, without a cache, into memory.
     if let Some(mut writer) = cache.as_mut().and_then(|cache| cache.writer(&plans)) {
@@ -188,7 +199,7 @@ pub(in crate::model) fn load(
         if writer.finish()
             && let Some(mats) = cache.and_then(|cache| cache.read(&plans))
         {
-            return joined(mats);
+            return placed(mats);
         }
     }
     let available = crate::backend::cpu::memory().available;
@@ -208,7 +219,7 @@ pub(in crate::model) fn load(
     for plan in &plans {
         let mut bytes = Bytes::zeroed(plan.bytes(), "packed weights")?;
         reader.pack(cpu, plan, bytes.get_mut())?;
-        mats.push(Mat::new(plan.form, plan.n, plan.k, bytes)?);
+        mats.push(backend.place(Mat::new(plan.form, plan.n, plan.k, bytes)?)?);
         done += plan.bytes() as u64;
         options.report(done, total);
     }

@@ -1,0 +1,405 @@
+// variants: sm80
+// Queries, keys and values: norms of heads, rotation, the pages, attention. The order of every sum is that of
+// rust/src/kernels/attention.rs: keys in chunks of 512 by absolute position, a score one chain over the dimensions, the
+// weights of a chunk summed by key modulo 16 and a tree, its values one chain over keys, chunks merged ascending.
+//
+// A head's part of a page (64 positions), in numbers of E bytes, V = 16 / E of them side by side, d padded to V:
+//   K [d / V][64][V] | V [64][d] | int8: f32 scale of each key [64], of each value [64]
+#include "device.cuh"
+
+#define PAGE 64
+#define CHUNK 512
+
+/// The pages of one layer.
+struct Pages {
+    u64 bytes;
+    /// Bytes from a page to the next, of one head, of its keys, of its keys and values.
+    u32 page, head, keys, numbers;
+    /// 0 f32, 1 f16, 2 int8.
+    u32 dtype, pad;
+};
+/// Spans of a step: for each `first row, positions, first position, place of its page table`, then the tables, then for
+/// each row its span.
+struct Spans {
+    u64 words;
+    u32 tables, of_row;
+};
+
+DEVICE u64 head_of(const Pages& pages, const u32* words, const Spans& spans, u32 span, u32 position, u32 h) {
+    u32 page = words[spans.tables + words[span * 4 + 3] + position / PAGE];
+    return pages.bytes + (u64)page * pages.page + (u64)h * pages.head;
+}
+
+struct Rope {
+    u64 qkv, q_gain, k_gain, v_gain, table;
+    Pages pages;
+    Spans spans;
+    /// Numbers of a row; query heads; key/value heads in a row; dimensions; of them turned; gain lengths.
+    u32 row, heads, kv_heads, d, turned, q_gains, k_gains;
+    /// 1: keys are stored; 1: pairs are neighbours; 1: layer norms; 1: norms after the rotation.
+    u32 store, interleaved, centred, after;
+    float clip, eps;
+    u32 pad;
+};
+
+/// x[0..d] divided by its root mean square (or deviation), times gain, in place; by one warp.
+DEVICE void norm_head(float* x, u32 d, const float* gain, u32 centred, float eps) {
+    float mean = centred ? sum16(x, d) / (float)d : 0.0f;
+    float inv = 1.0f / sqrtf(mean_square(x, d, mean) + eps);
+    sync_warp();
+    for (u32 i = threadIdx.x % 32; i < d; i += 32) x[i] = (centred ? x[i] - mean : x[i]) * inv * gain[i];
+    sync_warp();
+}
+/// x as a number of the pages of `dtype`.
+DEVICE void put(u64 at, u32 dtype, u64 index, float x, float inv) {
+    if (dtype == 0) ((float*)at)[index] = x;
+    else if (dtype == 1) ((u16*)at)[index] = f32_to_f16(x);
+    else ((u8*)at)[index] = (u8)round_i8(x * inv);
+}
+
+/// One head of one row, by a warp: heads, then keys, then values.
+KERNEL(128, rope_store, Rope) {
+    SHARED float all[4][512];
+    u32 lane = threadIdx.x % 32, h = blockIdx.y * 4 + threadIdx.x / 32, r = blockIdx.x, d = p.d;
+    if (h >= p.heads + 2 * p.kv_heads) return;
+    u32 kind = h < p.heads ? 0 : h < p.heads + p.kv_heads ? 1 : 2;
+    float* x = all[threadIdx.x / 32];
+    float* row = (float*)p.qkv + (u64)r * p.row + (u64)h * d;
+    for (u32 i = lane; i < d; i += 32) x[i] = row[i];
+    sync_warp();
+    u64 gain = kind == 0 ? p.q_gain : kind == 1 ? p.k_gain : p.v_gain;
+    u32 head = kind == 0 ? h : kind == 1 ? h - p.heads : h - p.heads - p.kv_heads;
+    if (gain && kind == 0) gain += (u64)(head * d % p.q_gains) * 4;
+    if (gain && kind == 1) gain += (u64)(head * d % p.k_gains) * 4;
+    if (gain && !p.after) norm_head(x, d, (const float*)gain, p.centred, p.eps);
+    if (p.clip > 0.0f) {
+        for (u32 i = lane; i < d; i += 32) x[i] = fminf(fmaxf(x[i], -p.clip), p.clip);
+        sync_warp();
+    }
+    if (p.table && kind < 2) {
+        u32 half = p.turned / 2;
+        const float* cos = (const float*)p.table + (u64)r * p.turned;
+        for (u32 i = lane; i < half; i += 32) {
+            u32 a = p.interleaved ? 2 * i : i, b = p.interleaved ? 2 * i + 1 : i + half;
+            float u = x[a], v = x[b];
+            x[a] = fmaf(u, cos[i], -(v * cos[half + i]));
+            x[b] = fmaf(v, cos[i], u * cos[half + i]);
+        }
+        sync_warp();
+    }
+    if (gain && p.after) norm_head(x, d, (const float*)gain, p.centred, p.eps);
+    if (kind == 0 || !p.store) {
+        for (u32 i = lane; i < d; i += 32) row[i] = x[i];
+        return;
+    }
+    const u32* words = (const u32*)p.spans.words;
+    u32 span = words[p.spans.of_row + r];
+    u32 position = words[span * 4 + 2] + r - words[span * 4], slot = position % PAGE;
+    u64 at = head_of(p.pages, words, p.spans, span, position, head);
+    float inv = 0.0f;
+    if (p.pages.dtype == 2) {
+        float amax = 0.0f, scale;
+        for (u32 i = lane; i < d; i += 32) amax = fmaxf(amax, fabsf(x[i]));
+#pragma unroll
+        for (int m = 16; m > 0; m /= 2) amax = fmaxf(amax, shuffle_xor(amax, m));
+        int8_scale(amax, inv, scale);
+        if (lane == 0) ((float*)(at + p.pages.numbers))[(kind - 1) * PAGE + slot] = scale;
+    }
+    u32 v = p.pages.dtype == 0 ? 4 : p.pages.dtype == 1 ? 8 : 16;
+    if (kind == 1) {
+        // Padding up to a whole 16 bytes is zero, so that it adds nothing to a score.
+        for (u32 i = lane; i < (d + v - 1) / v * v; i += 32) {
+            put(at, p.pages.dtype, (u64)(i / v * PAGE + slot) * v + i % v, i < d ? x[i] : 0.0f, inv);
+        }
+    } else {
+        for (u32 i = lane; i < d; i += 32) put(at + p.pages.keys, p.pages.dtype, (u64)slot * d + i, x[i], inv);
+    }
+}
+
+struct Attend {
+    u64 qkv, sinks, growth, out, parts;
+    Pages pages;
+    Spans spans;
+    /// Numbers of a row of qkv; query heads; key/value heads; dimensions; keys seen or 0 = all; chunks of a row at most.
+    u32 row, heads, kv_heads, d, window, chunks;
+    /// Query heads of a block; its positions; blocks of one span at most; 1: a block has one chunk and leaves it in parts.
+    u32 group, positions, tiles, split;
+    float scale, cap;
+};
+
+/// Dimensions of a head at most; threads of a block; lines of 16 bytes of values in shared memory at once.
+#define MAX_D 512
+#define THREADS 256
+#define LINES 768
+
+/// V numbers of 16 bytes as f32.
+template <int DTYPE>
+DEVICE float number(const uint4& v, int i) {
+    if (DTYPE == 0) return as_float(word(v, i % 4));
+    if (DTYPE == 1) return f16_to_f32((u16)(word(v, i / 2 % 4) >> (16 * (i % 2))));
+    return (float)(i8)(word(v, i / 4) >> (8 * (i % 4)));
+}
+template <int DTYPE>
+DEVICE float stored(const uint4* lines, u32 index) {
+    if (DTYPE == 0) return ((const float*)lines)[index];
+    if (DTYPE == 1) return f16_to_f32(((const u16*)lines)[index]);
+    return (float)((const i8*)lines)[index];
+}
+/// Lines of values of the keys from `key` on, of which this thread has every 256th.
+DEVICE void fetch(uint4 (&next)[LINES / THREADS], u64 at, u32 lines) {
+#pragma unroll
+    for (int i = 0; i < LINES / THREADS; i++) {
+        u32 line = threadIdx.x + i * THREADS;
+        next[i] = stream_if(line < lines, (const void*)(at + (u64)line * 16));
+    }
+}
+
+/// Rows of queries: `positions` x `group` of them share a key/value head.
+template <int DTYPE, int R>
+DEVICE void attend(const Attend& p, float (&q)[R][MAX_D], float (&w)[R][CHUNK], float (&best)[R], float (&total)[R],
+                   float (&old)[R], float (&fresh)[R], bool (&seen)[R], uint4 (&staged)[LINES]) {
+    const int V = DTYPE == 0 ? 4 : DTYPE == 1 ? 8 : 16;
+    const u32* words = (const u32*)p.spans.words;
+    u32 parts = (p.heads / p.kv_heads + p.group - 1) / p.group;
+    u32 span = blockIdx.y / p.tiles, tile = blockIdx.y % p.tiles;
+    u32 h = blockIdx.x / parts, first_head = h * (p.heads / p.kv_heads) + blockIdx.x % parts * p.group;
+    u32 last_head = (h + 1) * (p.heads / p.kv_heads);
+    u32 group = last_head - first_head < p.group ? last_head - first_head : p.group;
+    u32 first = tile * p.positions, len = words[span * 4 + 1];
+    if (first >= len) return;
+    u32 positions = len - first < p.positions ? len - first : p.positions;
+    u32 rows = positions * group, first_row = words[span * 4] + first, start = words[span * 4 + 2] + first;
+    u32 d = p.d, padded = (d + V - 1) / V * V;
+    // Keys of row i: from `lo(i)` up to its own position.
+    u32 to = start + positions;
+    u32 from = p.window && start + 1 > p.window ? start + 1 - p.window : 0;
+    u32 chunk = p.split ? blockIdx.z : from / CHUNK, chunks = p.split ? chunk + 1 : (to + CHUNK - 1) / CHUNK;
+    if (p.split && (chunk * CHUNK >= to || (chunk + 1) * CHUNK <= from)) return;
+
+    for (u32 i = threadIdx.x; i < R * padded; i += THREADS) {
+        u32 row = i / padded, c = i % padded;
+        float x = 0.0f;
+        if (row < rows && c < d) {
+            u64 r = first_row + row / group;
+            x = ((const float*)p.qkv)[r * p.row + (u64)(first_head + row % group) * d + c];
+            if (p.growth) x = x * ((const float*)p.growth)[r];
+        }
+        q[row][c] = x;
+    }
+    if (threadIdx.x < R) {
+        best[threadIdx.x] = -INFINITE;
+        total[threadIdx.x] = 0.0f;
+    }
+    // What a thread has summed so far stands where the result will: its own numbers, which nobody else reads.
+    u32 begin = chunk;
+    for (; chunk < chunks; chunk++) {
+        sync_block();
+        u32 low = from > chunk * CHUNK ? from - chunk * CHUNK : 0;
+        u32 high = to - chunk * CHUNK < CHUNK ? to - chunk * CHUNK : CHUNK;
+        // Scores: a key a thread.
+#pragma unroll 1
+        for (u32 key = threadIdx.x; key < CHUNK; key += THREADS) {
+            if (key < low || key >= high) {
+#pragma unroll
+                for (int r = 0; r < R; r++) w[r][key] = -INFINITE;
+                continue;
+            }
+            u32 position = chunk * CHUNK + key, slot = position % PAGE;
+            u64 at = head_of(p.pages, words, p.spans, span, position, h);
+            float acc[R];
+#pragma unroll
+            for (int r = 0; r < R; r++) acc[r] = 0.0f;
+#pragma unroll (R > 4 ? 2 : 4)
+            for (u32 c = 0; c < padded; c += V) {
+                uint4 k = read16((const void*)(at + ((u64)(c / V) * PAGE + slot) * 16));
+#pragma unroll
+                for (int i = 0; i < V; i++) {
+                    float x = number<DTYPE>(k, i);
+#pragma unroll
+                    for (int r = 0; r < R; r++) acc[r] = fmaf(x, q[r][c + i], acc[r]);
+                }
+            }
+            float scale = DTYPE == 2 ? ((const float*)(at + p.pages.numbers))[slot] : 1.0f;
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                // Row r sees `window` keys up to its own position.
+                u32 own = start + r / group;
+                bool sees = r < rows && position <= own && (p.window == 0 || position + p.window > own);
+                float s = (DTYPE == 2 ? acc[r] * scale : acc[r]) * p.scale;
+                w[r][key] = sees ? s : -INFINITE;
+            }
+        }
+        sync_block();
+        // Weights: a row a warp.
+#pragma unroll 1
+        for (u32 r = threadIdx.x / 32; r < rows; r += THREADS / 32) {
+            u32 lane = threadIdx.x % 32;
+            if (p.cap > 0.0f) {
+#pragma unroll 1
+                for (u32 key = lane; key < CHUNK; key += 32) {
+                    if (w[r][key] != -INFINITE) w[r][key] = softcap(w[r][key], p.cap, 2.0f / p.cap);
+                }
+            }
+            float most = -INFINITE;
+#pragma unroll 1
+            for (u32 key = lane; key < CHUNK; key += 32) most = fmaxf(most, w[r][key]);
+#pragma unroll
+            for (int m = 16; m > 0; m /= 2) most = fmaxf(most, shuffle_xor(most, m));
+            bool any = most != -INFINITE;
+#pragma unroll 1
+            for (u32 key = lane; key < CHUNK; key += 32) w[r][key] = any ? exp_(w[r][key] - most) : 0.0f;
+            sync_warp();
+            float sum = sum16(w[r], CHUNK);
+            if (lane == 0) {
+                if (p.split) {
+                    best[r] = most;
+                    total[r] = sum;
+                } else {
+                    float m = fmaxf(best[r], most);
+                    // A chunk of which a row sees nothing changes nothing.
+                    seen[r] = any;
+                    if (any) {
+                        old[r] = exp_(best[r] - m);
+                        fresh[r] = exp_(most - m);
+                        best[r] = m;
+                        total[r] = fmaf(sum, fresh[r], total[r] * old[r]);
+                    }
+                }
+            }
+        }
+        sync_block();
+        // Values: a dimension a thread, or two. As many keys at once as fit into shared memory, a power of two: 16 or more
+        // of one byte, 8 of two, 4 of four, so that they are whole lines. The next ones are on their way meanwhile.
+        const u32 E = 16 / V;
+        u32 at_once = PAGE;
+        while (at_once * d * E > LINES * 16) at_once /= 2;
+        u32 lines = at_once * d * E / 16;
+        float acc[2][R];
+#pragma unroll
+        for (int r = 0; r < R; r++) acc[0][r] = acc[1][r] = 0.0f;
+        u32 base = low / at_once * at_once;
+        uint4 next[LINES / THREADS];
+        u64 page = head_of(p.pages, words, p.spans, span, chunk * CHUNK + base, h);
+        fetch(next, page + p.pages.keys + (u64)(base % PAGE) * d * E, lines);
+#pragma unroll 1
+        while (base < high) {
+            sync_block();
+#pragma unroll
+            for (int i = 0; i < LINES / THREADS; i++) staged[threadIdx.x + i * THREADS] = next[i];
+            sync_block();
+            const float* scales = (const float*)(page + p.pages.numbers) + PAGE + base % PAGE;
+            u32 begin_key = base < low ? low - base : 0, end_key = high - base < at_once ? high - base : at_once;
+            u32 first_key = base;
+            base += at_once;
+            if (base < high) {
+                page = head_of(p.pages, words, p.spans, span, chunk * CHUNK + base, h);
+                fetch(next, page + p.pages.keys + (u64)(base % PAGE) * d * E, lines);
+            }
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                u32 i = c * THREADS + threadIdx.x;
+                if (i >= d) continue;
+#pragma unroll 4
+                for (u32 key = begin_key; key < end_key; key++) {
+                    float v = stored<DTYPE>(staged, key * d + i);
+                    float scale = DTYPE == 2 ? scales[key] : 1.0f;
+#pragma unroll
+                    for (int r = 0; r < R; r++) {
+                        float weight = w[r][first_key + key];
+                        acc[c][r] = fmaf(v, DTYPE == 2 ? weight * scale : weight, acc[c][r]);
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            u32 i = c * THREADS + threadIdx.x;
+            if (i >= d) continue;
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                if (r >= rows) continue;
+                u64 row = (u64)(first_row + r / group) * p.heads + first_head + r % group;
+                if (p.split) {
+                    ((float*)p.parts)[(row * p.chunks + chunk) * (d + 2) + 2 + i] = acc[c][r];
+                } else {
+                    float* out = (float*)p.out + row * d + i;
+                    if (chunk == begin) *out = seen[r] ? acc[c][r] * fresh[r] : 0.0f;
+                    else if (seen[r]) *out = fmaf(acc[c][r], fresh[r], *out * old[r]);
+                }
+            }
+        }
+    }
+    sync_block();
+#pragma unroll 1
+    for (u32 r = 0; r < rows; r++) {
+        u64 row = (u64)(first_row + r / group) * p.heads + first_head + r % group;
+        if (p.split) {
+            float* part = (float*)p.parts + (row * p.chunks + blockIdx.z) * (d + 2);
+            if (threadIdx.x == 0) {
+                part[0] = best[r];
+                part[1] = total[r];
+            }
+            continue;
+        }
+        float inv = 1.0f / total[r];
+        if (p.sinks) {
+            float sink = ((const float*)p.sinks)[first_head + r % group];
+            float m = fmaxf(best[r], sink), keep = exp_(best[r] - m);
+            inv = keep / fmaf(total[r], keep, exp_(sink - m));
+        }
+        for (u32 i = threadIdx.x; i < d; i += THREADS) {
+            float* out = (float*)p.out + row * d + i;
+            *out = *out * inv;
+        }
+    }
+}
+
+#define ATTEND(name, DTYPE, R)                                                       \
+    KERNEL_BLOCKS(THREADS, 2, name, Attend) {                                                      \
+        SHARED float q[R][MAX_D], w[R][CHUNK], best[R], total[R], old[R], fresh[R];  \
+        SHARED bool seen[R];                                                         \
+        SHARED uint4 staged[LINES];                                                  \
+        attend<DTYPE, R>(p, q, w, best, total, old, fresh, seen, staged);            \
+    }
+ATTEND(attend_f32_1, 0, 1)
+ATTEND(attend_f32_8, 0, 8)
+ATTEND(attend_f16_1, 1, 1)
+ATTEND(attend_f16_4, 1, 4)
+ATTEND(attend_f16_8, 1, 8)
+ATTEND(attend_i8_1, 2, 1)
+ATTEND(attend_i8_4, 2, 4)
+ATTEND(attend_i8_8, 2, 8)
+
+/// Merges the chunks of one head (blockIdx.y) of one row (blockIdx.x), ascending, the sink last.
+KERNEL(128, attend_merge, Attend) {
+    const u32* words = (const u32*)p.spans.words;
+    u32 r = blockIdx.x, h = blockIdx.y, span = words[p.spans.of_row + r];
+    u32 own = words[span * 4 + 2] + r - words[span * 4];
+    u32 from = p.window && own + 1 > p.window ? own + 1 - p.window : 0;
+    float best = -INFINITE, total = 0.0f, sums[MAX_D / 128];
+#pragma unroll
+    for (int c = 0; c < MAX_D / 128; c++) sums[c] = 0.0f;
+    for (u32 chunk = from / CHUNK; chunk <= own / CHUNK; chunk++) {
+        const float* part = (const float*)p.parts + (((u64)r * p.heads + h) * p.chunks + chunk) * (p.d + 2);
+        if (part[0] == -INFINITE) continue;
+        float m = fmaxf(best, part[0]), old = exp_(best - m), fresh = exp_(part[0] - m);
+        best = m;
+        total = fmaf(part[1], fresh, total * old);
+#pragma unroll
+        for (int c = 0; c < MAX_D / 128; c++) {
+            u32 i = c * 128 + threadIdx.x;
+            if (i < p.d) sums[c] = fmaf(part[2 + i], fresh, sums[c] * old);
+        }
+    }
+    float inv = 1.0f / total;
+    if (p.sinks) {
+        float sink = ((const float*)p.sinks)[h];
+        float m = fmaxf(best, sink), keep = exp_(best - m);
+        inv = keep / fmaf(total, keep, exp_(sink - m));
+    }
+#pragma unroll
+    for (int c = 0; c < MAX_D / 128; c++) {
+        u32 i = c * 128 + threadIdx.x;
+        if (i < p.d) ((float*)p.out)[((u64)r * p.heads + h) * p.d + i] = sums[c] * inv;
+    }
+}

@@ -1,0 +1,190 @@
+// variants: sm80
+// Matrix times a few tokens, weights read once. A lane is a row of the matrix, so no sum crosses lanes: of 256 inputs
+// an exact integer, then one fused multiply-add for each 256, ascending. Each warp has other blocks of 256 inputs of the
+// same 32 rows; a round of blocks ends with the first warps adding up what all have found, in order.
+// Formula: rust/src/kernels/scalar.rs.
+#include "product.cuh"
+
+struct Gemv {
+    Matrix w;
+    Acts acts;
+    u32 tokens, pad;
+    Epilogue e;
+};
+
+/// The integer dot product of one int4 row with one token over a block.
+struct Q4 {
+    uint4 header, q[8];
+    MEMBER void load(const Matrix& m, u32 tile, u32 block, u32 lane, u32 groups) {
+        u64 at = block_q4(m, tile, block) + lane * 16;
+        header = stream((const void*)at);
+#pragma unroll
+        for (int g = 0; g < 8; g++) {
+            // Groups that are not there are zeros, so that no branch stands in the products.
+            q[g] = stream_if(g < groups, (const void*)(at + (u64)(g + 1) * 512));
+        }
+    }
+    MEMBER float d() const { return as_float(header.x); }
+    MEMBER int dot(const Acts& acts, u64 at) const {
+        const uint4 all = read16((const void*)(acts.sums + at * 16));
+        int total = 0;
+#pragma unroll
+        for (int g = 0; g < 8; g++) {
+            const uint4 low = read16((const void*)(acts.q + at * 256 + g * 32));
+            const uint4 high = read16((const void*)(acts.q + at * 256 + g * 32 + 16));
+            int dot = 0;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                dot = dp4a(word(q[g], j) & 0x0f0f0f0fu, word(low, j), dot);
+                dot = dp4a((word(q[g], j) >> 4) & 0x0f0f0f0fu, word(high, j), dot);
+            }
+            int sum = (int)(short)(word(all, g / 2) >> (16 * (g % 2)));
+            total += scale_of(header, g) * dot - offset_of(header, g) * sum;
+        }
+        return total;
+    }
+};
+/// The same of an int8 row.
+struct Q8 {
+    float scale;
+    uint4 q[16];
+    MEMBER void load(const Matrix& m, u32 tile, u32 block, u32 lane, u32 groups) {
+        u64 at = block_q8(m, tile, block);
+        scale = stream_f32((const float*)at + lane);
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            q[i] = stream_if(i < 2 * groups, (const void*)(at + 128 + (u64)i * 512 + lane * 16));
+        }
+    }
+    MEMBER float d() const { return scale; }
+    MEMBER int dot(const Acts& acts, u64 at) const {
+        int total = 0;
+#pragma unroll
+        for (int i = 0; i < 16; i++) {
+            const uint4 a = read16((const void*)(acts.q + at * 256 + i * 16));
+#pragma unroll
+            for (int j = 0; j < 4; j++) total = dp4a(word(q[i], j), word(a, j), total);
+        }
+        return total;
+    }
+};
+
+template <class Form, int T>
+DEVICE void gemv(const Gemv& p, float2 (&part)[2][16 * T][32]) {
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    u32 tile = blockIdx.y, first = blockIdx.x * T;
+    float acc = 0.0f; // of token `warp`, row `lane`, in the first T warps
+    u32 half = 0;
+    for (u32 round = 0; round < p.w.blocks; round += warps, half ^= 1) {
+        u32 block = round + warp;
+        if (block < p.w.blocks) {
+            u32 groups = groups_of(p.w, block);
+            Form w;
+            w.load(p.w, tile, block, lane, groups);
+            u32 count = p.tokens - first < T ? p.tokens - first : T;
+#pragma unroll 1
+            for (u32 t = 0; t < count; t++) {
+                u64 at = (u64)(first + t) * p.w.blocks + block;
+                int dot = w.dot(p.acts, at);
+                float s = ((const float*)p.acts.s)[at];
+                part[half][warp * T + t][lane] = make_float2((float)dot, w.d() * s);
+            }
+        }
+        // One barrier a round: the next round writes the other half.
+        sync_block();
+        if (warp < T && first + warp < p.tokens) {
+            u32 count = p.w.blocks - round < warps ? p.w.blocks - round : warps;
+#pragma unroll 4
+            for (u32 i = 0; i < count; i++) {
+                float2 found = part[half][i * T + warp][lane];
+                acc = fmaf(found.x, found.y, acc);
+            }
+        }
+    }
+    if (warp >= T || first + warp >= p.tokens) return;
+    float up = shuffle_xor(acc, 16);
+    if (p.e.mode != 3 || lane < 16) finish(p.e, tile * 32 + lane, first + warp, acc, up);
+}
+
+#define GEMV(name, Form, T)              \
+    KERNEL(512, name, Gemv) {            \
+        SHARED float2 part[2][16 * T][32]; \
+        gemv<Form, T>(p, part);          \
+    }
+GEMV(gemv_q4_1, Q4, 1)
+GEMV(gemv_q4_4, Q4, 4)
+GEMV(gemv_q8_1, Q8, 1)
+GEMV(gemv_q8_4, Q8, 4)
+
+struct GemvFloat {
+    u64 w, x;
+    /// form: 2 bf16, 3 f16, 4 f32, as `Form`.
+    u32 k, tokens, form, pad;
+    Epilogue e;
+};
+
+/// Number j of 16 bytes of stored floats.
+template <int F>
+DEVICE float number(const uint4& line, int j) {
+    if (F == 4) return as_float(word(line, j));
+    u16 h = (u16)(word(line, j / 2) >> (16 * (j % 2)));
+    return F == 2 ? bf16_to_f32(h) : f16_to_f32(h);
+}
+/// Stored floats: one chain of fused multiply-adds over k, ascending. A warp has 32 rows and T tokens.
+template <int F, int T>
+DEVICE void gemv_float(const GemvFloat& p) {
+    const int N = F == 4 ? 4 : 8; // numbers of 16 bytes
+    u32 lane = threadIdx.x, tile = blockIdx.y, first = blockIdx.x * T;
+    u64 at = p.w + (u64)tile * 512 * ((p.k + N - 1) / N) + lane * 16;
+    const float* x[T];
+    float acc[T];
+#pragma unroll
+    for (int t = 0; t < T; t++) {
+        // Tokens beyond the last are the last again, and not stored.
+        u32 token = first + t < p.tokens ? first + t : p.tokens - 1;
+        x[t] = (const float*)p.x + (u64)token * p.k;
+        acc[t] = 0.0f;
+    }
+    // Rows of x whose numbers stand at multiples of 16 bytes; the rest number by number.
+    u32 lines = p.k % 4 == 0 ? p.k / N : 0;
+#pragma unroll 2
+    for (u32 i = 0; i < lines; i++) {
+        uint4 line = stream((const void*)(at + (u64)i * 512));
+#pragma unroll
+        for (int t = 0; t < T; t++) {
+#pragma unroll
+            for (int j = 0; j < N; j += 4) {
+                const uint4 four = read16(x[t] + i * N + j);
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    acc[t] = fmaf(number<F>(line, j + c), as_float(word(four, c)), acc[t]);
+                }
+            }
+        }
+    }
+#pragma unroll 1
+    for (u32 k = lines * N; k < p.k; k++) {
+        u64 line = at + (u64)(k / N) * 512;
+        float w = F == 4 ? ((const float*)line)[k % N]
+                : F == 2 ? bf16_to_f32(((const u16*)line)[k % N]) : f16_to_f32(((const u16*)line)[k % N]);
+#pragma unroll
+        for (int t = 0; t < T; t++) acc[t] = fmaf(w, x[t][k], acc[t]);
+    }
+    // Rolled, or the compiler makes a copy of the activations for each token and each choice.
+#pragma unroll 1
+    for (u32 t = 0; t < T && first + t < p.tokens; t++) {
+        float y = acc[0];
+#pragma unroll
+        for (int i = 1; i < T; i++) y = t == i ? acc[i] : y;
+        float up = shuffle_xor(y, 16);
+        if (p.e.mode != 3 || lane < 16) finish(p.e, tile * 32 + lane, first + t, y, up);
+    }
+}
+#define GEMV_FLOAT(name, F, T) \
+    KERNEL_BLOCKS(32, 16, name, GemvFloat) { gemv_float<F, T>(p); }
+GEMV_FLOAT(gemv_bf16_1, 2, 1)
+GEMV_FLOAT(gemv_bf16_4, 2, 4)
+GEMV_FLOAT(gemv_f16_1, 3, 1)
+GEMV_FLOAT(gemv_f16_4, 3, 4)
+GEMV_FLOAT(gemv_f32_1, 4, 1)
+GEMV_FLOAT(gemv_f32_4, 4, 4)

@@ -1,0 +1,50 @@
+// What matrix products have in common: the packed order (pack.rs) and what happens to a finished number.
+#pragma once
+#include "device.cuh"
+
+/// What becomes of the products: 0 stored, 1 added to out, 2 out = act(y), 3 out = act(gate) * up of interleaved rows.
+struct Epilogue {
+    u64 bias, out;
+    /// Rows of the matrix; numbers of a row of out.
+    u32 n, width, mode;
+    Act act;
+};
+
+/// Row `row` of the matrix, `y` for token t; `up`: of row + 16, where rows are 16 gates and their 16 ups.
+DEVICE void finish(const Epilogue& e, u32 row, u32 t, float y, float up) {
+    const float* bias = (const float*)e.bias;
+    u32 column = e.mode == 3 ? row / 32 * 16 + row % 16 : row;
+    if (column >= e.width) return;
+    if (bias) y = y + bias[row];
+    if (bias && e.mode == 3) up = up + bias[row + 16];
+    float* out = (float*)e.out + (u64)t * e.width + column;
+    if (e.mode == 1) y = *out + y;
+    if (e.mode >= 2) y = gate(e.act, y, e.mode == 3 ? up : 1.0f);
+    *out = y;
+}
+
+/// A matrix in tiles of 32 rows, a lane each.
+///
+/// int4: for each 256 inputs 16 bytes a lane (f32 d | 8 x 4 bits of sc - 1 | 8 x i8 mn), then 16 bytes a lane for each
+/// 32 inputs: the low nibbles are inputs 0..16, the high ones 16..32. int8: f32 d a lane, then 16 bytes a lane for each 16
+/// inputs. The last 256 inputs of a row have only the groups of 32 that are needed.
+struct Matrix {
+    u64 w;
+    /// Groups of 32 inputs, blocks of 256.
+    u32 groups, blocks;
+};
+DEVICE u32 groups_of(const Matrix& w, u32 block) {
+    u32 left = w.groups - block * 8;
+    return left < 8 ? left : 8;
+}
+DEVICE u64 block_q4(const Matrix& w, u32 tile, u32 block) {
+    return w.w + (u64)tile * 512 * (w.blocks + w.groups) + (u64)block * (9 * 512);
+}
+DEVICE u64 block_q8(const Matrix& w, u32 tile, u32 block) {
+    return w.w + (u64)tile * (128 * w.blocks + 1024 * w.groups) + (u64)block * (128 + 8 * 1024);
+}
+/// Integer scale and offset of group g from an int4 header.
+DEVICE int scale_of(const uint4& header, int g) { return (int)((header.y >> (4 * g)) & 15u) + 1; }
+DEVICE int offset_of(const uint4& header, int g) {
+    return (int)(i8)((g < 4 ? header.z : header.w) >> (8 * (g % 4)));
+}

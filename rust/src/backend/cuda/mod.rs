@@ -1,0 +1,613 @@
+//! The CUDA back end: operations become launches of the kernels in `kernels/`, which keep the CPU's order of every sum,
+//! so that results have the CPU's bits. Knows no family and no file. Nothing here touches the driver before
+//! [`probe`] has.
+
+mod attention;
+mod device;
+mod kv;
+mod launch;
+mod modules;
+mod pack;
+mod probe;
+mod time;
+
+pub use kv::Kv;
+pub use probe::{DeviceInfo, DriverInfo, Unavailable, probe};
+
+use super::cpu::{self, Cpu};
+use super::{
+    Activation, Attention, Backend, Expert, Form, HeadRows, KvDtype, KvLayer, Latent, NotFinite,
+    Parts, QkNorm, Recurrent, Routing, Span,
+};
+use crate::{Error, Result};
+use device::{Device, Memory};
+use std::cell::{Cell, RefCell};
+use std::sync::{Arc, Mutex};
+
+/// Tokens up to which a product reads weights token by token; beyond, tensor cores take 64 at once.
+const FEW: usize = 8;
+/// Threads of the kernels in `rows.cu`.
+const THREADS: usize = 256;
+
+/// One CUDA device.
+pub struct Cuda {
+    device: Arc<Device>,
+    /// Packs weights.
+    cpu: Cpu,
+    /// Parts of attention that is split over chunks of keys.
+    parts: Mutex<Memory>,
+}
+
+/// Activations `[rows, width]` on the device.
+pub struct Buf {
+    device: Arc<Device>,
+    memory: Memory,
+    /// Where they are: in `memory`, or among a step's inputs.
+    at: u64,
+    rows: usize,
+    width: usize,
+    /// The same, quantized, if `fresh`.
+    acts: RefCell<Memory>,
+    fresh: Cell<bool>,
+}
+
+impl Buf {
+    fn new(device: &Arc<Device>) -> Buf {
+        Buf {
+            device: device.clone(),
+            memory: Memory::none(),
+            at: 0,
+            rows: 0,
+            width: 0,
+            acts: RefCell::new(Memory::none()),
+            fresh: Cell::new(false),
+        }
+    }
+    /// Makes room; the values are unspecified.
+    fn shape(&mut self, rows: usize, width: usize) {
+        self.device.grow(&mut self.memory, rows * width * 4);
+        (self.at, self.rows, self.width) = (self.memory.at, rows, width);
+        self.fresh.set(false);
+    }
+    /// Blocks of 256 numbers of a row.
+    fn blocks(&self) -> usize {
+        pack::groups(self.width).1
+    }
+    /// Where the quantized values go.
+    fn acts(&self) -> launch::Acts {
+        let blocks = self.rows * self.blocks();
+        let mut memory = self.acts.borrow_mut();
+        self.device.grow(&mut memory, blocks * (256 + 16 + 4));
+        let q = memory.at;
+        launch::Acts { q, sums: q + blocks as u64 * 256, s: q + blocks as u64 * 272 }
+    }
+}
+
+/// A matrix in tiles.
+pub struct Mat {
+    form: Form,
+    n: usize,
+    k: usize,
+    memory: Memory,
+}
+
+/// A vector.
+pub struct Row {
+    memory: Memory,
+    len: usize,
+}
+
+/// What a product does to its output; the numbers are `Epilogue`'s.
+#[derive(Clone, Copy)]
+enum Into {
+    Store,
+    Add,
+    Act(Activation),
+    Gate(Activation, usize),
+}
+
+impl Cuda {
+    /// Device `ordinal`, or the first that kernels run on; `cpu` packs weights.
+    pub fn new(ordinal: Option<usize>, cpu: Cpu) -> Result<Cuda> {
+        let parts = Mutex::new(Memory::none());
+        Ok(Cuda { device: Device::open(ordinal)?, cpu, parts })
+    }
+    /// The device in use.
+    pub fn info(&self) -> &DeviceInfo {
+        &self.device.info
+    }
+    /// Free bytes on the device, and all.
+    pub fn memory(&self) -> (u64, u64) {
+        self.device.memory()
+    }
+    /// Activations with these values.
+    pub fn upload(&self, values: &[f32], width: usize) -> Buf {
+        let mut buf = Buf::new(&self.device);
+        buf.shape(values.len() / width, width);
+        self.device.upload(buf.at, values);
+        buf
+    }
+
+    fn launch<P: launch::Params>(
+        &self,
+        kernel: &'static str,
+        grid: [usize; 3],
+        block: usize,
+        params: &P,
+    ) {
+        self.device.launch(kernel, grid, block as u32, params);
+    }
+
+    /// An operation of `rows.cu` on every number of `x`; `Each` in it has the kinds.
+    fn each(&self, kind: u32, x: u64, y: u64, out: &Buf, more: launch::Each) {
+        let params = launch::Each {
+            kind,
+            x,
+            y,
+            out: out.at,
+            width: out.width as u32,
+            rows: out.rows as u32,
+            ..more
+        };
+        let blocks = (out.rows * out.width).div_ceil(THREADS);
+        self.launch("each", [blocks, 1, 1], THREADS, &params);
+        out.fresh.set(false);
+    }
+
+    /// Norms of pieces as wide as `width` of rows that begin at `x` and are `row` numbers apart.
+    fn norm(
+        &self,
+        (x, in_row): (u64, usize),
+        (out, out_row): (u64, usize),
+        [rows, pieces, width]: [usize; 3],
+        gain: &Row,
+        bias: Option<&Row>,
+        (centred, eps): (bool, f32),
+        acts: Option<launch::Acts>,
+    ) {
+        let params = launch::Norm {
+            x,
+            out,
+            in_row: in_row as u32,
+            out_row: out_row as u32,
+            width: width as u32,
+            gain: gain.memory.at,
+            gain_width: gain.len as u32,
+            bias: bias.map_or(0, |bias| bias.memory.at),
+            eps,
+            centred: centred.into(),
+            blocks: acts.map_or(0, |_| pack::groups(width).1 as u32),
+            acts: acts.unwrap_or_default(),
+            pad: 0,
+        };
+        self.launch("norm", [rows, pieces, 1], THREADS, &params);
+    }
+
+    fn norm_rows(&self, x: &Buf, gain: &Row, bias: Option<&Row>, how: (bool, f32), out: &mut Buf) {
+        assert!(x.width.is_multiple_of(gain.len));
+        out.shape(x.rows, x.width);
+        let pieces = x.width / gain.len;
+        // What follows is nearly always a product.
+        let acts = (pieces == 1).then(|| out.acts());
+        let shape = [x.rows, pieces, gain.len];
+        self.norm((x.at, x.width), (out.at, x.width), shape, gain, bias, how, acts);
+        out.fresh.set(acts.is_some());
+    }
+
+    /// `x`, quantized.
+    fn quantized(&self, x: &Buf) -> launch::Acts {
+        let acts = x.acts();
+        if !x.fresh.get() {
+            let blocks = x.blocks();
+            let params =
+                launch::Quantize { x: x.at, acts, width: x.width as u32, blocks: blocks as u32 };
+            self.launch("quantize", [x.rows, blocks.div_ceil(THREADS / 32), 1], THREADS, &params);
+            x.fresh.set(true);
+        }
+        acts
+    }
+
+    fn product(&self, w: &Mat, bias: Option<&Row>, x: &Buf, into: Into, out: &mut Buf) {
+        assert_eq!(w.k, x.width);
+        let act = |act: Activation| launch::Act::from(act);
+        let (mode, width, act) = match into {
+            Into::Store => (0, w.n, launch::Act::default()),
+            Into::Add => (1, w.n, launch::Act::default()),
+            Into::Act(a) => (2, w.n, act(a)),
+            Into::Gate(a, width) => (3, width, act(a)),
+        };
+        match into {
+            Into::Add => assert!(out.rows == x.rows && out.width == w.n),
+            _ => out.shape(x.rows, width),
+        }
+        out.fresh.set(false);
+        let e = launch::Epilogue {
+            bias: bias.map_or(0, |bias| bias.memory.at),
+            out: out.at,
+            n: w.n as u32,
+            width: width as u32,
+            mode,
+            act,
+        };
+        let (tokens, tiles) = (x.rows as u32, w.n.div_ceil(32));
+        if !w.form.is_quantized() {
+            let (kernel, each) = match (w.form, x.rows) {
+                (Form::Bf16, 1) => ("gemv_bf16_1", 1),
+                (Form::Bf16, _) => ("gemv_bf16_4", 4),
+                (Form::F16, 1) => ("gemv_f16_1", 1),
+                (Form::F16, _) => ("gemv_f16_4", 4),
+                (_, 1) => ("gemv_f32_1", 1),
+                _ => ("gemv_f32_4", 4),
+            };
+            let (w, k, form) = (w.memory.at, w.k as u32, pack::code(w.form));
+            let params = launch::GemvFloat { w, x: x.at, k, tokens, form, pad: 0, e };
+            return self.launch(kernel, [x.rows.div_ceil(each), tiles, 1], 32, &params);
+        }
+        let (groups, blocks) = pack::groups(w.k);
+        let matrix =
+            launch::Matrix { w: w.memory.at, groups: groups as u32, blocks: blocks as u32 };
+        let acts = self.quantized(x);
+        let four = w.form == Form::Q4;
+        if x.rows > FEW {
+            let kernel = if four { "gemm_q4" } else { "gemm_q8" };
+            let params = launch::Gemm { w: matrix, acts, tokens, pad: 0, e };
+            return self.launch(kernel, [x.rows.div_ceil(64), tiles.div_ceil(4), 1], 256, &params);
+        }
+        let (kernel, each) = match (four, x.rows) {
+            (true, 1) => ("gemv_q4_1", 1),
+            (true, _) => ("gemv_q4_4", 4),
+            (false, 1) => ("gemv_q8_1", 1),
+            (false, _) => ("gemv_q8_4", 4),
+        };
+        // A warp for each 256 inputs, and at least as many as tokens.
+        let warps = blocks.clamp(each, 16);
+        let params = launch::Gemv { w: matrix, acts, tokens, pad: 0, e };
+        self.launch(kernel, [x.rows.div_ceil(each), tiles, 1], 32 * warps, &params);
+    }
+
+    fn altup(&self, coefficients: &Buf, seen: Option<&Buf>, streams: &mut [Buf]) {
+        let mut params = launch::AltUp {
+            coefficients: coefficients.at,
+            seen: seen.map_or(0, |seen| seen.at),
+            n: streams.len() as u32,
+            width: streams[0].width as u32,
+            correct: seen.is_some().into(),
+            rows: streams[0].rows as u32,
+            ..launch::AltUp::default()
+        };
+        if streams.len() > params.streams.len() {
+            return self.device.refuse("more than 8 residual streams");
+        }
+        for (at, stream) in params.streams.iter_mut().zip(streams.iter()) {
+            *at = stream.at;
+            stream.fresh.set(false);
+        }
+        let numbers = streams[0].rows * streams[0].width;
+        self.launch("altup", [numbers.div_ceil(THREADS), 1, 1], THREADS, &params);
+    }
+}
+
+impl Backend for Cuda {
+    type Buf = Buf;
+    type Mat = Mat;
+    type Row = Row;
+    type Kv = Kv;
+    type States = ();
+
+    fn buf(&self) -> Buf {
+        Buf::new(&self.device)
+    }
+
+    fn row(&self, values: &[f32]) -> Row {
+        let mut memory = Memory::none();
+        self.device.grow(&mut memory, size_of_val(values));
+        self.device.upload(memory.at, values);
+        Row { memory, len: values.len() }
+    }
+
+    fn packer(&self) -> &Cpu {
+        &self.cpu
+    }
+
+    fn place(&self, packed: cpu::Mat) -> Result<Mat> {
+        let (form, (n, k)) = (packed.form(), packed.shape());
+        let Some(bytes) = pack::bytes(form, n, k) else {
+            let what = format!(
+                "{} weights do not run on CUDA yet; use quantization=\"int4\" or \"int8\"",
+                form.name()
+            );
+            return Err(Error::Unsupported(what));
+        };
+        let mut tiles = vec![0; bytes];
+        pack::tiles(form, k, packed.bytes(), &mut tiles);
+        let memory = self.device.alloc(bytes)?;
+        self.device.upload(memory.at, &tiles);
+        Ok(Mat { form, n, k, memory })
+    }
+
+    fn stored(mat: &Mat) -> (Form, usize) {
+        (mat.form, mat.memory.bytes)
+    }
+
+    fn finish(&self) -> Result<()> {
+        self.device.finish()
+    }
+
+    fn pack(&self, form: Form, parts: &Parts<'_>) -> Result<std::result::Result<Mat, NotFinite>> {
+        self.cpu
+            .pack(form, parts)?
+            .map(|mat| self.place(mat))
+            .map_or_else(|at| Ok(Err(at)), |mat| mat.map(Ok))
+    }
+
+    fn kv(&self, dtype: KvDtype, layers: &[KvLayer]) -> Result<Kv> {
+        Kv::new(&self.device, dtype, layers)
+    }
+
+    fn copy_page(&self, kv: &mut Kv, layer: usize, from: u32, to: u32) {
+        let pages = kv.pages(layer);
+        let at = |page: u32| pages.bytes + u64::from(page) * u64::from(pages.page);
+        self.device.copy(at(to), at(from), pages.page as usize);
+    }
+
+    fn states(&self, layers: &[(usize, usize)]) -> Result<()> {
+        match layers.iter().any(|(count, _)| *count > 0) {
+            true => Err(Error::Unsupported("layers with a state do not run on CUDA yet".into())),
+            false => Ok(()),
+        }
+    }
+
+    fn embed(&self, table: &Mat, ids: &[u32], scale: f32, out: &mut Buf) {
+        out.shape(ids.len(), table.k);
+        let params = launch::Embed {
+            table: table.memory.at,
+            ids: self.device.input(ids),
+            out: out.at,
+            form: pack::code(table.form),
+            width: table.k as u32,
+            scale,
+            pad: 0,
+        };
+        self.launch("embed", [ids.len(), 1, 1], THREADS, &params);
+    }
+
+    fn rms_norm(&self, x: &Buf, gain: &Row, eps: f32, out: &mut Buf) {
+        self.norm_rows(x, gain, None, (false, eps), out);
+    }
+
+    fn layer_norm(&self, x: &Buf, gain: &Row, bias: Option<&Row>, eps: f32, out: &mut Buf) {
+        self.norm_rows(x, gain, bias, (true, eps), out);
+    }
+
+    fn linear(&self, w: &Mat, bias: Option<&Row>, x: &Buf, out: &mut Buf) {
+        self.product(w, bias, x, Into::Store, out);
+    }
+
+    fn linear_add(&self, w: &Mat, bias: Option<&Row>, x: &Buf, out: &mut Buf) {
+        self.product(w, bias, x, Into::Add, out);
+    }
+
+    fn gated(
+        &self,
+        w: &Mat,
+        bias: Option<&Row>,
+        act: Activation,
+        width: usize,
+        x: &Buf,
+        out: &mut Buf,
+    ) {
+        assert_eq!(w.n, width.next_multiple_of(16) * 2, "gate and up, interleaved");
+        self.product(w, bias, x, Into::Gate(act, width), out);
+    }
+
+    fn activated(&self, w: &Mat, bias: Option<&Row>, act: Activation, x: &Buf, out: &mut Buf) {
+        self.product(w, bias, x, Into::Act(act), out);
+    }
+
+    fn linear_heads(&self, _: &Mat, _: usize, _: &Buf, _: &mut Buf) {
+        self.device.refuse("latent attention");
+    }
+
+    fn latent_qk(&self, _: &Mat, _: (&Row, f32), _: &Latent, _: &Buf, _: &Buf, _: &mut Buf) {
+        self.device.refuse("latent attention");
+    }
+
+    fn moe(
+        &self,
+        _: &Routing,
+        _: &mut Buf,
+        _: Option<&Row>,
+        _: Option<&Row>,
+        _: &[Expert<Mat, Row>],
+        _: Activation,
+        _: usize,
+        _: &Buf,
+        _: &mut Buf,
+    ) {
+        self.device.refuse("a mixture of experts");
+    }
+
+    fn add_gated(&self, gate: &mut Buf, y: &Buf, out: &mut Buf) {
+        assert!(gate.width == 1 && gate.rows == y.rows && out.width == y.width);
+        self.each(6, y.at, gate.at, out, launch::Each::default());
+    }
+
+    fn gate_with(&self, x: &mut Buf, act: Activation, y: &Buf, from: usize) {
+        assert!(y.rows == x.rows && from + x.width <= y.width);
+        let more = launch::Each {
+            act: act.into(),
+            y_row: y.width as u32,
+            y_first: from as u32,
+            ..launch::Each::default()
+        };
+        self.each(5, x.at, y.at, x, more);
+    }
+
+    fn cut_and_gate(&self, x: &Buf, times: f32, act: Activation, width: usize, out: &mut Buf) {
+        assert_eq!(x.width, width.next_multiple_of(16) * 2, "gate and up, interleaved");
+        out.shape(x.rows, width);
+        let params = launch::Cut {
+            x: x.at,
+            out: out.at,
+            width: width as u32,
+            in_row: x.width as u32,
+            times,
+            pad: 0,
+        };
+        self.launch("cut", [x.rows, 1, 1], THREADS, &params);
+        let more =
+            launch::Each { act: act.into(), y_row: x.width as u32, ..launch::Each::default() };
+        self.each(8, out.at, x.at, out, more);
+    }
+
+    fn altup_predict(&self, coefficients: &Buf, streams: &mut [Buf]) {
+        self.altup(coefficients, None, streams);
+    }
+
+    fn altup_correct(&self, coefficients: &Buf, seen: &Buf, streams: &mut [Buf]) {
+        self.altup(coefficients, Some(seen), streams);
+    }
+
+    fn multiply(&self, x: &Buf, gain: &Row, out: &mut Buf) {
+        assert_eq!(x.width, gain.len);
+        out.shape(x.rows, x.width);
+        self.each(4, x.at, gain.memory.at, out, launch::Each::default());
+    }
+
+    fn copy(&self, x: &Buf, out: &mut Buf) {
+        out.shape(x.rows, x.width);
+        self.each(9, x.at, x.at, out, launch::Each::default());
+    }
+
+    fn match_power(&self, x: &mut Buf, to: &Buf, least: f32) {
+        assert!(x.rows == to.rows && x.width == to.width);
+        let params = launch::MatchPower { x: x.at, to: to.at, width: x.width as u32, least };
+        self.launch("match_power", [x.rows, 1, 1], THREADS, &params);
+        x.fresh.set(false);
+    }
+
+    fn add(&self, x: &mut Buf, y: &Buf) {
+        assert!(x.rows == y.rows && x.width == y.width);
+        let more = launch::Each { y_row: y.width as u32, ..launch::Each::default() };
+        self.each(0, x.at, y.at, x, more);
+    }
+
+    fn add_scaled(&self, x: &mut Buf, scale: f32, y: &Buf) {
+        assert!(x.rows == y.rows && x.width == y.width);
+        let more = launch::Each { y_row: y.width as u32, scale, ..launch::Each::default() };
+        self.each(1, x.at, y.at, x, more);
+    }
+
+    fn rope_table(
+        &self,
+        positions: &[u32],
+        long: &[bool],
+        inv_freq: [&[f32]; 2],
+        scale: f32,
+    ) -> Buf {
+        let table = self.cpu.rope_table(positions, long, inv_freq, scale);
+        let words: Vec<u32> = table.values().iter().map(|x| x.to_bits()).collect();
+        let mut buf = Buf::new(&self.device);
+        buf.at = self.device.input(&words);
+        (buf.rows, buf.width) = (positions.len(), 2 * inv_freq[0].len());
+        buf
+    }
+
+    fn rotate_and_store(
+        &self,
+        qkv: &mut Buf,
+        how: &Attention,
+        norms: Option<QkNorm<'_, Row>>,
+        table: Option<&Buf>,
+        kv: &mut Kv,
+        layer: usize,
+        spans: &[Span<'_>],
+    ) {
+        self.rotate(qkv, how, norms, table, kv, layer, spans);
+    }
+
+    fn attend(
+        &self,
+        qkv: &Buf,
+        how: &Attention,
+        sinks: Option<&Row>,
+        kv: &Kv,
+        layer: usize,
+        spans: &[Span<'_>],
+        out: &mut Buf,
+    ) {
+        self.attention(qkv, how, sinks, kv, layer, spans, out);
+    }
+
+    fn gate_heads(&self, qkv: &Buf, how: &Attention, out: &mut Buf) {
+        let first = how.qkv_width();
+        // Columns of out that share a gate, which the kernel takes as a float.
+        let each = out.width / (qkv.width - first);
+        let more = launch::Each {
+            y_row: qkv.width as u32,
+            y_first: first as u32,
+            scale: each as f32,
+            ..launch::Each::default()
+        };
+        self.each(7, out.at, qkv.at, out, more);
+    }
+
+    fn conv(
+        &self,
+        _: &mut Buf,
+        _: &Recurrent,
+        _: &Row,
+        _: Option<&Row>,
+        (): &mut (),
+        _: usize,
+        _: &[Span<'_>],
+        _: &mut Buf,
+    ) {
+        self.device.refuse("a layer with a state");
+    }
+
+    fn recur(
+        &self,
+        _: &Buf,
+        _: &Buf,
+        _: &mut Buf,
+        _: &Recurrent,
+        _: &HeadRows<Row>,
+        _: f32,
+        (): &mut (),
+        _: usize,
+        _: &[Span<'_>],
+        _: &mut Buf,
+    ) {
+        self.device.refuse("a layer with a state");
+    }
+
+    fn select(&self, x: &Buf, rows: &[usize], out: &mut Buf) {
+        assert!(rows.iter().all(|&r| r < x.rows));
+        out.shape(rows.len(), x.width);
+        let words: Vec<u32> = rows.iter().map(|&r| r as u32).collect();
+        let params = launch::Select {
+            x: x.at,
+            rows: self.device.input(&words),
+            out: out.at,
+            width: x.width as u32,
+            pad: 0,
+        };
+        self.launch("select_rows", [rows.len(), 1, 1], THREADS, &params);
+    }
+
+    fn scale(&self, x: &mut Buf, scale: f32) {
+        self.each(2, x.at, 0, x, launch::Each { scale, ..launch::Each::default() });
+    }
+
+    fn softcap(&self, x: &mut Buf, cap: f32) {
+        self.each(3, x.at, 0, x, launch::Each { scale: cap, ..launch::Each::default() });
+    }
+
+    fn read(&self, x: &Buf) -> Vec<f32> {
+        self.device.download(x.at, x.rows * x.width)
+    }
+}
+
+#[cfg(test)]
+mod tests;

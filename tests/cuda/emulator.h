@@ -1,0 +1,112 @@
+// What the kernels need of CUDA C++, in plain C++: included before rust/src/backend/cuda/kernels/device.cuh, of which it
+// replaces the first part. A block's threads are fibers of one thread; see emulator.cpp.
+#pragma once
+#define EMULATED
+#include <math.h>
+#include <stddef.h>
+#include <string.h>
+
+typedef unsigned long long u64;
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned char u8;
+typedef signed char i8;
+struct uint4 { u32 x, y, z, w; };
+struct float2 { float x, y; };
+static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+static inline float2 make_float2(float x, float y) { return {x, y}; }
+
+struct Dim { u32 x, y, z; };
+extern Dim threadIdx, blockIdx, blockDim, gridDim;
+
+/// Registers a kernel: name, most threads of a block, bytes of its parameter, what calls it.
+struct Kernel {
+    const char* name;
+    u32 threads;
+    size_t bytes;
+    void (*call)(const void*);
+    Kernel* next;
+    Kernel(const char*, u32, size_t, void (*)(const void*));
+};
+
+#define KERNEL(threads, name, Params)                                         \
+    static void name(const Params& p);                                        \
+    static void call_##name(const void* p) { name(*(const Params*)p); }       \
+    static Kernel kernel_##name(#name, threads, sizeof(Params), call_##name); \
+    static void name(const Params& p)
+#define KERNEL_BLOCKS(threads, blocks, name, Params) KERNEL(threads, name, Params)
+#define DEVICE static inline
+#define MEMBER inline
+/// In a section of its own, which is poisoned before each block.
+#define SHARED static __attribute__((section("shared")))
+
+void sync_block();
+void sync_warp();
+/// Gives every lane of the warp what lane `lane` puts in; all lanes must come.
+void exchange(const void* mine, size_t bytes, u32 lane, void* theirs);
+/// The same from all lanes, [32][bytes].
+void gather(const void* mine, size_t bytes, void* all);
+
+DEVICE int dp4a(u32 a, u32 b, int c) {
+    for (int i = 0; i < 4; i++) c += (int)(i8)(a >> (8 * i)) * (int)(i8)(b >> (8 * i));
+    return c;
+}
+DEVICE void mma_i8(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    struct Lane { u32 a[4], b[2]; } mine, all[32];
+    memcpy(mine.a, a, sizeof a);
+    memcpy(mine.b, b, sizeof b);
+    gather(&mine, sizeof mine, all);
+    u32 lane = threadIdx.x % 32;
+    for (int c = 0; c < 4; c++) {
+        u32 row = lane / 4 + c / 2 * 8, column = lane % 4 * 2 + c % 2;
+        for (u32 k = 0; k < 32; k++) {
+            // PTX ISA, m16n8k32: the registers of a are (row, k), (row + 8, k), (row, k + 16), (row + 8, k + 16).
+            u32 of_a = all[row % 8 * 4 + k % 16 / 4].a[row / 8 + k / 16 * 2];
+            u32 of_b = all[column * 4 + k % 16 / 4].b[k / 16];
+            d[c] += (int)(i8)(of_a >> (8 * (k % 4))) * (int)(i8)(of_b >> (8 * (k % 4)));
+        }
+    }
+}
+DEVICE float f16_to_f32(u16 x) {
+    _Float16 h;
+    memcpy(&h, &x, 2);
+    return (float)h;
+}
+DEVICE u16 f32_to_f16(float x) {
+    _Float16 h = (_Float16)x;
+    u16 bits;
+    memcpy(&bits, &h, 2);
+    return bits;
+}
+void aligned(u64 at, u64 to);
+DEVICE uint4 stream(const void* at) {
+    aligned((u64)at, 16);
+    return *(const uint4*)at;
+}
+DEVICE uint4 stream_if(bool there, const void* at) { return there ? stream(at) : make_uint4(0, 0, 0, 0); }
+DEVICE float stream_f32(const float* at) {
+    aligned((u64)at, 4);
+    return *at;
+}
+DEVICE uint4 read16(const void* at) { return stream(at); }
+DEVICE float as_float(u32 x) {
+    float f;
+    memcpy(&f, &x, 4);
+    return f;
+}
+DEVICE u32 as_bits(float x) {
+    u32 u;
+    memcpy(&u, &x, 4);
+    return u;
+}
+DEVICE float shuffle(float x, int lane) {
+    float y;
+    exchange(&x, 4, lane, &y);
+    return y;
+}
+DEVICE float shuffle_xor(float x, int lanes) { return shuffle(x, (threadIdx.x % 32) ^ lanes); }
+DEVICE int shuffle_xor(int x, int lanes) {
+    int y;
+    exchange(&x, 4, (threadIdx.x % 32) ^ lanes, &y);
+    return y;
+}

@@ -1,0 +1,183 @@
+//! Whole models on the emulated device: the logits of the CPU back end, bit for bit.
+
+use ferrule::Error;
+use ferrule::backend::Backend;
+use ferrule::file::Checkpoint;
+use ferrule::model::{
+    Chunk, Forward, KvDtype, KvGroup, LoadOptions, Model, PAGE, Quantization, Sees, Wanted, load,
+    load_cuda,
+};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+/// Golden folders of the families that CUDA runs: those in the repository, and all if `FERRULE_SHARED` is set.
+fn goldens() -> Vec<PathBuf> {
+    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let names = [
+        "llama31-a",
+        "mistral-a",
+        "qwen25-a",
+        "qwen3-a",
+        "gemma3-a",
+        "phi4-mini-a",
+        "granite-swa-a",
+        "phi2-a",
+        "gemma3n-a",
+    ];
+    let mut all: Vec<_> = names.iter().map(|name| own.join(name)).collect();
+    match std::env::var_os("FERRULE_SHARED") {
+        Some(shared) => {
+            let mut more: Vec<_> = std::fs::read_dir(Path::new(&shared).join("goldens"))
+                .unwrap()
+                .map(|entry| entry.unwrap().path())
+                .filter(|path| {
+                    let name = path.file_name().unwrap().to_string_lossy();
+                    path.join("config.json").exists()
+                        && !["gguf-", "quant-"].iter().any(|other| name.starts_with(other))
+                })
+                .filter(|path| !names.iter().any(|name| path.ends_with(name)))
+                .collect();
+            more.sort();
+            all.extend(more);
+        }
+        None => {
+            println!("FERRULE_SHARED is not set: only the goldens in the repository are tested")
+        }
+    }
+    all
+}
+
+fn options(quantization: Quantization, kv_dtype: KvDtype) -> LoadOptions {
+    LoadOptions { quantization, kv_dtype, threads: Some(1), ..LoadOptions::default() }
+}
+
+fn ids(folder: &Path, name: &str) -> Vec<u32> {
+    let golden = Checkpoint::open(&folder.join("golden.safetensors")).unwrap();
+    let tensor = golden.tensor(name).unwrap();
+    tensor.bytes.chunks(4).map(|b| u32::from_le_bytes(b.try_into().unwrap())).collect()
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+/// A prompt in two chunks beside another sequence, then four tokens of both: all logits of the first.
+fn answers<B: Backend>(model: &Model<B>, ids: &[u32]) -> Vec<u32> {
+    let groups = model.kv_groups();
+    let table = |pages: &[u32]| -> Vec<Vec<u32>> {
+        let of = |g: &KvGroup| if g.sees == Sees::State { &pages[..2] } else { pages }.to_vec();
+        groups.iter().map(of).collect()
+    };
+    let (a, b) = (table(&[0, 2, 4]), table(&[5, 3, 1]));
+    let mut kv = model.new_kv(&vec![6; groups.len()]).unwrap();
+    let (prompt, rest) = ids.split_at(ids.len() - 4);
+    let half = prompt.len() / 2;
+    assert!(ids.len() <= 3 * PAGE);
+    let mut found = Vec::new();
+    let mut step = |tokens: &[u32], start, other: &[u32], other_start| {
+        let chunk =
+            |tokens, start, pages, wanted| Chunk { tokens, start, long: false, pages, wanted };
+        let batch =
+            [chunk(tokens, start, &a, Wanted::All), chunk(other, other_start, &b, Wanted::Last)];
+        let all = model.forward(&mut kv, &batch, &AtomicBool::new(false)).unwrap();
+        found.extend(bits(&all));
+    };
+    step(&prompt[..half], 0, &ids[3..10], 0);
+    step(&prompt[half..], half, &ids[10..11], 7);
+    for (i, id) in rest.iter().enumerate() {
+        step(&[*id], prompt.len() + i, &ids[11 + i..12 + i], 8 + i);
+    }
+    found
+}
+
+#[test]
+#[ignore = "on the emulated driver: see main.rs"]
+fn logits() {
+    let (mut tested, mut refused) = (0, Vec::new());
+    for folder in goldens() {
+        let ids = &ids(&folder, "p130.ids")[..70];
+        for (quantization, kv_dtype) in [
+            (Quantization::None, KvDtype::F32),
+            (Quantization::Int8, KvDtype::Int8),
+            (Quantization::Int4, KvDtype::F16),
+        ] {
+            let cuda = match load_cuda(&folder, None, options(quantization, kv_dtype)) {
+                Ok(cuda) => cuda,
+                Err(Error::Unsupported(_)) => {
+                    refused.push(folder.file_name().unwrap().to_owned());
+                    break;
+                }
+                Err(error) => panic!("{folder:?}: {error}"),
+            };
+            let cpu = load(&folder, options(quantization, kv_dtype)).unwrap();
+            let (found, expected) = (answers(&cuda, ids), answers(&cpu, ids));
+            let first = found.iter().zip(&expected).position(|(f, e)| f != e);
+            assert!(first.is_none(), "{folder:?} {quantization:?} {kv_dtype:?}: number {first:?}");
+            tested += 1;
+        }
+    }
+    println!("{tested} models; not on CUDA: {refused:?}");
+    assert!(tested >= 27);
+}
+
+#[test]
+#[ignore = "on the emulated driver: see main.rs"]
+fn generation_by_graphs() {
+    let folder = goldens().remove(0);
+    let ids = ids(&folder, "p130.ids");
+    let cuda = load_cuda(&folder, None, options(Quantization::Int4, KvDtype::F16)).unwrap();
+    let cpu = load(&folder, options(Quantization::Int4, KvDtype::F16)).unwrap();
+    fn token_by_token<B: Backend>(model: &Model<B>, ids: &[u32]) -> Vec<u32> {
+        let tables = vec![vec![2, 0, 1]; model.kv_groups().len()];
+        let mut kv = model.new_kv(&vec![3; tables.len()]).unwrap();
+        let mut step = |(start, id): (usize, &u32)| {
+            let tokens = std::slice::from_ref(id);
+            let chunk = Chunk { tokens, start, long: false, pages: &tables, wanted: Wanted::Last };
+            bits(&model.forward(&mut kv, &[chunk], &AtomicBool::new(false)).unwrap())
+        };
+        ids.iter().enumerate().flat_map(|(start, id)| step((start, id))).collect()
+    }
+    assert!(token_by_token(&cuda, &ids[..24]) == token_by_token(&cpu, &ids[..24]));
+}
+
+#[test]
+#[ignore = "on the emulated driver: see main.rs"]
+fn refused() {
+    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    for (name, what) in [
+        ("lfm3-a", "layers with a state"),
+        ("deepseek-v3-a", "latent attention"),
+        ("quant-gpt-oss-mxfp4-a", "mixtures of experts"),
+    ] {
+        let found = load_cuda(&own.join(name), None, LoadOptions::default()).err().unwrap();
+        assert!(matches!(&found, Error::Unsupported(text) if text.contains(what)), "{found}");
+    }
+    let found = load_cuda(&own.join("qwen3-a"), Some(3), LoadOptions::default()).err().unwrap();
+    assert_eq!(found.to_string(), "device: found cuda:3, expected cuda:0");
+}
+
+#[test]
+#[ignore = "on the emulated driver: see main.rs"]
+fn short_of_memory() {
+    let folder = goldens().remove(0);
+    let found = load_cuda(&folder, None, options(Quantization::Int8, KvDtype::F16)).err().unwrap();
+    assert!(matches!(found, Error::OutOfMemory { .. }), "{found}");
+}
+
+#[test]
+#[ignore = "on the emulated driver: see main.rs"]
+fn faulty() {
+    let folder = goldens().remove(0);
+    let model = load_cuda(&folder, None, options(Quantization::Int8, KvDtype::F16)).unwrap();
+    let tables = vec![vec![0]; model.kv_groups().len()];
+    let mut kv = model.new_kv(&vec![1; tables.len()]).unwrap();
+    let mut step = |start| {
+        let chunk =
+            Chunk { tokens: &[1], start, long: false, pages: &tables, wanted: Wanted::Last };
+        model.forward(&mut kv, &[chunk], &AtomicBool::new(false))
+    };
+    let first = (0..PAGE).find_map(|start| step(start).err()).unwrap();
+    assert!(matches!(&first, Error::Device(what) if what.contains("LAUNCH_FAILED")), "{first}");
+    // It stays broken, and says so.
+    assert!(matches!(step(0), Err(Error::Device(_))));
+}

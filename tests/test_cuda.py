@@ -1,0 +1,126 @@
+"""`device=`: without a driver, and on the emulated one of tests/cuda, which runs the kernels."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "rust/src/backend/cuda/kernels"
+FLAGS = "-std=c++17 -O2 -fPIC -ffp-contract=off -fno-math-errno -U_FORTIFY_SOURCE -w"
+
+PROGRAM = """
+import json, logging, sys
+import ferrule
+lines = []
+logger = logging.getLogger("ferrule")
+logger.setLevel(logging.INFO)
+handler = logging.Handler()
+handler.emit = lambda record: lines.append(record.getMessage())
+logger.addHandler(handler)
+options = json.loads(sys.argv[1])
+try:
+    with ferrule.LLM("tales-1m", progress=False, context_length=256, **options) as llm:
+        prompts = ["Once upon a time", "The fox said", "A lantern"]
+        answers = llm.generate(prompts, max_tokens=8, seed=3, logprobs=2)
+        again = llm.generate(prompts[0], max_tokens=8, temperature=0)
+        found = {
+            "device": llm.device,
+            "because": llm.info.device_because,
+            "isa": llm.info.isa,
+            "texts": [a.text for a in [*answers, again]],
+            "logprobs": repr([a.logprobs for a in answers]),
+        }
+except ferrule.FerruleError as error:
+    found = {"error": type(error).__name__, "text": str(error)}
+print(json.dumps(found | {"lines": lines}))
+"""
+
+
+def run(folder: Path, options: dict[str, Any], **environment: str) -> dict[str, Any]:
+    """What the program finds with the library in `folder`."""
+    command = [sys.executable, "-c", PROGRAM, json.dumps(options)]
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(folder), **environment}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    value: dict[str, Any] = json.loads(found[0])
+    return value
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the emulated driver."""
+    compiler = shutil.which("g++")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("no g++ to build the emulated driver with")
+    folder = tmp_path_factory.mktemp("emulator")
+    here = ROOT / "tests/cuda"
+    jobs = []
+    for source in [*sorted(KERNELS.glob("*.cu")), here / "emulator.cpp"]:
+        more = ["-include", here / "emulator.h"] if source.suffix == ".cu" else []
+        command = [compiler, *FLAGS.split(), *more, "-x", "c++", "-c", source]
+        jobs.append(subprocess.Popen([*command, "-o", folder / f"{source.stem}.o"]))
+    assert all(job.wait() == 0 for job in jobs)
+    objects = sorted(folder.glob("*.o"))
+    library = folder / "libcuda.so.1"
+    soname = "-Wl,-soname,libcuda.so.1"
+    subprocess.run([compiler, "-shared", soname, *objects, "-o", library], check=True)
+    return folder
+
+
+def test_answers_are_those_of_the_cpu(emulator: Path) -> None:
+    for more in ({"quantization": "int4", "kv_cache_dtype": "int8"}, {"quantization": "none"}):
+        cpu = run(emulator, {"device": "cpu", **more})
+        cuda = run(emulator, {"device": "cuda", **more})
+        assert (cpu["device"], cuda["device"], cuda["isa"]) == ("cpu", "cuda:0", "sm_80")
+        assert cuda["texts"] == cpu["texts"]
+        assert cuda["logprobs"] == cpu["logprobs"]
+    assert run(emulator, {"device": "auto"})["device"] == "cuda:0"
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"FAKE_INIT": "100"}, "finds no device"),
+        ({"FAKE_INIT": "34"}, "stub"),
+        ({"FAKE_VERSION": "11080"}, "has CUDA 11.8, and 12.2 is needed"),
+        ({"FAKE_CAPABILITY": "75"}, "compute capability 7.5"),
+        ({"FERRULE_DISABLE_CUDA": "1"}, "FERRULE_DISABLE_CUDA=1 is set"),
+    ],
+)
+def test_why_not(emulator: Path, environment: dict[str, str], words: str) -> None:
+    asked = run(emulator, {"device": "cuda"}, **environment)
+    assert asked["error"] == "CudaUnavailableError"
+    assert words in asked["text"]
+    auto = run(emulator, {"device": "auto"}, **environment)
+    assert auto["device"] == "cpu"
+    assert words in auto["because"]
+    assert [line for line in auto["lines"] if words in line and line.startswith("on the CPU")]
+
+
+def test_short_memory(emulator: Path) -> None:
+    found = run(emulator, {"device": "cuda"}, FAKE_MEMORY="100000")
+    assert found["error"] == "OutOfMemoryError"
+    assert run(emulator, {"device": "auto"}, FAKE_MEMORY="100000")["device"] == "cpu"
+
+
+def test_a_device_that_fails(emulator: Path) -> None:
+    found = run(emulator, {"device": "cuda"}, FAKE_FAULT="50")
+    assert found["error"] == "DeviceError"
+    assert "load the model again" in found["text"]
+
+
+def test_importing_touches_no_driver() -> None:
+    program = "import ferrule; print('libcuda' in open('/proc/self/maps').read())"
+    if sys.platform != "linux":
+        pytest.skip("reads /proc")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
