@@ -227,7 +227,7 @@ def _huge_pages(root: Path) -> Check:
 
 def _cuda(root: Path) -> Check:
     """The driver and its devices, as the driver's own library tells them to any build."""
-    unused = "this build of ferrule has no CUDA back end and runs on the CPU"
+    unused = "models run on the CPU unless device= says otherwise"
     cuda = _library("libcuda.so.1", "nvcuda.dll")
     if cuda is None:
         card = next((root / "proc/driver/nvidia/gpus").glob("*"), None)
