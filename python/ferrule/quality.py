@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from . import _core, hub
-from .llm import _cache_dir
+from .llm import cache_dir
 from .progress import Steps
 
 Quantization = Literal["auto", "int4", "int8", "none"]
@@ -118,7 +118,7 @@ def evaluate(
             limit=chunks,
             kv_cache_dtype=kv_cache_dtype,
             threads=threads,
-            cache_dir=_cache_dir(weight_cache),
+            cache_dir=cache_dir(weight_cache),
             family=None if family is None else Path(family).read_text(encoding="utf-8"),
             progress=show,
         )

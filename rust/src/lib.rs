@@ -11,7 +11,8 @@
 //! `ARCHITECTURE.md` says what each module may use; `tests/layering.rs` checks it.
 //! Only the modules marked below may contain `unsafe`.
 
-#[allow(unsafe_code)] // cpu: the pool hands disjoint parts of one buffer to several threads; cuda: the driver
+#[allow(unsafe_code)]
+// cpu: the pool hands disjoint parts of one buffer to several threads; cuda: the driver
 pub mod backend;
 pub mod chat;
 pub mod engine;

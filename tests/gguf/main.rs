@@ -194,6 +194,45 @@ fn kept_as_they_are(blocks: Blocks, how: Grouped, bytes: &[u8], expected: &[f32]
     }
 }
 
+/// Two types in one matrix, as files have them for queries and values.
+#[test]
+fn mixed_blocks_are_kept_as_they_are() {
+    let golden = Checkpoint::open(Path::new("tests/golden/gguf/blocks.safetensors")).unwrap();
+    let grouped = |blocks: &Blocks| match blocks.kept() {
+        Kept::Grouped(how) => Some((*blocks, how)),
+        _ => None,
+    };
+    let all: Vec<_> = Blocks::ALL.iter().filter_map(grouped).collect();
+    let bytes = |blocks: Blocks| golden.tensor(&format!("{}.raw", blocks.name())).unwrap().bytes;
+    let (mut pairs, n, k) = (0, 2, BLOCK);
+    for (a, of_a) in &all {
+        for (b, of_b) in &all {
+            let Some(how) = of_a.join(*of_b) else { continue };
+            let part = |blocks: Blocks| Part {
+                blocks: Some(blocks),
+                ..Part::floats(Form::F32, n, k, bytes(blocks))
+            };
+            let parts = Parts { parts: vec![part(*a), part(*b)], k, interleaved: false };
+            let cpu = Cpu::new(1, None).unwrap();
+            let mat = cpu.pack(Form::Grouped(how), &parts).unwrap().unwrap();
+            for (i, blocks) in [a, b].into_iter().enumerate() {
+                let mut expected =
+                    vec![f32::NAN; bytes(*blocks).len() / blocks.bytes() * blocks.weights()];
+                blocks.decode(bytes(*blocks), &mut expected);
+                for r in 0..n {
+                    let mut row = vec![f32::NAN; k];
+                    mat.unpack_row(n * i + r, &mut row);
+                    let expected = &expected[r * k..][..k];
+                    assert!(row == expected, "{} of {a:?} and {b:?}, row {r}", blocks.name());
+                }
+            }
+            pairs += 1;
+        }
+    }
+    // Q4_0 to Q5_1, and Q2_K to Q6_K.
+    assert_eq!(pairs, 4 * 4 + 5 * 5);
+}
+
 /// Every type of block, bit by bit what gguf.quants.dequantize gives.
 #[test]
 fn blocks_equal_their_reference_values() {

@@ -1,9 +1,7 @@
 //! The blocks of ggml's quantized types, as GGUF files hold them: bytes -> f32, bit by bit what ggml's reference
 //! (`gguf.quants.dequantize`) gives. Only reads them; knows no file.
 
-use super::{
-    BLOCK, BlockGrouped, BlockQ4, GROUPS, Grouped, TWICE, UNEVEN, grids, half_power,
-};
+use super::{BLOCK, BlockGrouped, BlockQ4, GROUPS, Grouped, TWICE, UNEVEN, grids, half_power};
 
 /// The canonical form that a type of blocks is kept in where no other is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

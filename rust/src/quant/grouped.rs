@@ -141,6 +141,24 @@ impl Grouped {
         BLOCK / self.group
     }
 
+    /// What holds weights of both exactly, as files mix types: that with the more bits, stored offsets and the shorter
+    /// groups. Both have linear codes and the same scales, f16 or integers.
+    pub fn join(self, other: Grouped) -> Option<Grouped> {
+        let can = |how: Grouped| {
+            matches!(how.offset(), Some(Offset::Signed | Offset::Min))
+                && matches!(how.scales, Scales::F16 | Scales::Integer)
+        };
+        if self.scales != other.scales || !can(self) || !can(other) {
+            return None;
+        }
+        let codes = match self.high().max(other.high()) {
+            0 => Codes::Linear(Offset::Min),
+            1 => Codes::Linear5(Offset::Min),
+            _ => Codes::Linear6(Offset::Min),
+        };
+        Some(Grouped { codes, scales: self.scales, group: self.group.min(other.group) })
+    }
+
     /// A scale from its bits; `d` is that of the block.
     fn number(self, bits: u16, d: u16) -> f32 {
         match self.scales {
@@ -200,6 +218,32 @@ impl BlockGrouped {
             Some(Offset::Zero) => f32::from(self.o[u] as i8) * self.scale(how, u),
             Some(Offset::Min) => how.number(self.o[u], self.e),
         }
+    }
+
+    /// The same weights in a form that [`Grouped::join`] gave for theirs.
+    pub fn joined(self, from: Grouped, to: Grouped) -> BlockGrouped {
+        if from == to {
+            return self;
+        }
+        // Times a power of two; what is then too large for an f16 becomes infinite.
+        let signed =
+            |x: u16| f16::from_f32(f16::from_bits(x).to_f32() * f32::from(from.signed())).to_bits();
+        let mut row = BlockGrouped { d: self.d, e: self.e, q: self.q, ..BlockGrouped::ZERO };
+        let integer = from.scales == Scales::Integer;
+        let min = from.offset() == Some(Offset::Min);
+        if integer && !min {
+            row.e = signed(self.d);
+        }
+        for u in 0..BLOCK / to.unit() {
+            let own = u * to.unit() / from.unit();
+            row.s[u] = self.s[own];
+            row.o[u] = match (min, integer) {
+                (true, _) => self.o[own],
+                (false, true) => self.s[own],
+                (false, false) => signed(self.s[own]),
+            };
+        }
+        row
     }
 
     /// The weights as f32.

@@ -12,8 +12,9 @@
 //! An int4 weight therefore *is* an int8 weight, exactly. A dot product is an exact integer over one
 //! block and one float step per block, whatever the instruction set, the batch or the phase.
 //!
-//! The third, [`BlockGrouped`], keeps the formats of checkpoints in 4 to 6 bits as they are: a scale, and perhaps an offset, for
-//! each group of inputs that no integer of a block could replace, hence an exact integer and a float step per group.
+//! The third, [`BlockGrouped`], keeps the formats of checkpoints in 4 to 6 bits as they are: no integers of a block
+//! could stand for a scale and an offset of each group. A dot product is an exact integer and a float step for each 32
+//! or 16 inputs.
 
 mod awq;
 mod bitsandbytes;

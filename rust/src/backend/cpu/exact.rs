@@ -3,7 +3,7 @@
 
 use super::{NotFinite, Part, Parts};
 use crate::kernels::{Form, layout};
-use crate::quant::{BLOCK, BlockGrouped, BlockQ4, BlockQ8, Blocks, Encoded, GROUP};
+use crate::quant::{BLOCK, BlockGrouped, BlockQ4, BlockQ8, Blocks, Encoded, GROUP, Grouped, Kept};
 use layout::ROWS;
 
 /// Whether `form` holds `parts` exactly; else they are quantized.
@@ -31,7 +31,7 @@ pub(super) fn pack(
     match form {
         Form::Grouped(how) | Form::GroupedFloat(how) => {
             let read = |part: &Part<'_>, start, len| {
-                let row = grouped(part, start, len);
+                let row = grouped(how, part, start, len);
                 row.not_finite(how).map_or(Ok(row), Err)
             };
             let pack = |rows: &[_; ROWS], out: &mut [u8]| layout::pack_grouped(how, rows, out);
@@ -68,14 +68,21 @@ fn each<B: Copy>(
     Ok(())
 }
 
-fn grouped(part: &Part<'_>, start: usize, len: usize) -> BlockGrouped {
+fn grouped(how: Grouped, part: &Part<'_>, start: usize, len: usize) -> BlockGrouped {
     if let Some(blocks) = part.blocks {
         let (weights, bytes) = (blocks.weights(), blocks.bytes());
         let bytes = &part.bytes[start / weights * bytes..][..len / weights * bytes];
-        return blocks.grouped(bytes).unwrap_or(BlockGrouped::ZERO); // the plan has looked
+        return match (blocks.kept(), blocks.grouped(bytes)) {
+            (Kept::Grouped(own), Some(row)) => row.joined(own, how),
+            _ => BlockGrouped::ZERO, // the plan has looked
+        };
     }
     if let Some(encoded) = part.encoded {
-        return encoded.grouped(start, len);
+        let row = encoded.grouped(start, len);
+        return match encoded.kept() {
+            Kept::Grouped(own) => row.joined(own, how),
+            _ => row,
+        };
     }
     // MXFP4 in two tensors.
     let mut row = BlockGrouped::ZERO;

@@ -76,22 +76,21 @@ const NARROW: u8 = 1;
 /// Values are looked up, and at most 127 in magnitude.
 const WIDE: u8 = 2;
 
-/// Weights are read as they lie: units of 32 and codes of 4 bits. Else these are the units of 32 inputs in two halves
-/// that a panel has.
-const DIRECT: usize = 0;
-
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) unsafe fn gemm_avx2(how: Grouped, w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
     // SAFETY: the shapes were checked by `Kernels::gemm`.
     unsafe {
-        match (how.codes, how.unit(), how.high()) {
-            (Codes::Fp4, 32, _) => all_rows::<NARROW, DIRECT, false>(how, w, a, y),
-            (Codes::Fp4, ..) => all_rows::<NARROW, 2, false>(how, w, a, y),
-            (Codes::Uneven, 32, _) => all_rows::<WIDE, DIRECT, false>(how, w, a, y),
-            (Codes::Uneven, ..) => all_rows::<WIDE, 2, false>(how, w, a, y),
-            (_, 32, 0) => all_rows::<LINEAR, DIRECT, false>(how, w, a, y),
-            (_, 32, _) => all_rows::<LINEAR, 1, false>(how, w, a, y),
-            _ => all_rows::<LINEAR, 2, false>(how, w, a, y),
+        match (how.codes, how.unit()) {
+            (Codes::Fp4, 32) => all_rows::<NARROW, 0, 1, false>(how, w, a, y),
+            (Codes::Fp4, _) => all_rows::<NARROW, 0, 2, false>(how, w, a, y),
+            (Codes::Uneven, 32) => all_rows::<WIDE, 0, 1, false>(how, w, a, y),
+            (Codes::Uneven, _) => all_rows::<WIDE, 0, 2, false>(how, w, a, y),
+            (Codes::Linear(_), 32) => all_rows::<LINEAR, 0, 1, false>(how, w, a, y),
+            (Codes::Linear(_), _) => all_rows::<LINEAR, 0, 2, false>(how, w, a, y),
+            (Codes::Linear5(_), 32) => all_rows::<LINEAR, 1, 1, false>(how, w, a, y),
+            (Codes::Linear5(_), _) => all_rows::<LINEAR, 1, 2, false>(how, w, a, y),
+            (Codes::Linear6(_), 32) => all_rows::<LINEAR, 2, 1, false>(how, w, a, y),
+            (Codes::Linear6(_), _) => all_rows::<LINEAR, 2, 2, false>(how, w, a, y),
         }
     }
 }
@@ -100,19 +99,22 @@ pub(super) unsafe fn gemm_avx2(how: Grouped, w: &[u8], a: &Acts<'_>, y: &mut [f3
 pub(super) unsafe fn gemm_avxvnni(how: Grouped, w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
     // SAFETY: the shapes were checked by `Kernels::gemm`.
     unsafe {
-        match (how.offset(), how.unit(), how.high()) {
-            (None, 32, _) => all_rows::<NARROW, DIRECT, true>(how, w, a, y),
-            (None, ..) => all_rows::<NARROW, 2, true>(how, w, a, y),
-            (_, 32, 0) => all_rows::<LINEAR, DIRECT, true>(how, w, a, y),
-            (_, 32, _) => all_rows::<LINEAR, 1, true>(how, w, a, y),
-            _ => all_rows::<LINEAR, 2, true>(how, w, a, y),
+        match (how.codes, how.unit()) {
+            (Codes::Fp4 | Codes::Uneven, 32) => all_rows::<NARROW, 0, 1, true>(how, w, a, y),
+            (Codes::Fp4 | Codes::Uneven, _) => all_rows::<NARROW, 0, 2, true>(how, w, a, y),
+            (Codes::Linear(_), 32) => all_rows::<LINEAR, 0, 1, true>(how, w, a, y),
+            (Codes::Linear(_), _) => all_rows::<LINEAR, 0, 2, true>(how, w, a, y),
+            (Codes::Linear5(_), 32) => all_rows::<LINEAR, 1, 1, true>(how, w, a, y),
+            (Codes::Linear5(_), _) => all_rows::<LINEAR, 1, 2, true>(how, w, a, y),
+            (Codes::Linear6(_), 32) => all_rows::<LINEAR, 2, 1, true>(how, w, a, y),
+            (Codes::Linear6(_), _) => all_rows::<LINEAR, 2, 2, true>(how, w, a, y),
         }
     }
 }
 
 /// # Safety
 /// As [`rows`].
-unsafe fn all_rows<const CODES: u8, const PANEL: usize, const VNNI: bool>(
+unsafe fn all_rows<const CODES: u8, const HIGH: usize, const SPLIT: usize, const VNNI: bool>(
     how: Grouped,
     w: &[u8],
     a: &Acts<'_>,
@@ -124,69 +126,33 @@ unsafe fn all_rows<const CODES: u8, const PANEL: usize, const VNNI: bool>(
             let mut t = 0;
             while t < a.m {
                 t += match (a.m - t, VNNI) {
-                    (6.., true) => rows_avxvnni::<6, 1, CODES, PANEL>(how, w, a, y, rb, t),
-                    (4.., true) => rows_avxvnni::<4, 1, CODES, PANEL>(how, w, a, y, rb, t),
-                    (2.., true) => rows_avxvnni::<2, 2, CODES, PANEL>(how, w, a, y, rb, t),
-                    (_, true) => rows_avxvnni::<1, 2, CODES, PANEL>(how, w, a, y, rb, t),
-                    (4.., _) => rows_avx2::<4, 1, CODES, PANEL>(how, w, a, y, rb, t),
-                    (2.., _) => rows_avx2::<2, 2, CODES, PANEL>(how, w, a, y, rb, t),
-                    _ => rows_avx2::<1, 2, CODES, PANEL>(how, w, a, y, rb, t),
+                    (6.., true) => rows_avxvnni::<6, 1, CODES, HIGH, SPLIT>(how, w, a, y, rb, t),
+                    (4.., true) => rows_avxvnni::<4, 1, CODES, HIGH, SPLIT>(how, w, a, y, rb, t),
+                    (2.., true) => rows_avxvnni::<2, 2, CODES, HIGH, SPLIT>(how, w, a, y, rb, t),
+                    (_, true) => rows_avxvnni::<1, 2, CODES, HIGH, SPLIT>(how, w, a, y, rb, t),
+                    (4.., _) => rows_avx2::<4, 1, CODES, HIGH, SPLIT>(how, w, a, y, rb, t),
+                    (2.., _) => rows_avx2::<2, 2, CODES, HIGH, SPLIT>(how, w, a, y, rb, t),
+                    _ => rows_avx2::<1, 2, CODES, HIGH, SPLIT>(how, w, a, y, rb, t),
                 };
             }
         }
     }
 }
 
-/// The codes of a block of 16 rows, or what a shuffle looks up for them: the line of inputs 4i.. at `[i]`.
-#[repr(C, align(64))]
-struct Panel([[u8; 64]; BLOCK / 4]);
-
-/// Fills a panel with `len` inputs from the lines of a block.
+/// The bits beyond 4 of the codes in nibble `g` of half `h` of line `j`, in their place.
 ///
 /// # Safety
-/// There are these lines, at a multiple of 64.
+/// `lines` are those of 64 k, at a multiple of 64, of codes with `HIGH` such bits.
 #[inline]
 #[target_feature(enable = "avx2")]
-unsafe fn unpack(how: Grouped, table: __m256i, lines: *const u8, len: usize, out: &mut Panel) {
-    let nibble = _mm256_set1_epi8(0x0f);
-    let (linear, h) = (how.offset().is_some(), how.high());
-    let mask = _mm256_set1_epi8((1 << h) - 1);
-    let apart = how.unit() / 4;
-    // SAFETY: the caller's promise; a panel has 16 lines for 64 inputs.
-    unsafe {
-        for t in 0..len / 64 {
-            let lines = lines.add(grouped_lines(how) * t);
-            for j in 0..8 {
-                avx2::prefetch(lines.add(64 * j));
-                let at = 16 * t + j / apart * 2 * apart + j % apart;
-                for half in [0, 32] {
-                    let x = _mm256_load_si256(lines.add(64 * j + half).cast());
-                    let mut v = [x, _mm256_srli_epi16::<4>(x)];
-                    for g in 0..2 {
-                        v[g] = _mm256_and_si256(v[g], nibble);
-                        if !linear {
-                            v[g] = _mm256_shuffle_epi8(table, v[g]);
-                        }
-                        if h > 0 {
-                            // As `layout::places` says.
-                            let shared = 3 - h;
-                            let x = lines.add(64 * (8 + (j >> shared)) + half);
-                            let bit = h * (2 * (j & ((1 << shared) - 1)) + g);
-                            let bit = _mm_cvtsi32_si128(bit as i32);
-                            let x = _mm256_srl_epi16(_mm256_load_si256(x.cast()), bit);
-                            let x = _mm256_slli_epi16::<4>(_mm256_and_si256(x, mask));
-                            v[g] = _mm256_or_si256(v[g], x);
-                        }
-                        let out = out.0[at + g * apart].as_mut_ptr().add(half);
-                        _mm256_store_si256(out.cast(), v[g]);
-                    }
-                }
-            }
-            for p in 0..2 * h {
-                avx2::prefetch(lines.add(64 * (8 + p)));
-            }
-        }
-    }
+unsafe fn high<const HIGH: usize>(lines: *const u8, j: usize, g: usize, h: usize) -> __m256i {
+    // As `layout::places` says.
+    let shared = 3 - HIGH;
+    let bit = HIGH * (2 * (j & ((1 << shared) - 1)) + g);
+    // SAFETY: the caller's promise.
+    let x = unsafe { _mm256_load_si256(lines.add(64 * (8 + (j >> shared)) + 32 * h).cast()) };
+    let x = _mm256_srl_epi16(x, _mm_cvtsi32_si128(bit as i32));
+    _mm256_slli_epi16::<4>(_mm256_and_si256(x, _mm256_set1_epi8((1 << HIGH) - 1)))
 }
 
 macro_rules! rows {
@@ -196,7 +162,13 @@ macro_rules! rows {
         /// # Safety
         /// As [`rows`].
         #[target_feature(enable = $features)]
-        unsafe fn $name<const M: usize, const H: usize, const CODES: u8, const PANEL: usize>(
+        unsafe fn $name<
+            const M: usize,
+            const H: usize,
+            const CODES: u8,
+            const HIGH: usize,
+            const SPLIT: usize,
+        >(
             how: Grouped,
             w: &[u8],
             a: &Acts<'_>,
@@ -205,7 +177,7 @@ macro_rules! rows {
             t0: usize,
         ) -> usize {
             // SAFETY: the caller's promise.
-            unsafe { rows::<M, H, CODES, PANEL, $vnni>(how, w, a, y, rb, t0) }
+            unsafe { rows::<M, H, CODES, HIGH, SPLIT, $vnni>(how, w, a, y, rb, t0) }
         }
     };
 }
@@ -215,19 +187,20 @@ rows!(rows_avxvnni, "avx2,fma,f16c,avxvnni", true);
 
 /// Row block `rb` against tokens `t0..t0 + M`, `H` halves of 8 rows at once. Gives `M`.
 ///
-/// Without VNNI `vpmaddubsw` adds pairs in i16. Four of them fit (24 * 127 * 2 * 4 = 24384 < 2^15) if codes have 4 bits or
-/// values are narrow, two of 6 bits (63 * 127 * 2 * 2 = 32004). Of wide values one does (127 * 127 * 2 = 32258), and their
-/// signs move to the activations.
+/// Without VNNI `vpmaddubsw` adds pairs in i16. Four of them fit (31 * 127 * 2 * 4 = 31496 < 2^15) if codes have up to 5
+/// bits or values are narrow, two of 6 bits (63 * 127 * 2 * 2 = 32004). Of wide values one does (127 * 127 * 2 = 32258),
+/// and their signs move to the activations.
 ///
 /// # Safety
 /// The CPU has AVX2, FMA and F16C, and AVX-VNNI if `VNNI`. Shapes are as `Kernels::gemm` checks them, `t0 + M <= a.m`, and
-/// `CODES` and `PANEL` say what `how` does.
+/// `how` has such codes, `HIGH` bits beyond 4, and units of 32 / `SPLIT`.
 #[inline(always)]
 unsafe fn rows<
     const M: usize,
     const H: usize,
     const CODES: u8,
-    const PANEL: usize,
+    const HIGH: usize,
+    const SPLIT: usize,
     const VNNI: bool,
 >(
     how: Grouped,
@@ -238,8 +211,7 @@ unsafe fn rows<
     t0: usize,
 ) -> usize {
     // Lines of a unit, and of those whose products are added up in i16.
-    let unit = if PANEL == 2 { 4 } else { 8 };
-    let fit = if PANEL != DIRECT && CODES == LINEAR { 2 } else { 4 };
+    let (unit, fit) = (8 / SPLIT, if HIGH == 2 { 2 } else { 4 });
     let signed = CODES == WIDE && !VNNI;
     let (mut table, bias) = biased(how);
     if signed {
@@ -248,10 +220,8 @@ unsafe fn rows<
     let bias = (CODES != LINEAR).then_some(if signed { 0 } else { bias });
     let head = grouped_header(how);
     let mut header = Header::ZERO;
-    let mut panel = Panel([[0; 64]; BLOCK / 4]);
     let mut sum = [[0; UNITS]; M];
-    // SAFETY: the CPU has the instructions; every address below lies in this row block of the weights, in the panel, in `a`
-    // or in `y`.
+    // SAFETY: the CPU has the instructions; every address below lies in this row block of the weights, in `a` or in `y`.
     unsafe {
         let nibble = _mm256_set1_epi8(0x0f);
         let ones = _mm256_set1_epi16(1);
@@ -267,25 +237,15 @@ unsafe fn rows<
             }
             header.read::<Ymm2>(how, slice::from_raw_parts(p, head));
             for i in 0..M {
-                if PANEL == 2 {
-                    sums::<2>(bias, a, b, t0 + i, &mut sum[i]);
-                } else {
-                    sums::<1>(bias, a, b, t0 + i, &mut sum[i]);
-                }
-            }
-            if PANEL != DIRECT {
-                unpack(how, table, p.add(head), len, &mut panel);
+                sums::<SPLIT>(bias, a, b, t0 + i, &mut sum[i]);
             }
             for h0 in (0..2).step_by(H) {
                 let mut part = [[_mm256_setzero_ps(); H]; M];
                 // Two units at a time: a line has codes of both.
                 for pair in 0..len / (8 * unit) {
                     let u = 2 * pair;
-                    let lines = if PANEL == DIRECT {
-                        p.add(head + 512 * pair + 32 * h0)
-                    } else {
-                        panel.0.as_ptr().cast::<u8>().add(128 * unit * pair + 32 * h0)
-                    };
+                    let lines = p.add(head + grouped_lines(how) * (pair / SPLIT));
+                    let first = pair % SPLIT * unit;
                     let mut dots = [[[zero; H]; M]; 2];
                     if CODES != LINEAR {
                         for g in 0..2 {
@@ -298,22 +258,29 @@ unsafe fn rows<
                     for some in 0..unit / fit {
                         let mut c = [[[zero; H]; M]; 2];
                         for j in fit * some..fit * (some + 1) {
+                            let line = lines.add(64 * (first + j));
+                            if h0 == 0 {
+                                avx2::prefetch(line);
+                                if HIGH > 0 && j % 4 == 0 {
+                                    // One or two of these lines for four of the others.
+                                    let at = 8 * 64 + HIGH * 16 * (first + j);
+                                    avx2::prefetch(lines.add(at));
+                                    avx2::prefetch(lines.add(at + 64 * (HIGH - 1)));
+                                }
+                            }
                             let mut v = [[zero; H]; 2];
                             for h in 0..H {
-                                let line = lines.add(64 * j + 32 * h);
-                                v[0][h] = _mm256_load_si256(line.cast());
-                                if PANEL != DIRECT {
-                                    v[1][h] = _mm256_load_si256(line.add(64 * unit).cast());
-                                    continue;
-                                }
-                                if h0 + h == 0 {
-                                    avx2::prefetch(line);
-                                }
-                                v[1][h] = _mm256_srli_epi16::<4>(v[0][h]);
+                                let x = _mm256_load_si256(line.add(32 * (h0 + h)).cast());
+                                v[0][h] = x;
+                                v[1][h] = _mm256_srli_epi16::<4>(x);
                                 for g in 0..2 {
                                     v[g][h] = _mm256_and_si256(v[g][h], nibble);
                                     if CODES != LINEAR {
                                         v[g][h] = _mm256_shuffle_epi8(table, v[g][h]);
+                                    }
+                                    if HIGH > 0 {
+                                        let x = high::<HIGH>(lines, first + j, g, h0 + h);
+                                        v[g][h] = _mm256_or_si256(v[g][h], x);
                                     }
                                 }
                             }

@@ -1,12 +1,11 @@
-//! The grouped forms on AVX-512 with VNNI: as `grouped`. Few tokens read 4-bit codes with groups of 32 or more as they
-//! lie; all else goes by way of a panel of bytes.
+//! The grouped forms on AVX-512 with VNNI: as `grouped`. Few tokens read codes as they lie, many a panel of bytes.
 
 use super::super::grouped::Header;
 use super::super::layout::{ROWS, block_offset, grouped_header, grouped_lines};
 use super::super::{Acts, Form};
 use super::avx512vnni::{self, Zmm};
 use super::grouped::{biased, sums};
-use crate::quant::{BLOCK, Grouped, UNITS};
+use crate::quant::{BLOCK, Codes, Grouped, UNITS};
 use std::arch::x86_64::*;
 use std::slice;
 
@@ -14,49 +13,82 @@ use std::slice;
 pub(super) unsafe fn gemm(how: Grouped, w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
     // SAFETY: the shapes were checked by `Kernels::gemm`.
     unsafe {
-        let plain = how.unit() == 32 && how.high() == 0;
-        match (how.offset().is_some(), if plain { a.m } else { usize::MAX }) {
-            (true, 1) => direct::<1, true>(how, w, a, y),
-            (true, 2) => direct::<2, true>(how, w, a, y),
-            (true, 3) => direct::<3, true>(how, w, a, y),
-            (true, 4) => direct::<4, true>(how, w, a, y),
-            (false, 1) => direct::<1, false>(how, w, a, y),
-            (false, 2) => direct::<2, false>(how, w, a, y),
-            (false, 3) => direct::<3, false>(how, w, a, y),
-            (false, 4) => direct::<4, false>(how, w, a, y),
-            (true, _) if how.unit() == 32 => panels::<true, 1>(how, w, a, y),
-            (true, _) => panels::<true, 2>(how, w, a, y),
-            (false, _) if how.unit() == 32 => panels::<false, 1>(how, w, a, y),
-            (false, _) => panels::<false, 2>(how, w, a, y),
+        match (how.codes, how.unit()) {
+            (Codes::Fp4 | Codes::Uneven, 32) => all::<false, 0, 1>(how, w, a, y),
+            (Codes::Fp4 | Codes::Uneven, _) => all::<false, 0, 2>(how, w, a, y),
+            (Codes::Linear(_), 32) => all::<true, 0, 1>(how, w, a, y),
+            (Codes::Linear(_), _) => all::<true, 0, 2>(how, w, a, y),
+            (Codes::Linear5(_), 32) => all::<true, 1, 1>(how, w, a, y),
+            (Codes::Linear5(_), _) => all::<true, 1, 2>(how, w, a, y),
+            (Codes::Linear6(_), 32) => all::<true, 2, 1>(how, w, a, y),
+            (Codes::Linear6(_), _) => all::<true, 2, 2>(how, w, a, y),
         }
     }
 }
 
-/// The low and the high codes of a line, or their values plus the bias.
+/// # Safety
+/// Shapes as `Kernels::gemm` checks them, and `how` has codes that are `LINEAR` or not, `HIGH` bits beyond 4, and units of
+/// 32 / `SPLIT`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+unsafe fn all<const LINEAR: bool, const HIGH: usize, const SPLIT: usize>(
+    how: Grouped,
+    w: &[u8],
+    a: &Acts<'_>,
+    y: &mut [f32],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match a.m {
+            1 => direct::<1, LINEAR, HIGH, SPLIT>(how, w, a, y),
+            2 => direct::<2, LINEAR, HIGH, SPLIT>(how, w, a, y),
+            3 => direct::<3, LINEAR, HIGH, SPLIT>(how, w, a, y),
+            4 => direct::<4, LINEAR, HIGH, SPLIT>(how, w, a, y),
+            _ => panels::<LINEAR, HIGH, SPLIT>(how, w, a, y),
+        }
+    }
+}
+
+/// The codes in the low and the high nibbles of line `j`, or their values plus the bias.
 ///
 /// # Safety
-/// `line` points at 64 bytes at a multiple of 64.
+/// `lines` are those of 64 k, at a multiple of 64, of codes with `HIGH` bits beyond 4.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn codes<const LINEAR: bool>(table: __m512i, line: *const u8) -> [__m512i; 2] {
+unsafe fn codes<const LINEAR: bool, const HIGH: usize>(
+    table: __m512i,
+    lines: *const u8,
+    j: usize,
+) -> [__m512i; 2] {
     let nibble = _mm512_set1_epi8(0x0f);
     // SAFETY: the caller's promise.
-    let v = unsafe { _mm512_load_si512(line.cast()) };
-    let high = _mm512_and_si512(_mm512_srli_epi16::<4>(v), nibble);
-    let low = _mm512_and_si512(v, nibble);
-    if LINEAR {
-        return [low, high];
+    let x = unsafe { _mm512_load_si512(lines.add(64 * j).cast()) };
+    let mut v = [x, _mm512_srli_epi16::<4>(x)];
+    for g in 0..2 {
+        v[g] = _mm512_and_si512(v[g], nibble);
+        if !LINEAR {
+            v[g] = _mm512_shuffle_epi8(table, v[g]);
+        }
+        if HIGH > 0 {
+            // As `layout::places` says.
+            let shared = 3 - HIGH;
+            let bit = HIGH * (2 * (j & ((1 << shared) - 1)) + g);
+            // SAFETY: the caller's promise.
+            let x = unsafe { _mm512_load_si512(lines.add(64 * (8 + (j >> shared))).cast()) };
+            // To bit 4 of each byte.
+            let x = _mm512_rolv_epi32(x, _mm512_set1_epi32((4 - bit as i32) & 31));
+            let mask = _mm512_set1_epi8(((1 << HIGH) - 1) << 4);
+            v[g] = _mm512_or_si512(v[g], _mm512_and_si512(x, mask));
+        }
     }
-    [_mm512_shuffle_epi8(table, low), _mm512_shuffle_epi8(table, high)]
+    v
 }
 
 /// All `M` tokens against weights as they lie.
 ///
 /// # Safety
-/// Shapes as `Kernels::gemm` checks them, `a.m == M`, and `LINEAR` says of codes what `how` does: units are of 32, codes
-/// of 4 bits.
+/// As [`all`], and `a.m == M`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn direct<const M: usize, const LINEAR: bool>(
+unsafe fn direct<const M: usize, const LINEAR: bool, const HIGH: usize, const SPLIT: usize>(
     how: Grouped,
     w: &[u8],
     a: &Acts<'_>,
@@ -68,6 +100,8 @@ unsafe fn direct<const M: usize, const LINEAR: bool>(
     let mut header = Header::ZERO;
     let bias = (!LINEAR).then_some(bias);
     let mut sum = [[0; UNITS]; M];
+    // Lines of a unit.
+    let unit = 8 / SPLIT;
     // SAFETY: every address below lies in block `b` of row block `rb` of `w`, in `a` or in `y`, whose lengths were
     // checked; prefetches never fault.
     unsafe {
@@ -83,37 +117,45 @@ unsafe fn direct<const M: usize, const LINEAR: bool>(
                 }
                 header.read::<Zmm>(how, slice::from_raw_parts(p, head));
                 for (i, sum) in sum.iter_mut().enumerate() {
-                    sums::<1>(bias, a, b, i, sum);
+                    sums::<SPLIT>(bias, a, b, i, sum);
                 }
                 let mut part = [_mm512_setzero_ps(); M];
-                for t in 0..len / 64 {
-                    let lines = p.add(head + 512 * t);
+                // Two units at a time: a line has codes of both.
+                for pair in 0..len / (8 * unit) {
+                    let lines = p.add(head + grouped_lines(how) * (pair / SPLIT));
+                    let first = pair % SPLIT * unit;
                     let mut c = [[_mm512_setzero_si512(); M]; 2];
                     if !LINEAR {
                         for g in 0..2 {
                             for i in 0..M {
-                                c[g][i] = _mm512_set1_epi32(*sum[i].get_unchecked(2 * t + g));
+                                c[g][i] = _mm512_set1_epi32(*sum[i].get_unchecked(2 * pair + g));
                             }
                         }
                     }
-                    for j in 0..8 {
-                        avx512vnni::prefetch(lines.add(64 * j));
-                        let v = codes::<LINEAR>(table, lines.add(64 * j));
+                    for j in 0..unit {
+                        avx512vnni::prefetch(lines.add(64 * (first + j)));
+                        if HIGH > 0 && j % 4 == 0 {
+                            // One or two of these lines for four of the others.
+                            let at = 8 * 64 + HIGH * 16 * (first + j);
+                            avx512vnni::prefetch(lines.add(at));
+                            avx512vnni::prefetch(lines.add(at + 64 * (HIGH - 1)));
+                        }
+                        let v = codes::<LINEAR, HIGH>(table, lines, first + j);
                         for i in 0..M {
-                            let q = q.add(i * len + 64 * t);
+                            let q = q.add(i * len + 8 * unit * pair);
                             for g in 0..2 {
-                                let x = _mm512_set1_epi32(avx512vnni::four(q, j + 8 * g));
+                                let x = _mm512_set1_epi32(avx512vnni::four(q, j + unit * g));
                                 c[g][i] = _mm512_dpbusd_epi32(c[g][i], v[g], x);
                             }
                         }
                     }
                     for g in 0..2 {
-                        let s = _mm512_load_ps(header.s.get_unchecked(2 * t + g).as_ptr());
-                        let o = _mm512_load_ps(header.o.get_unchecked(2 * t + g).as_ptr());
+                        let s = _mm512_load_ps(header.s.get_unchecked(2 * pair + g).as_ptr());
+                        let o = _mm512_load_ps(header.o.get_unchecked(2 * pair + g).as_ptr());
                         for i in 0..M {
                             part[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(c[g][i]), s, part[i]);
                             if LINEAR {
-                                let sum = _mm512_set1_epi32(*sum[i].get_unchecked(2 * t + g));
+                                let sum = _mm512_set1_epi32(*sum[i].get_unchecked(2 * pair + g));
                                 part[i] = _mm512_fmadd_ps(_mm512_castsi512_ps(sum), o, part[i]);
                             }
                         }
@@ -123,7 +165,7 @@ unsafe fn direct<const M: usize, const LINEAR: bool>(
                     let s = _mm512_set1_ps(*a.s.get_unchecked(b * M + i));
                     acc[i] = _mm512_fmadd_ps(part[i], s, acc[i]);
                 }
-                p = p.add(head + len / 2 * ROWS);
+                p = p.add(head + len / 64 * grouped_lines(how));
             }
             for (i, acc) in acc.into_iter().enumerate() {
                 let y = y.as_mut_ptr().add((i * row_blocks + rb) * ROWS);
@@ -146,9 +188,9 @@ const TILE: usize = 6;
 /// Many tokens: look up a block of two row blocks, run all tokens against it, go on along K.
 ///
 /// # Safety
-/// Shapes as `Kernels::gemm` checks them, `LINEAR` says of codes what `how` does, and units are of 32 / `SPLIT`.
+/// As [`all`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn panels<const LINEAR: bool, const SPLIT: usize>(
+unsafe fn panels<const LINEAR: bool, const HIGH: usize, const SPLIT: usize>(
     how: Grouped,
     w: &[u8],
     a: &Acts<'_>,
@@ -159,8 +201,7 @@ unsafe fn panels<const LINEAR: bool, const SPLIT: usize>(
     let (row_blocks, head) = (w.len() / size, grouped_header(how));
     let (table, bias) = biased(how);
     let bias = (!LINEAR).then_some(bias);
-    let (h, apart) = (how.high(), 8 / SPLIT);
-    let mask = _mm512_set1_epi8((1 << h) - 1);
+    let apart = 8 / SPLIT;
     let mut panel = Panels { lines: [[[0; 64]; BLOCK / 4]; 2], headers: [Header::ZERO; 2] };
     // SAFETY: as in `direct`.
     unsafe {
@@ -169,34 +210,24 @@ unsafe fn panels<const LINEAR: bool, const SPLIT: usize>(
         while rb < row_blocks {
             let pair = (row_blocks - rb).min(2);
             for b in 0..a.blocks() {
-                for h0 in 0..pair {
-                    let block = w.as_ptr().add((rb + h0) * size + block_offset(form, b));
+                for h in 0..pair {
+                    let block = w.as_ptr().add((rb + h) * size + block_offset(form, b));
                     for line in 0..head / 64 {
                         avx512vnni::prefetch(block.add(64 * line));
                     }
-                    panel.headers[h0].read::<Zmm>(how, slice::from_raw_parts(block, head));
+                    panel.headers[h].read::<Zmm>(how, slice::from_raw_parts(block, head));
                     for t in 0..a.len(b) / 64 {
                         let lines = block.add(head + grouped_lines(how) * t);
                         for j in 0..8 {
                             avx512vnni::prefetch(lines.add(64 * j));
-                            let mut v = codes::<LINEAR>(table, lines.add(64 * j));
+                            let v = codes::<LINEAR, HIGH>(table, lines, j);
+                            let at = 16 * t + j / apart * 2 * apart + j % apart;
                             for g in 0..2 {
-                                if h > 0 {
-                                    // As `layout::places` says.
-                                    let shared = 3 - h;
-                                    let x = lines.add(64 * (8 + (j >> shared)));
-                                    let bit = h * (2 * (j & ((1 << shared) - 1)) + g);
-                                    let bit = _mm_cvtsi32_si128(bit as i32);
-                                    let x = _mm512_srl_epi16(_mm512_load_si512(x.cast()), bit);
-                                    let x = _mm512_slli_epi16::<4>(_mm512_and_si512(x, mask));
-                                    v[g] = _mm512_or_si512(v[g], x);
-                                }
-                                let at = 16 * t + j / apart * 2 * apart + j % apart + g * apart;
-                                let out = panel.lines[h0][at].as_mut_ptr();
+                                let out = panel.lines[h][at + g * apart].as_mut_ptr();
                                 _mm512_store_si512(out.cast(), v[g]);
                             }
                         }
-                        for p in 0..2 * h {
+                        for p in 0..2 * HIGH {
                             avx512vnni::prefetch(lines.add(64 * (8 + p)));
                         }
                     }

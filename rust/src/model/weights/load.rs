@@ -67,9 +67,15 @@ impl Reader<'_> {
                     parts[0].0.tensor
                 )));
             }
-            // GGUF files mix types, and quantized checkpoints leave some matrices as they are: a form that holds both nearly, or exactly.
+            // GGUF files mix types, and quantized checkpoints leave some matrices as they are: a form that holds both
+            // exactly, or nearly.
             let exact = !form.is_quantized() && !wanted.is_quantized();
-            *form = if exact { Form::F32 } else { Form::Q8 };
+            let joined = match (*form, wanted) {
+                (Form::Grouped(a), Form::Grouped(b)) => a.join(b).map(Form::Grouped),
+                (Form::GroupedFloat(a), Form::GroupedFloat(b)) => a.join(b).map(Form::GroupedFloat),
+                _ => None,
+            };
+            *form = joined.unwrap_or(if exact { Form::F32 } else { Form::Q8 });
         }
         let n = parts.iter().map(|(_, n)| n).sum::<usize>();
         let n = if interleaved { 2 * (n / 2).next_multiple_of(16) } else { n };
