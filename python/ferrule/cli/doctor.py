@@ -230,7 +230,7 @@ def _cuda(root: Path) -> Check:
     usable, why = _core.cuda_devices()
     unused = f"ferrule runs on the CPU: {why}"
     if usable:
-        unused = f"ferrule can use {len(usable)}: models run on the CPU unless device= says otherwise"
+        unused = f"ferrule can use {len(usable)} with device=, and runs on the CPU without"
     cuda = _library("libcuda.so.1", "nvcuda.dll")
     if cuda is None:
         card = next((root / "proc/driver/nvidia/gpus").glob("*"), None)
