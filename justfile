@@ -52,6 +52,9 @@ isa: build
 # architecture without spills, and the crate builds and is checked without the back end. (`cargo test` and pytest run the
 # kernels themselves, on an emulated driver.) Linux on x86-64.
 cuda:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    if [ "$(uname -sm)" != "Linux x86_64" ]; then echo "skipped: NVIDIA's compiler is for Linux on x86-64"; exit; fi
     python -m venv target/nvidia
     target/nvidia/bin/pip install --quiet --no-deps --require-hashes -r rust/src/backend/cuda/kernel-requirements.txt
     target/nvidia/bin/python rust/src/backend/cuda/build_kernels.py --check

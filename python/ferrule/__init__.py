@@ -30,7 +30,7 @@ from .errors import (
 )
 from .llm import LLM
 from .params import SamplingParams
-from .quality import Distance, Estimate, Evaluation, evaluate
+from .quality import Distance, Estimate, Evaluation, Quantized, evaluate, quantize
 from .request import AsyncStream, Request, Stream
 from .results import (
     Chunk,
@@ -72,6 +72,7 @@ __all__ = [
     "OutOfMemoryError",
     "Percentiles",
     "Progress",
+    "Quantized",
     "QueueFullError",
     "Request",
     "SamplingParams",
@@ -84,4 +85,5 @@ __all__ = [
     "Usage",
     "__version__",
     "evaluate",
+    "quantize",
 ]

@@ -1,4 +1,4 @@
-"""Quality of a model on a text: what `evaluate` gives. Presents; the core computes."""
+"""`evaluate` measures models on a text, `quantize` writes them. Presents; the core computes."""
 
 from __future__ import annotations
 
@@ -128,6 +128,68 @@ def evaluate(
         **_estimates(found),
         distance=None if distance is None else _distance(str(other), distance),
     )
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What `quantize` wrote."""
+
+    path: str
+    bytes: int
+    """Of the weights file."""
+    bits_per_weight: float
+    forms: Mapping[str, int]
+    """Bytes of matrices in each form."""
+    quantized_before: str | None
+    """How the source was quantized: its errors stay, and new ones are added."""
+
+
+def quantize(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    format: Quantization = "int4",
+    calibrate: str | Sequence[str] | None = None,
+    chunks: int | None = None,
+    rules: Mapping[str, Quantization] | None = None,
+    threads: int | None = None,
+    family: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+    offline: bool = False,
+    weight_cache: bool | str | os.PathLike[str] = True,
+    progress: bool | Callable[[str, int, int], object] = True,
+) -> Quantized:
+    """Write a model with its weights quantized and packed into the new folder `out`.
+
+    `LLM(out)` maps it. Without `calibrate` its results are those of
+    `LLM(model, quantization=format)`, bit for bit.
+
+    - format: "int4" (4.5 bits a weight), "int8" (8.125), "none" (as stored, packed).
+    - calibrate: a text like those that the model will see, or a list of documents. The
+      unquantized model reads it (at most `chunks` contexts of 512 tokens), and weights are rounded
+      for the least error of the products with what they met there.
+    - rules: pattern -> format for weights whose name in the checkpoint it fits; `*` stands for any
+      text, and the first that fits decides.
+
+    Ctrl-C ends it and leaves nothing; `out` is there only when it is whole.
+    """
+    folder = hub.resolve(model, revision=revision, offline=offline)
+    texts = [calibrate] if isinstance(calibrate, str) else list(calibrate or ())
+    with Steps(progress) as show:
+        found = _core.quantize(
+            folder,
+            out,
+            format=format,
+            rules=list((rules or {}).items()),
+            texts=texts,
+            documents=not isinstance(calibrate, str),
+            limit=chunks,
+            threads=threads,
+            cache_dir=cache_dir(weight_cache),
+            family=None if family is None else Path(family).read_text(encoding="utf-8"),
+            progress=show,
+        )
+    return Quantized(path=os.fspath(out), **found)
 
 
 def _distance(name: str, found: dict[str, Any]) -> Distance:

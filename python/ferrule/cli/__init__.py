@@ -157,7 +157,44 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("model", metavar="B")
     _text_options(compare, "auto")
     compare.set_defaults(run=_lazy("evaluate"))
+
+    quantize = commands.add_parser(
+        "quantize",
+        help="write a model with its weights quantized",
+        description="Quantize the weights of MODEL into the new folder DIR, which `LLM` maps "
+        "without further work. With --calibrate the model reads a text first, and weights are "
+        "rounded for the least error on what it met. DIR is there only when it is whole.",
+    )
+    quantize.add_argument("model", metavar="MODEL")
+    quantize.add_argument("-o", "--out", required=True, metavar="DIR", help="must not exist")
+    quantize.add_argument("-f", "--format", choices=["int4", "int8", "none"], default="int4")
+    quantize.add_argument(
+        "--calibrate", metavar="TEXT", help='UTF-8; of .jsonl each "text" is a document'
+    )
+    quantize.add_argument("--chunks", type=int, metavar="N", help="of TEXT: at most so many")
+    quantize.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        type=_rule,
+        metavar="PATTERN=FORMAT",
+        help="another format for weights whose name fits; may be repeated, the first decides",
+    )
+    quantize.add_argument("-t", "--threads", type=int, metavar="N", help="default: what there is")
+    quantize.add_argument("--revision", metavar="REV", help="of a hub repository")
+    quantize.add_argument("--offline", action="store_true", help="use only what is downloaded")
+    quantize.add_argument("--family", metavar="FILE", help="TOML that describes the architecture")
+    quantize.add_argument("--no-weight-cache", action="store_true", help="keep no packed weights")
+    quantize.add_argument("--json", action="store_true", help="print JSON")
+    quantize.set_defaults(run=_lazy("quantize"))
     return parser
+
+
+def _rule(text: str) -> tuple[str, str]:
+    pattern, _, form = text.rpartition("=")
+    if not pattern or form not in _QUANTIZATIONS:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected PATTERN=int4, int8 or none")
+    return pattern, form
 
 
 def _text_options(parser: argparse.ArgumentParser, reference: str) -> None:

@@ -228,7 +228,9 @@ def _huge_pages(root: Path) -> Check:
 def _cuda(root: Path) -> Check:
     """The driver and its devices, as the driver's own library tells them to any build."""
     usable, why = _core.cuda_devices()
-    unused = f"ferrule can use {len(usable)}" if usable else f"ferrule runs on the CPU: {why}"
+    unused = f"ferrule runs on the CPU: {why}"
+    if usable:
+        unused = f"ferrule can use {len(usable)} with device=, and runs on the CPU without"
     cuda = _library("libcuda.so.1", "nvcuda.dll")
     if cuda is None:
         card = next((root / "proc/driver/nvidia/gpus").glob("*"), None)

@@ -5,7 +5,7 @@ mod statistics;
 
 pub use statistics::{Distance, Estimate, Evaluation, QUANTILES};
 
-use crate::model::{Chunk, Forward, NO_PAGE, PAGE, Sees, Wanted};
+use crate::model::{Forward, Sequence, Wanted};
 use crate::{Error, Result};
 use statistics::Sums;
 use std::sync::atomic::AtomicBool;
@@ -68,75 +68,29 @@ pub fn evaluate<M: Forward + Sync>(
         ));
     }
     let rows = (PIECE_BYTES / (vocab * size_of::<f32>())).clamp(16, 512);
-    let readers = all.into_iter().flatten().map(|model| Reader::new(model, longest));
+    let readers = all.into_iter().flatten().map(|model| Sequence::new(model, longest));
     let mut readers: Vec<_> = readers.collect::<Result<_>>()?;
     let mut sums = Sums::default();
     for (i, window) in windows.iter().enumerate() {
         let (first, end) = (window.first - 1, window.tokens.len() - 1);
-        readers.iter_mut().for_each(Reader::restart);
+        readers.iter_mut().for_each(|reader| reader.restart(window.tokens.len()));
         for at in (0..first).step_by(rows) {
             for reader in &mut readers {
-                reader.read(window, at, first.min(at + rows), Wanted::None, interrupt)?;
+                reader.read(&window.tokens[at..first.min(at + rows)], Wanted::None, interrupt)?;
             }
         }
         sums.begin();
         for at in (first..end).step_by(rows) {
             let to = end.min(at + rows);
-            let read =
-                |reader: &mut Reader<'_, M>| reader.read(window, at, to, Wanted::All, interrupt);
+            let read = |reader: &mut Sequence<'_, M>| {
+                reader.read(&window.tokens[at..to], Wanted::All, interrupt)
+            };
             let logits = readers.iter_mut().map(read).collect::<Result<Vec<_>>>()?;
             sums.add(&logits, vocab, &window.tokens[at + 1..=to], threads)?;
         }
         progress(i + 1);
     }
     Ok(sums.finish())
-}
-
-/// A model that reads one context after the other.
-struct Reader<'a, M: Forward> {
-    model: &'a M,
-    kv: M::Kv,
-    tables: Vec<Vec<u32>>,
-}
-
-impl<'a, M: Forward> Reader<'a, M> {
-    fn new(model: &'a M, longest: usize) -> Result<Self> {
-        let groups = model.kv_groups();
-        let pages = |sees: Sees| if sees == Sees::State { 2 } else { longest.div_ceil(PAGE) };
-        let pages: Vec<usize> = groups.iter().map(|group| pages(group.sees)).collect();
-        let tables = pages.iter().map(|&n| (0..n as u32).collect()).collect();
-        Ok(Reader { kv: model.new_kv(&pages)?, tables, model })
-    }
-
-    /// Before a new context.
-    fn restart(&mut self) {
-        for (table, group) in self.tables.iter_mut().zip(self.model.kv_groups()) {
-            if group.sees == Sees::State {
-                *table = vec![NO_PAGE, 0];
-            }
-        }
-    }
-
-    /// Tokens `from..to` of a context; those before were read.
-    fn read(
-        &mut self,
-        window: &Window,
-        from: usize,
-        to: usize,
-        wanted: Wanted,
-        interrupt: &AtomicBool,
-    ) -> Result<Vec<f32>> {
-        let long = self.model.long_after().is_some_and(|after| window.tokens.len() > after);
-        let tokens = &window.tokens[from..to];
-        let chunk = Chunk { tokens, start: from, long, pages: &self.tables, wanted };
-        let logits = self.model.forward(&mut self.kv, &[chunk], interrupt)?;
-        for (table, group) in self.tables.iter_mut().zip(self.model.kv_groups()) {
-            if group.sees == Sees::State {
-                *table = vec![table[1], 1 - table[1]];
-            }
-        }
-        Ok(logits)
-    }
 }
 
 #[cfg(test)]

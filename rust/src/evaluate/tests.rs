@@ -2,8 +2,8 @@
 
 use super::statistics::of_rows;
 use super::*;
-use crate::model::KvGroup;
 use crate::model::kv::PageCopy;
+use crate::model::{Chunk, KvGroup, NO_PAGE, Sees};
 
 /// Predicts that each token is followed by the next id, with a logit of `sure`.
 struct Counts {

@@ -3,8 +3,10 @@
 pub mod gguf;
 mod inspect;
 pub mod safetensors;
+mod write;
 
 pub use inspect::inspect;
+pub use write::Writer;
 
 use crate::quant::Blocks;
 use crate::{Error, Result};
@@ -15,6 +17,7 @@ use std::fs::{self, File};
 use std::io::{ErrorKind, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 /// The longest index file that is read.
@@ -126,7 +129,7 @@ pub struct Checkpoint {
 
 struct Mapped {
     name: String,
-    map: Mmap,
+    map: Arc<Mmap>,
     modified: Option<SystemTime>,
     /// What a GGUF file says about itself; its tensors are with the others.
     gguf: Option<gguf::Header>,
@@ -175,7 +178,7 @@ impl Checkpoint {
             return Err(Error::format(path, "expected a regular file")); // opening a pipe would wait
         }
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
-        let map = map(&file).map_err(|e| Error::io(path, e))?;
+        let map = Arc::new(map(&file).map_err(|e| Error::io(path, e))?);
         let wrong = |what: String| Error::format(path, what);
         let (gguf, entries) = if named_gguf(path) || map.starts_with(b"GGUF") {
             let mut header = gguf::parse(&map).map_err(wrong)?;
@@ -310,6 +313,12 @@ impl Checkpoint {
             shape: &entry.shape,
             bytes: &self.files[*file].map[entry.range.clone()],
         })
+    }
+
+    /// The file that holds the tensor called `name`, and where in it.
+    pub fn mapped(&self, name: &str) -> Option<(Arc<Mmap>, Range<usize>)> {
+        let (file, entry) = &self.tensors[*self.by_name.get(name)?];
+        Some((self.files[*file].map.clone(), entry.range.clone()))
     }
 
     /// The tensor called `name`, or an error that names it and the nearest names there are.

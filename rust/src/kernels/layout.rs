@@ -346,6 +346,40 @@ pub fn unpack_row(form: Form, packed: &[u8], n: usize, out: &mut [f32]) {
     }
 }
 
+/// Whether a row block holds only what a packer writes: finite numbers, and int8 values within plus or minus 127.
+pub fn is_valid(form: Form, row_block: &[u8]) -> bool {
+    let scales = |block: &[u8]| (0..ROWS).all(|r| f32_at(block, r).is_finite());
+    match form {
+        Form::Q4 => blocks(form, row_block).all(|block| {
+            let each = |t: usize, r: usize| {
+                let (sc, mn) = (block[64 + 16 * t + r], &block[128 + 32 * t + 2 * r..][..2]);
+                let fits = |sc: u8, mn: u8| {
+                    let (top, mn) = (15 * (i16::from(sc) + 1), i16::from(mn as i8));
+                    (-127..=127).contains(&mn) && top - mn <= 127
+                };
+                fits(sc & 15, mn[0]) && fits(sc >> 4, mn[1])
+            };
+            scales(block) && (0..4).all(|t| (0..ROWS).all(|r| each(t, r)))
+        }),
+        Form::Q8 => blocks(form, row_block)
+            .all(|block| scales(block) && !block[Q8_HEADER..].contains(&(i8::MIN as u8))),
+        // Of these only MXFP4 comes from outside: 255 is not a number.
+        Form::Grouped(how) | Form::GroupedFloat(how) => {
+            how == Grouped::MXFP4
+                && blocks(form, row_block).all(|block| !block[..grouped_header(how)].contains(&255))
+        }
+        Form::Bf16 => {
+            let finite = |b: &[u8; 2]| bf16::from_le_bytes(*b).is_finite();
+            row_block.as_chunks().0.iter().all(finite)
+        }
+        Form::F16 => {
+            let finite = |b: &[u8; 2]| f16::from_le_bytes(*b).is_finite();
+            row_block.as_chunks().0.iter().all(finite)
+        }
+        Form::F32 => (0..row_block.len() / 4).all(|i| f32_at(row_block, i).is_finite()),
+    }
+}
+
 /// Writes one row block of stored floats. `row(r)` gives the little-endian bytes of row `r`, or `None`
 /// for padding; `width` is bytes per weight.
 pub fn pack_float<'a>(width: usize, row: impl Fn(usize) -> Option<&'a [u8]>, out: &mut [u8]) {

@@ -5,6 +5,8 @@ mod cache;
 mod describe;
 mod forward;
 pub mod kv;
+mod quantize;
+mod sequence;
 pub mod spec;
 mod weights;
 
@@ -12,6 +14,8 @@ pub use crate::backend::{KvDtype, PAGE};
 pub use budget::{Budget, Wish};
 pub use describe::{CHUNK, Description, describe};
 pub use forward::{Kv, Model};
+pub use quantize::{Quantize, Rule, Written, quantize};
+pub use sequence::Sequence;
 
 use crate::backend::Backend;
 use crate::backend::cpu::{Cpu, Tiles};
@@ -177,11 +181,12 @@ fn open(folder: &Path, options: &LoadOptions) -> Result<(Spec, Checkpoint, PathB
         return Ok((Spec::of_gguf(&path, &facts, family)?, checkpoint, path));
     }
     let path = folder.join("config.json");
-    let config = file::read_json(&path, MAX_CONFIG)?.ok_or_else(|| {
+    let mut config = file::read_json(&path, MAX_CONFIG)?.ok_or_else(|| {
         let path = path.display();
         let what = format!("{path}: no such file, expected a model folder or a GGUF file");
         Error::ModelNotFound(what)
     })?;
+    quantize::original(&mut config)?;
     Ok((Spec::new(&config, family)?, Checkpoint::open(folder)?, folder.to_path_buf()))
 }
 

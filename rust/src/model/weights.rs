@@ -6,6 +6,7 @@ mod latent;
 mod load;
 mod moe;
 mod recurrent;
+mod stored;
 
 pub(super) use gemma::{AltUp, Beside, Gemma, GemmaLayer};
 pub(super) use latent::Latent;
@@ -16,7 +17,10 @@ use super::spec::{self, Act, Gate, Names, QkNorm, Slice, Spec, Values};
 use crate::backend::{Activation, Blocks, Form, HeadRows, Part};
 use crate::file::{Checkpoint, Dtype, TensorView};
 use crate::{Error, Result};
+use std::cell::RefCell;
+use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
+use stored::Stored;
 
 /// All weights of a model: matrices `M`, vectors `V`. Bias and norm exist where the family has them.
 pub(super) struct Weights<M, V> {
@@ -162,16 +166,20 @@ struct Source {
 }
 
 /// A checkpoint read as one family says.
-struct Reader<'a> {
+pub(super) struct Reader<'a> {
     folder: &'a Path,
     checkpoint: &'a Checkpoint,
     spec: &'a Spec,
     names: Names,
+    stored: Stored<'a>,
+    /// Tensors of which numbers were read one by one: vectors.
+    read: RefCell<BTreeSet<String>>,
 }
 
 impl<'a> Reader<'a> {
-    fn new(folder: &'a Path, checkpoint: &'a Checkpoint, spec: &'a Spec) -> Reader<'a> {
-        let has = |name: &str| checkpoint.get(name).is_some();
+    pub(super) fn new(folder: &'a Path, checkpoint: &'a Checkpoint, spec: &'a Spec) -> Reader<'a> {
+        let stored = Stored::new(checkpoint);
+        let has = |name: &str| checkpoint.get(name).is_some() || stored.has(name);
         let names = spec.names(|name| {
             let module = spec.quantized.as_ref().zip(name.strip_suffix(".weight"));
             has(name)
@@ -179,13 +187,15 @@ impl<'a> Reader<'a> {
                     q.marks().any(|mark| has(&format!("{module}{mark}")))
                 })
         });
-        Reader { folder, checkpoint, spec, names }
+        Reader { folder, checkpoint, spec, names, stored, read: RefCell::default() }
     }
 
     /// An error if there are tensors that are no weights of the model. After `plans`: these have found every weight, so
     /// their number is bounded by the file.
-    fn refuse_unused(&self) -> Result<()> {
-        let mut unused = self.spec.unused(&self.names, self.checkpoint.names());
+    pub(super) fn refuse_unused(&self, plans: &[Plan]) -> Result<()> {
+        let stored: HashSet<&str> = plans.iter().filter_map(Plan::stored).collect();
+        let names = self.checkpoint.names().filter(|name| !stored.contains(name));
+        let mut unused = self.spec.unused(&self.names, names);
         // AutoGPTQ once wrote a bias of zeros for each matrix.
         let zeros = |name: &&str| {
             let tensor = self.checkpoint.get(name).filter(|_| name.ends_with(".bias"));
@@ -200,6 +210,11 @@ impl<'a> Reader<'a> {
                 self.spec.architecture
             ))),
         }
+    }
+
+    /// The tensors of all vectors, once `weights` has been called.
+    pub(super) fn vectors(&self) -> Vec<String> {
+        self.read.borrow().iter().cloned().collect()
     }
 
     /// A tensor, its shape checked.
@@ -283,7 +298,8 @@ impl<'a> Reader<'a> {
 
     /// `n` rows of `k` numbers as f32.
     fn values(&self, place: &Slice, n: usize, k: usize) -> Result<Vec<f32>> {
-        let (_, part) = self.part(place, n, k)?;
+        let (tensors, part) = self.part(place, n, k)?;
+        self.read.borrow_mut().extend(tensors.iter().map(|t| t.name.to_owned()));
         let decoded = part.blocks.map(|blocks| decoded(blocks, part.bytes));
         let bytes = decoded.as_deref().unwrap_or(part.bytes);
         let Part { stored, row, column, .. } = part;

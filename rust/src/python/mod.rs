@@ -6,6 +6,7 @@ mod device;
 mod driver;
 mod matrix;
 mod quality;
+mod quantize;
 mod watch;
 
 use crate::backend::Backend;
@@ -722,6 +723,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(matrix::quantize_int4, module)?)?;
     module.add_function(wrap_pyfunction!(matrix::quantize_int8, module)?)?;
     module.add_function(wrap_pyfunction!(quality::evaluate, module)?)?;
+    module.add_function(wrap_pyfunction!(quantize::quantize, module)?)?;
     module.add_class::<matrix::QMatrix>()?;
     module.add_class::<matrix::Trial>()?;
     module.add_class::<Engine>()?;

@@ -123,7 +123,11 @@ fn measure(
 }
 
 /// Token ids of each text, and the BOS that the tokenizer puts before it.
-fn encode(path: &Path, texts: &[String], watch: &Watch) -> Result<(Vec<Vec<u32>>, Option<u32>)> {
+pub(super) fn encode(
+    path: &Path,
+    texts: &[String],
+    watch: &Watch,
+) -> Result<(Vec<Vec<u32>>, Option<u32>)> {
     let tokenizer = Tokenizer::open(path)?;
     let bos = tokenizer.encode("", true, false)?.first().copied();
     let mut all = Vec::new();

@@ -30,21 +30,23 @@ impl BlockQ4 {
     /// `d = amax / 127` makes a grid of int8 steps; in each group the scale and the offset on this
     /// grid are searched for the least squared error. On normally distributed weights
     /// that leaves a fifth less noise than Q4_0, which has as many bits (`tests.rs`); `benches/quality.py` measures
-    /// models.
+    /// models. A weight that is exactly zero, as pruning leaves them, stays so.
     #[inline(always)] // so that `kernels` compiles it for each instruction set
     pub fn quantize(x: &[f32]) -> BlockQ4 {
         let m = amax(x);
         if m < TINY {
             return BlockQ4::ZERO;
         }
-        let inv = MAX / m;
-        let mut block = BlockQ4 { d: m / MAX, ..BlockQ4::ZERO };
+        let zeros = x.contains(&0.0);
+        let top = if zeros { WITH_ZERO } else { MAX };
+        let inv = top / m;
+        let mut block = BlockQ4 { d: m / top, ..BlockQ4::ZERO };
         for (g, x) in x.chunks(GROUP).enumerate() {
             let mut w = [0f32; GROUP];
             for (w, x) in w.iter_mut().zip(x) {
                 *w = x * inv;
             }
-            let (sc, mn) = best(&w);
+            let (sc, mn) = best(&w, zeros && x.contains(&0.0));
             block.sc[g] = sc as u8;
             block.mn[g] = mn as i8;
             let codes = codes(&w, sc, mn);
@@ -67,14 +69,28 @@ impl BlockQ4 {
     }
 }
 
-/// Scale and offset (integers) with the least squared error for a group on the int8 grid.
+/// The int8 value of the largest weight of a block with weights that are exactly zero: 7 steps of 15, so that zero and
+/// both ends can be values of one group.
+pub(super) const WITH_ZERO: f32 = 105.0;
+
+/// The multiple of `sc`, at most 15, nearest to `mn` that leaves all codes in int8: zero is among the values then.
 #[inline(always)]
-fn best(w: &[f32; GROUP]) -> (f32, f32) {
+pub(super) fn with_zero(sc: f32, mn: f32) -> f32 {
+    // From -mn <= 127 and 15*sc - mn <= 127, for -mn = -q*sc with q in 0..=15.
+    let (least, most) = ((15.0 - MAX / sc).ceil().max(0.0), (MAX / sc).floor().min(15.0));
+    (mn / sc).round_ties_even().clamp(least, most) * sc
+}
+
+/// Scale and offset (integers) with the least squared error for a group on the int8 grid. `zeros`: zero must be among
+/// the values.
+#[inline(always)]
+fn best(w: &[f32; GROUP], zeros: bool) -> (f32, f32) {
     let (lo, hi) = (fold(w, f32::min), fold(w, f32::max));
     let span = ((hi - lo) / 15.0).floor() + 1.0;
+    let most = if zeros { 15.0 } else { 16.0 };
     let (mut least, mut found) = (f32::INFINITY, (1.0, 0.0));
     for step in TRIED {
-        let sc = (span + step - 1.0).clamp(1.0, 16.0);
+        let sc = (span + step - 1.0).clamp(1.0, most);
         // Every code must stay in int8: -127 <= -mn and 15*sc - mn <= 127.
         let lowest = 15.0 * sc - MAX;
         // Centre the 16 codes on the range, then move the offset to the mean of what it left over.
@@ -86,6 +102,7 @@ fn best(w: &[f32; GROUP]) -> (f32, f32) {
         }
         let mean = fold(&rest, |a, b| a + b) / GROUP as f32;
         let mn = mean.round_ties_even().clamp(lowest, MAX);
+        let mn = if zeros { with_zero(sc, mn) } else { mn };
         let q = codes(w, sc, mn);
         let mut squares = [0.0; GROUP];
         for i in 0..GROUP {

@@ -94,3 +94,105 @@ fn zeros_stay_zeros() {
     assert_eq!(BlockQ8::quantize(&[TINY / 2.0; 3]), BlockQ8::ZERO);
     assert_eq!(BlockQ4::ZERO.dequantize(), [0.0; BLOCK]);
 }
+
+/// Inputs whose first half moves together, and the sums over them.
+fn inputs(k: usize, seed: u32) -> (Vec<Vec<f32>>, Vec<f32>) {
+    let all: Vec<Vec<f32>> = (0..64)
+        .map(|t| {
+            let (own, common) = (noise(k, seed + 2 * t), noise(1, seed + 2 * t + 1)[0]);
+            let mix = |(i, x): (usize, f32)| if i < k / 2 { 0.2 * x + 2.0 * common } else { x };
+            own.into_iter().enumerate().map(mix).collect()
+        })
+        .collect();
+    let mut sums = vec![0.0; k.div_ceil(BLOCK) * BLOCK * BLOCK];
+    for x in &all {
+        for (b, x) in x.chunks(BLOCK).enumerate() {
+            for (i, xi) in x.iter().enumerate() {
+                for (j, xj) in x.iter().enumerate() {
+                    sums[(b * BLOCK + i) * BLOCK + j] += xi * xj;
+                }
+            }
+        }
+    }
+    (all, sums)
+}
+
+/// Mean square of the error of the products with `inputs`.
+fn product_error(w: &[f32], quantized: &[f32], inputs: &[Vec<f32>]) -> f64 {
+    let error = |x: &Vec<f32>| -> f64 {
+        let each = w.iter().zip(quantized).zip(x);
+        each.map(|((w, q), x)| f64::from(w - q) * f64::from(*x)).sum()
+    };
+    inputs.iter().map(|x| error(x).powi(2)).sum::<f64>() / inputs.len() as f64
+}
+
+#[test]
+fn feedback_lessens_the_error_of_products() {
+    let (inputs, sums) = inputs(BLOCK, 7);
+    let feedback = Feedback::new(&sums, BLOCK);
+    let (mut q4, mut q8) = ([0.0, 0.0], [0.0, 0.0]);
+    for seed in 0..16 {
+        let w = noise(BLOCK, 1000 + seed);
+        let error = |quantized: [f32; BLOCK]| product_error(&w, &quantized, &inputs);
+        q4[0] += error(BlockQ4::quantize(&w).dequantize());
+        q4[1] += error(feedback.q4(0, &w).dequantize());
+        q8[0] += error(BlockQ8::quantize(&w).dequantize());
+        q8[1] += error(feedback.q8(0, &w).dequantize());
+    }
+    println!("mean square error of products: int4 {q4:?}, int8 {q8:?}");
+    assert!(q4[1] < 0.2 * q4[0] && q8[1] < 0.2 * q8[0]);
+}
+
+#[test]
+fn feedback_without_inputs_is_rounding() {
+    let feedback = Feedback::new(&vec![0.0; 2 * BLOCK * BLOCK], 300);
+    let w = noise(300, 3);
+    assert_eq!(feedback.q8(1, &w[BLOCK..]), BlockQ8::quantize(&w[BLOCK..]));
+    let (mut own, mut plain) = (0.0, 0.0);
+    for (x, y, z) in feedback
+        .q4(0, &w[..BLOCK])
+        .dequantize()
+        .iter()
+        .zip(&w)
+        .zip(BlockQ4::quantize(&w[..BLOCK]).dequantize())
+        .map(|((x, y), z)| (x, y, z))
+    {
+        own += (x - y).powi(2);
+        plain += (z - y).powi(2);
+    }
+    assert!(own <= 1.02 * plain, "{own} {plain}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))] // each makes a matrix of 256 by 256
+
+    #[test]
+    fn zeros_stay_zero_in_every_form(x in weights(), seed in 0u32..100) {
+        let (_, sums) = inputs(BLOCK, seed);
+        let feedback = Feedback::new(&sums, BLOCK);
+        let x = if x.is_empty() { vec![1.0] } else { x };
+        let rows = [
+            BlockQ4::quantize(&x).dequantize(),
+            BlockQ8::quantize(&x).dequantize(),
+            feedback.q4(0, &x).dequantize(),
+            feedback.q8(0, &x).dequantize(),
+        ];
+        for row in rows {
+            prop_assert!(x.iter().zip(row).all(|(&x, y)| x != 0.0 || y == 0.0));
+        }
+        let b = feedback.q4(0, &x);
+        prop_assert!(b.d.is_finite());
+        for g in 0..GROUPS {
+            let (sc, mn) = (i32::from(b.sc[g]), i32::from(b.mn[g]));
+            prop_assert!((1..=16).contains(&sc) && (-127..=127).contains(&mn) && 15 * sc - mn <= 127);
+        }
+        prop_assert!(b.q.iter().all(|&q| q < 16));
+        prop_assert!(feedback.q8(0, &x).q.iter().all(|&q| q != -128));
+    }
+}
+
+#[test]
+fn signs_with_zero_are_exact() {
+    let x: Vec<f32> = (0..BLOCK).map(|i| [0.25f32, 0.0, -0.25][i * 7 % 3]).collect();
+    assert_eq!(BlockQ4::quantize(&x).dequantize()[..], x[..]);
+}

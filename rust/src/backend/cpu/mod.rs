@@ -5,6 +5,7 @@ mod attention;
 mod available;
 mod bandwidth;
 mod exact;
+mod feedback;
 mod latent;
 mod memory;
 mod moe;
@@ -12,6 +13,7 @@ mod pack;
 mod pool;
 mod product;
 mod recurrent;
+mod statistics;
 mod streams;
 pub mod topology;
 
@@ -21,6 +23,7 @@ pub use bandwidth::Reader;
 pub use memory::Bytes;
 pub use product::Tiles;
 pub use recurrent::States;
+pub use statistics::Inputs;
 
 use super::{
     Activation, Attention, Backend, Expert, HeadRows, KvDtype, KvLayer, Latent, NotFinite, Part,
@@ -44,6 +47,8 @@ pub struct Cpu {
     acts: Mutex<ActBuf>,
     moe: Mutex<moe::Scratch>,
     heads: Mutex<latent::Scratch>,
+    /// Sums over what matrices are multiplied by, while they are asked for.
+    inputs: Option<Mutex<Inputs>>,
 }
 
 /// Activations `[rows, width]`.
@@ -128,6 +133,7 @@ impl Cpu {
             acts: Mutex::default(),
             moe: Mutex::default(),
             heads: Mutex::default(),
+            inputs: None,
         })
     }
 

@@ -2,11 +2,12 @@
 
 use super::memory::Disjoint;
 use super::pool::Claims;
-use super::{Cpu, Form, NotFinite, Part, Parts, exact};
+use super::{Cpu, Form, Mat, NotFinite, Part, Parts, exact};
 use crate::kernels::layout::{self, ROWS};
 use crate::quant::BLOCK;
 use std::borrow::Cow;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 impl Cpu {
     /// Packs `parts` into `out`, which is as long as the packed matrix and zero.
@@ -18,24 +19,46 @@ impl Cpu {
     ) -> std::result::Result<(), NotFinite> {
         let (n, k) = (parts.n(), parts.k);
         assert_eq!(out.len(), form.bytes(n, k));
-        let size = form.row_block_bytes(k);
         let bad = Mutex::new(None);
-        let blocks = n.div_ceil(ROWS);
+        self.fill(form.row_block_bytes(k), n.div_ceil(ROWS), out, |rb, out| {
+            if let Err(at) = self.pack_row_block(form, parts, rb, out) {
+                let mut bad = bad.lock().unwrap_or_else(|e| e.into_inner());
+                *bad = Some(bad.map_or(at, |b: NotFinite| b.min(at)));
+            }
+        });
+        bad.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)
+    }
+
+    /// Has `work` fill the first `blocks` pieces of `size` bytes of `out`, in parallel.
+    pub fn fill(
+        &self,
+        size: usize,
+        blocks: usize,
+        out: &mut [u8],
+        work: impl Fn(usize, &mut [u8]) + Sync,
+    ) {
         let out = Disjoint::new(out);
         let claims = Claims::new(blocks, self.pool.threads(), 4);
         self.pool.run(&|thread| {
             claims.each(thread, |run| {
                 for rb in run {
                     // SAFETY: each row block is claimed by one thread.
-                    let out = unsafe { out.part(rb * size..(rb + 1) * size) };
-                    if let Err(at) = self.pack_row_block(form, parts, rb, out) {
-                        let mut bad = bad.lock().unwrap_or_else(|e| e.into_inner());
-                        *bad = Some(bad.map_or(at, |b: NotFinite| b.min(at)));
-                    }
+                    work(rb, unsafe { out.part(rb * size..(rb + 1) * size) });
                 }
             });
         });
-        bad.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)
+    }
+
+    /// Whether a matrix that comes from outside holds only what a packer writes: kernels count on it.
+    pub fn is_valid(&self, mat: &Mat) -> bool {
+        let size = mat.form.row_block_bytes(mat.k);
+        let valid = AtomicBool::new(true);
+        self.each(mat.bytes().len() / size, 4, |rb| {
+            if !layout::is_valid(mat.form, &mat.bytes()[rb * size..][..size]) {
+                valid.store(false, Ordering::Relaxed);
+            }
+        });
+        valid.into_inner()
     }
 
     fn pack_row_block(
@@ -162,6 +185,17 @@ impl Part<'_> {
 }
 
 impl Parts<'_> {
+    /// Packed row `r` as f32, or the place of a number that is not finite; padding is zero.
+    pub fn row(&self, r: usize, out: &mut [f32]) -> std::result::Result<(), NotFinite> {
+        out.fill(0.0);
+        let Some((p, i)) = self.locate(r) else { return Ok(()) };
+        for (b, out) in out.chunks_mut(BLOCK).enumerate() {
+            self.parts[p].values(i, b * BLOCK, out);
+            finite(out).map_err(|c| (p, i, b * BLOCK + c))?;
+        }
+        Ok(())
+    }
+
     /// Rows of the packed matrix.
     pub fn n(&self) -> usize {
         let n = self.parts.iter().map(|p| p.n).sum::<usize>();

@@ -136,6 +136,9 @@ impl Cpu {
     pub(super) fn products(&self, jobs: &[Job<'_>], x: &Buf, into: Into, out: &mut Buf) {
         let Some(&Job { w, n, .. }) = jobs.first() else { return };
         assert!(jobs.iter().all(|job| job.n == n && job.w.k == x.width));
+        if self.inputs.is_some() {
+            self.sum_inputs(jobs, x);
+        }
         let width = out.width;
         let first = jobs[0].rows.start;
         let mut acts = self.acts.lock().unwrap_or_else(|e| e.into_inner());

@@ -22,6 +22,7 @@ mod tests;
 pub use gemma::{Gemma, Inputs, Streams};
 pub use latent::Latent;
 pub use moe::{Moe, Shared, Stored};
+pub(super) use names::matches;
 pub use names::{Names, Weight};
 pub use place::Slice;
 pub use quantized::{Quantized, Scheme, Spread};

@@ -362,7 +362,7 @@ fn whole(stem: &str, suffix: &str) -> String {
 }
 
 /// Whether `name` fits `pattern`, in which each `*` stands for any text.
-pub(super) fn matches(pattern: &str, name: &str) -> bool {
+pub(in crate::model) fn matches(pattern: &str, name: &str) -> bool {
     let mut parts = pattern.split('*');
     let Some(mut rest) = parts.next().and_then(|first| name.strip_prefix(first)) else {
         return false;

@@ -2,7 +2,7 @@
 
 use super::{Reader, Source, Weights};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
-use crate::backend::{Backend, Blocks, Encoded, Form, Kept, Part, Parts};
+use crate::backend::{Backend, Blocks, Encoded, Form, Kept, NotFinite, Part, Parts};
 use crate::file::Checkpoint;
 use crate::model::spec::{Slice, Spec};
 use crate::model::{LoadOptions, Quantization, cache};
@@ -17,11 +17,28 @@ pub(in crate::model) struct Plan {
     pub(in crate::model) k: usize,
     pub(in crate::model) form: Form,
     interleaved: bool,
+    /// The tensor that holds it packed, where the checkpoint does.
+    stored: Option<String>,
 }
 
 impl Plan {
     pub(in crate::model) fn bytes(&self) -> usize {
         self.form.bytes(self.n, self.k)
+    }
+
+    /// The tensor that holds it packed, where the checkpoint does.
+    pub(super) fn stored(&self) -> Option<&str> {
+        self.stored.as_deref()
+    }
+
+    /// What it is called where it is stored packed.
+    pub(in crate::model) fn name(&self) -> String {
+        format!("{}:{}", super::stored::key(&self.parts), self.form.name())
+    }
+
+    /// The tensors that its rows come from.
+    pub(in crate::model) fn tensors(&self) -> impl Iterator<Item = &str> {
+        self.parts.iter().map(|(place, _)| &place.tensor[..])
     }
 }
 
@@ -29,11 +46,16 @@ impl Reader<'_> {
     /// How a matrix will be packed.
     fn plan(&self, quantization: Quantization, source: Source) -> Result<Plan> {
         let Source { mut parts, k, interleaved, exact } = source;
-        for (place, _) in &mut parts {
+        let stored = self.stored.find(&parts);
+        if let Some((name, form)) = &stored {
+            self.as_stored(name, *form, quantization)?;
+        }
+        let mut form = stored.as_ref().map(|(_, form)| *form);
+        let here = stored.is_none();
+        for (place, _) in parts.iter_mut().filter(|_| here) {
             place.scheme = self.scheme(&place.tensor)?;
         }
-        let mut form = None;
-        for (place, n) in &parts {
+        for (place, n) in parts.iter().filter(|_| here) {
             let (_, Part { stored, blocks, encoded, .. }) = self.part(place, *n, k)?;
             let kept = blocks.map(Blocks::kept).or(encoded.map(|encoded| encoded.kept()));
             // Columns, or pieces of rows: no block is one of the packed matrix.
@@ -79,11 +101,21 @@ impl Reader<'_> {
         }
         let n = parts.iter().map(|(_, n)| n).sum::<usize>();
         let n = if interleaved { 2 * (n / 2).next_multiple_of(16) } else { n };
-        Ok(Plan { parts, n, k, form: form.unwrap_or(Form::F32), interleaved })
+        let stored = stored.map(|(name, _)| name);
+        Ok(Plan { parts, n, k, form: form.unwrap_or(Form::F32), interleaved, stored })
     }
 
     /// Packs one matrix into `out`.
-    fn pack(&self, cpu: &Cpu, plan: &Plan, out: &mut [u8]) -> Result<()> {
+    pub(in crate::model) fn pack(&self, cpu: &Cpu, plan: &Plan, out: &mut [u8]) -> Result<()> {
+        self.with_parts(plan, |parts| cpu.pack_into(plan.form, parts, out))
+    }
+
+    /// Gives `work` the stored rows of a matrix.
+    pub(in crate::model) fn with_parts(
+        &self,
+        plan: &Plan,
+        work: impl FnOnce(&Parts<'_>) -> std::result::Result<(), NotFinite>,
+    ) -> Result<()> {
         let part = |(place, n): &(Slice, usize)| self.part(place, *n, plan.k);
         let sources: Vec<_> = plan.parts.iter().map(part).collect::<Result<_>>()?;
         // Columns of blocks: decoded once, not for each number.
@@ -98,14 +130,13 @@ impl Reader<'_> {
         });
         let parts = parts.collect();
         let parts = Parts { parts, k: plan.k, interleaved: plan.interleaved };
-        cpu.pack_into(plan.form, &parts, out)
-            .map_err(|(p, row, column)| self.not_finite(&plan.parts[p].0, row, column))?;
+        work(&parts).map_err(|(p, row, column)| self.not_finite(&plan.parts[p].0, row, column))?;
         sources.iter().flat_map(|(tensors, _)| tensors).for_each(|t| self.checkpoint.release(t));
         Ok(())
     }
 
     /// All matrices, in the order in which `weights` takes them and the cache keeps them.
-    fn plans(&self, quantization: Quantization) -> Result<Vec<Plan>> {
+    pub(in crate::model) fn plans(&self, quantization: Quantization) -> Result<Vec<Plan>> {
         let mut plans = Vec::new();
         self.weights(
             |_| (),
@@ -137,7 +168,7 @@ pub(in crate::model) fn sizes(
 ) -> Result<Sizes> {
     let reader = Reader::new(folder, checkpoint, spec);
     let plans = reader.plans(quantization)?;
-    reader.refuse_unused()?;
+    reader.refuse_unused(&plans)?;
     let mut sizes = Sizes { forms: Vec::new(), largest: 0, widest: (0, 0) };
     for plan in plans {
         let (form, bytes) = (plan.form.name(), plan.bytes() as u64);
@@ -161,69 +192,96 @@ pub(in crate::model) fn load<B: Backend>(
     backend: &B,
     options: &mut LoadOptions,
 ) -> Result<Weights<B::Mat, B::Row>> {
-    let cpu = backend.packer();
     let reader = Reader::new(folder, checkpoint, spec);
     let plans = reader.plans(options.quantization)?;
-    reader.refuse_unused()?;
-    let joined = |mats: Vec<B::Mat>| {
+    reader.refuse_unused(&plans)?;
+    let mats = reader.matrices(&plans, backend, options)?;
+    reader.join(backend, mats)
+}
+
+impl Reader<'_> {
+    /// All weights, with these matrices.
+    pub(in crate::model) fn join<B: Backend>(
+        &self,
+        backend: &B,
+        mats: Vec<B::Mat>,
+    ) -> Result<Weights<B::Mat, B::Row>> {
         let mut mats = mats.into_iter();
-        reader.weights(|values| backend.row(values), |_| mats.next().ok_or(Error::Closed))
-    };
-    let placed = |mats: Vec<Mat>| {
-        mats.into_iter().map(|mat| backend.place(mat)).collect::<Result<_>>().and_then(joined)
-    };
-    let total: u64 = plans.iter().map(|p| p.bytes() as u64).sum();
-    let mut cache = match &options.cache_dir {
-        Some(dir) if total >= cache::WORTH => Some(cache::Cache::new(dir, checkpoint, &plans)),
-        _ => None,
-    };
-    if let Some(mats) = cache.as_ref().and_then(|cache| cache.read(&plans)) {
-        options.report(total, total);
-        return placed(mats);
+        self.weights(|values| backend.row(values), |_| mats.next().ok_or(Error::Closed))
     }
-    // Straight to disk, one matrix in memory at a time, then mapped; or, without a cache, into memory.
-    if let Some(mut writer) = cache.as_mut().and_then(|cache| cache.writer(&plans)) {
-        let mut done = 0;
-        let mut buffer = Vec::new();
-        for plan in &plans {
-            buffer.clear();
-            buffer.resize(plan.bytes(), 0);
-            reader.pack(cpu, plan, &mut buffer)?;
-            if !writer.write(&buffer) {
-                break; // a full disk: without a cache, then
+
+    /// The matrices of `plans`.
+    pub(in crate::model) fn matrices<B: Backend>(
+        &self,
+        plans: &[Plan],
+        backend: &B,
+        options: &mut LoadOptions,
+    ) -> Result<Vec<B::Mat>> {
+        let cpu = backend.packer();
+        let placed = |mats: Vec<Mat>| mats.into_iter().map(|mat| backend.place(mat)).collect();
+        let total: u64 = plans.iter().map(|p| p.bytes() as u64).sum();
+        let mut cache = match &options.cache_dir {
+            Some(dir) if total >= cache::WORTH && plans.iter().all(|p| p.stored.is_none()) => {
+                Some(cache::Cache::new(dir, self.checkpoint, plans))
             }
+            _ => None,
+        };
+        if let Some(mats) = cache.as_ref().and_then(|cache| cache.read(plans)) {
+            options.report(total, total);
+            return placed(mats);
+        }
+        // Straight to disk, one matrix in memory at a time, then mapped; or, without a cache, into memory.
+        if let Some(mut writer) = cache.as_mut().and_then(|cache| cache.writer(plans)) {
+            let mut done = 0;
+            let mut buffer = Vec::new();
+            for plan in plans {
+                buffer.clear();
+                buffer.resize(plan.bytes(), 0);
+                self.pack(cpu, plan, &mut buffer)?;
+                if !writer.write(&buffer) {
+                    break; // a full disk: without a cache, then
+                }
+                done += plan.bytes() as u64;
+                options.report(done, total);
+            }
+            drop(buffer);
+            if writer.finish()
+                && let Some(mats) = cache.and_then(|cache| cache.read(plans))
+            {
+                return placed(mats);
+            }
+        }
+        let available = crate::backend::cpu::memory().available;
+        let owned = plans.iter().filter(|p| p.stored.is_none()).map(|p| p.bytes() as u64).sum();
+        if owned > available {
+            let what = format!(
+                "packed weights, {}: give weight_cache a folder on a disk with room for them, from which they \
+                 are mapped, or a quantization with fewer bits",
+                match &options.cache_dir {
+                    Some(dir) =>
+                        format!("as the weight cache in {} cannot be written", dir.display()),
+                    None => "without a weight cache".to_owned(),
+                }
+            );
+            return Err(Error::OutOfMemory { what, requested: owned, available });
+        }
+        let mut done = 0;
+        let mut mats = Vec::with_capacity(plans.len());
+        for plan in plans {
+            let mat = match &plan.stored {
+                Some(name) => self.mapped(cpu, plan, name)?,
+                None => {
+                    let mut bytes = Bytes::zeroed(plan.bytes(), "packed weights")?;
+                    self.pack(cpu, plan, bytes.get_mut())?;
+                    Mat::new(plan.form, plan.n, plan.k, bytes)?
+                }
+            };
+            mats.push(backend.place(mat)?);
             done += plan.bytes() as u64;
             options.report(done, total);
         }
-        drop(buffer);
-        if writer.finish()
-            && let Some(mats) = cache.and_then(|cache| cache.read(&plans))
-        {
-            return placed(mats);
-        }
+        Ok(mats)
     }
-    let available = crate::backend::cpu::memory().available;
-    if total > available {
-        let what = format!(
-            "packed weights, {}: give weight_cache a folder on a disk with room for them, from which they \
-             are mapped, or a quantization with fewer bits",
-            match &options.cache_dir {
-                Some(dir) => format!("as the weight cache in {} cannot be written", dir.display()),
-                None => "without a weight cache".to_owned(),
-            }
-        );
-        return Err(Error::OutOfMemory { what, requested: total, available });
-    }
-    let mut done = 0;
-    let mut mats = Vec::with_capacity(plans.len());
-    for plan in &plans {
-        let mut bytes = Bytes::zeroed(plan.bytes(), "packed weights")?;
-        reader.pack(cpu, plan, bytes.get_mut())?;
-        mats.push(backend.place(Mat::new(plan.form, plan.n, plan.k, bytes)?)?);
-        done += plan.bytes() as u64;
-        options.report(done, total);
-    }
-    joined(mats)
 }
 
 #[cfg(test)]

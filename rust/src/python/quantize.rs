@@ -1,0 +1,77 @@
+//! `ferrule._core.quantize`: writes a model with its weights quantized.
+
+use super::quality::encode;
+use super::watch::watched;
+use super::{QUANTIZATIONS, convert, named, raise};
+use crate::model::{self, LoadOptions, Quantize, Rule, Written};
+use crate::{Error, Result, evaluate};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use std::path::PathBuf;
+
+/// Tokens of a context of calibration text, if the model holds as many.
+const CONTEXT: usize = 512;
+
+/// Quantizes the model in `folder` into the new folder `out`.
+#[pyfunction]
+#[pyo3(signature = (folder, out, *, format, rules, texts=Vec::new(), documents=false, limit=None, threads=None,
+    cache_dir=None, family=None, progress=None))]
+pub(super) fn quantize<'py>(
+    py: Python<'py>,
+    folder: PathBuf,
+    out: PathBuf,
+    format: &str,
+    rules: Vec<(String, String)>,
+    texts: Vec<String>,
+    documents: bool,
+    limit: Option<i64>,
+    threads: Option<i64>,
+    cache_dir: Option<PathBuf>,
+    family: Option<String>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<Bound<'py, PyDict>> {
+    let prepare = || {
+        let rule = |(pattern, form): (String, String)| {
+            Ok(Rule { pattern, form: named("rules", &form, &QUANTIZATIONS)? })
+        };
+        let how = Quantize {
+            format: named("format", format, &QUANTIZATIONS)?,
+            rules: rules.into_iter().map(rule).collect::<Result<_>>()?,
+            calibration: Vec::new(),
+            load: LoadOptions {
+                threads: threads.map(|n| convert::count("threads", n)).transpose()?,
+                isa: std::env::var("FERRULE_ISA").ok(),
+                cache_dir,
+                family,
+                ..LoadOptions::default()
+            },
+        };
+        Ok((how, limit.map(|n| convert::count("chunks", n)).transpose()?))
+    };
+    let (mut how, limit) = prepare().map_err(raise(py))?;
+    let written = watched(py, progress, move |watch| {
+        if !texts.is_empty() {
+            let (ids, bos) = encode(&folder, &texts, watch)?;
+            let most = model::describe(&folder, &how.load)?.context_length.min(CONTEXT);
+            let windows: Vec<_> = match documents {
+                true => ids.into_iter().filter_map(|ids| evaluate::document(ids, most)).collect(),
+                false => evaluate::chunks(&ids.concat(), most, bos),
+            };
+            let limit = limit.unwrap_or(usize::MAX);
+            how.calibration = windows.into_iter().take(limit).map(|w| w.tokens).collect();
+            if how.calibration.is_empty() {
+                let expected = format!("a text of at least {most} tokens");
+                return Err(Error::parameter("calibrate", "too few tokens", expected));
+            }
+        }
+        let report = |what, done, total| watch.report(what, done, total);
+        model::quantize(&folder, &out, how, &watch.stop, &report)
+    })?;
+    let Written { bytes, bits_per_weight, forms, source } = written;
+    let dict = PyDict::new(py);
+    dict.set_item("bytes", bytes)?;
+    dict.set_item("bits_per_weight", bits_per_weight)?;
+    dict.set_item("forms", super::counts(py, forms)?)?;
+    dict.set_item("quantized_before", source)?;
+    Ok(dict)
+}

@@ -1,0 +1,154 @@
+"""`ferrule.quantize` and `ferrule quantize`, from Python and from a shell."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ferrule import (
+    LLM,
+    InvalidParameterError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+    evaluate,
+    quantize,
+)
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "models/training/heldout_stories.txt").read_text()
+MODEL = "tales-1m"
+
+
+def cli(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ferrule", *args]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=300, check=False)
+
+
+def test_same_bits_as_the_source(tmp_path: Path) -> None:
+    written = quantize(MODEL, tmp_path / "out", format="int4")
+    assert written.quantized_before is None
+    with LLM(written.path) as copy, LLM(MODEL, quantization="int4") as source:
+        ids = source.tokenize(TEXT[:400])
+        assert np.array_equal(copy.logits(ids), source.logits(ids))
+        assert copy.info.weight_bytes == source.info.weight_bytes == sum(written.forms.values())
+        assert copy.chat([{"role": "user", "content": "Hi"}], max_tokens=8, temperature=0).text
+    bits = 8 * sum(written.forms.values()) / copy.info.parameters
+    assert written.bits_per_weight == pytest.approx(bits)
+    assert written.bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+
+
+def test_the_packed_layout_is_the_documented_one(tmp_path: Path) -> None:
+    """docs/FORMAT.md, read with NumPy alone."""
+    quantize(MODEL, tmp_path / "out", format="int4", rules={"*.1.mlp.down_proj*": "int8"})
+    data = (tmp_path / "out" / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    down = "model.layers.{}.mlp.down_proj.weight"
+    stored = (ROOT / "models/tales-1m/model.safetensors").read_bytes()
+    begin = 8 + int.from_bytes(stored[:8], "little")
+    original = json.loads(stored[8:begin])
+    for layer, form in ((0, "int4"), (1, "int8")):
+        name = down.format(layer)
+        entry = header[f"{name}:{form}"]
+        assert entry["dtype"] == "U8"
+        a, b = entry["data_offsets"]
+        assert (start + a) % 64 == 0
+        blocks = np.frombuffer(data[start + a : start + b], np.uint8).reshape(entry["shape"])
+        d = blocks[:, :64].copy().view(np.float32)[:, :, None]  # [row blocks, 16, 1]
+        if form == "int8":
+            lines = blocks[:, 64:].view(np.int8).reshape(-1, 64, 16, 4)
+            w8 = lines.transpose(0, 2, 1, 3).reshape(-1, 16, 256)
+        else:
+            sc = blocks[:, 64:128].reshape(-1, 4, 16)
+            sc = np.stack([sc & 15, sc >> 4], axis=-1).transpose(0, 2, 1, 3).reshape(-1, 16, 8) + 1
+            mn = blocks[:, 128:256].view(np.int8).reshape(-1, 4, 16, 2)
+            mn = mn.transpose(0, 2, 1, 3).reshape(-1, 16, 8)
+            q = blocks[:, 256:].reshape(-1, 4, 8, 16, 4)  # t, j, r, i
+            q = np.stack([q & 15, q >> 4], axis=2)  # t, half, j, r, i
+            q = q.transpose(0, 4, 1, 2, 3, 5).reshape(-1, 16, 8, 32).astype(np.int32)
+            w8 = (sc[..., None].astype(np.int32) * q - mn[..., None]).reshape(-1, 16, 256)
+        found = (d * w8).reshape(-1, 256)
+        at = [begin + i for i in original[name]["data_offsets"]]
+        raw = np.frombuffer(stored[at[0] : at[1]], np.uint16).astype(np.uint32) << 16
+        expected = raw.view(np.float32).reshape(original[name]["shape"])
+        error = np.square(found - expected).sum() / np.square(expected).sum()
+        assert found.shape == expected.shape
+        assert error < (0.0002 if form == "int8" else 0.01)
+
+
+def test_calibration_lessens_the_distance(tmp_path: Path) -> None:
+    quantize(MODEL, tmp_path / "a", format="int4")
+    quantize(MODEL, tmp_path / "b", format="int4", calibrate=TEXT[:40_000], chunks=10)
+    kl = []
+    for name in ("a", "b"):
+        found = evaluate(tmp_path / name, TEXT[50_000:70_000], reference=MODEL)
+        assert found.distance is not None
+        kl.append(found.distance.kl.value)
+    assert kl[1] < 0.75 * kl[0]
+
+
+def test_errors(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InvalidParameterError, match="calibrate: found too few tokens"):
+        quantize(MODEL, out, calibrate="too short")
+    with pytest.raises(InvalidParameterError, match="rules: found"):
+        quantize(MODEL, out, rules={"*no-such*": "int8"})
+    with pytest.raises(ModelNotFoundError):
+        quantize(tmp_path / "nothing", out)
+    gguf = next((ROOT / "tests/golden/gguf").rglob("*.gguf"))
+    with pytest.raises(UnsupportedModelError, match="is a GGUF file"):
+        quantize(gguf, out)
+    assert list(tmp_path.iterdir()) == []
+    quantize(MODEL, out)
+    with pytest.raises(InvalidParameterError, match="expected a path where nothing is"):
+        quantize(MODEL, out)
+    with pytest.raises(UnsupportedModelError, match='quantization="auto" only'):
+        LLM(out, quantization="int8")
+
+
+def test_command_line(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rule = "*embed*=int8"
+    done = cli("quantize", MODEL, "-o", str(out), "--rule", rule, "--json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    found = json.loads(done.stdout)
+    assert set(found["forms"]) == {"int4", "int8"}
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["rules"] == [["*embed*", "int8"]]
+    done = cli("info", str(out), "--json")
+    assert json.loads(done.stdout)["model"]["weight_bytes"] == found["forms"]
+    assert cli("quantize", MODEL, "-o", str(out)).returncode == 1
+    assert cli("quantize", MODEL).returncode == 2
+    assert cli("quantize", MODEL, "-o", "x", "--rule", "int8").returncode == 2
+
+
+def test_a_source_that_was_quantized_before(tmp_path: Path) -> None:
+    golden = ROOT / "tests/golden/quant-gpt-oss-mxfp4-a"
+    done = cli("quantize", str(golden), "-o", str(tmp_path / "out"), "-f", "int8")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("ferrule: note: the source was quantized before (mxfp4)")
+    done = cli("info", str(tmp_path / "out"), "--json")
+    assert {"mxfp4", "int8"} <= set(json.loads(done.stdout)["model"]["weight_bytes"])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "text"
+    path.write_text(TEXT * 20)
+    (tmp_path / "place").mkdir()
+    out = tmp_path / "place" / "out"
+    command = [sys.executable, "-m", "ferrule", "quantize", "tales-4m", "-o", str(out)]
+    process = subprocess.Popen([*command, "--calibrate", str(path)], stderr=subprocess.PIPE)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert list((tmp_path / "place").iterdir()) == []
