@@ -61,12 +61,16 @@ def test_there_are_these_sets() -> None:
 
 
 def test_shared_kernels_belong_to_a_set_that_asks_for_them() -> None:
-    """`x86/mxfp4.rs` has functions of two sets, named after them."""
-    text = (KERNELS / "x86/mxfp4.rs").read_text(encoding="utf-8")
+    """Files without a set have functions `gemm_SET`, named after the set that they are of."""
     pattern = r'target_feature\(enable = "([^"]+)"\)\]\s*(?:#\[.*\]\s*)*(?:pub\S* )?unsafe fn (\w+)'
-    entries = {name: set(features.split(",")) for features, name in re.findall(pattern, text)}
-    gemms = {name: features for name, features in entries.items() if name.startswith("gemm")}
-    assert gemms
-    for name, features in gemms.items():
-        kernels = "avx512vnni" if "512" in name else "avx2"
-        assert features <= detected(KERNELS / f"x86/{kernels}.rs"), name
+    sets = {path.stem: path for path in SETS}
+    checked = 0
+    for path in [*(KERNELS / "x86").glob("*.rs"), *(KERNELS / "arm").glob("*.rs")]:
+        if path in SETS:
+            continue
+        for features, name in re.findall(pattern, path.read_text(encoding="utf-8")):
+            kernels = sets.get(name.removeprefix("gemm_"))
+            if name.startswith("gemm_") and kernels:
+                assert set(features.split(",")) <= detected(kernels), (path.name, name)
+                checked += 1
+    assert checked >= 4
