@@ -61,7 +61,7 @@ def test_there_are_these_sets() -> None:
 
 
 def test_shared_kernels_belong_to_a_set_that_asks_for_them() -> None:
-    """Files without a set have functions `gemm_SET`, named after the set; a file 512 is of avx512vnni."""
+    """Files without a set have `gemm_SET`, named after it; a file 512 is of avx512vnni."""
     pattern = r'target_feature\(enable = "([^"]+)"\)\]\s*(?:#\[.*\]\s*)*(?:pub\S* )?unsafe fn (\w+)'
     sets = {path.stem: path for path in SETS}
     checked = 0
