@@ -61,7 +61,7 @@ def test_there_are_these_sets() -> None:
 
 
 def test_shared_kernels_belong_to_a_set_that_asks_for_them() -> None:
-    """Files without a set have functions `gemm_SET`, named after the set that they are of."""
+    """Files without a set have `gemm_SET`, named after it; a file 512 is of avx512vnni."""
     pattern = r'target_feature\(enable = "([^"]+)"\)\]\s*(?:#\[.*\]\s*)*(?:pub\S* )?unsafe fn (\w+)'
     sets = {path.stem: path for path in SETS}
     checked = 0
@@ -70,7 +70,9 @@ def test_shared_kernels_belong_to_a_set_that_asks_for_them() -> None:
             continue
         for features, name in re.findall(pattern, path.read_text(encoding="utf-8")):
             kernels = sets.get(name.removeprefix("gemm_"))
-            if name.startswith("gemm_") and kernels:
+            if path.stem.endswith("512"):
+                kernels = sets["avx512vnni"]
+            if kernels:
                 assert set(features.split(",")) <= detected(kernels), (path.name, name)
                 checked += 1
-    assert checked >= 4
+    assert checked > 4
