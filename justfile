@@ -80,6 +80,10 @@ wheel:
         env -u PYTHONPATH {{ justfile_directory() }}/target/clean/bin/ferrule run "Tell me a story about a fox and a lantern." && \
         {{ justfile_directory() }}/target/clean/bin/ferrule info tales-1m && rmdir "$empty"
 
+# Every fuzz target for so many seconds (60), two at a time; a C++ compiler builds libFuzzer.
+fuzz *args:
+    tools/fuzz.sh {{ args }}
+
 # The ARM kernel sets under emulation (Debian on x86-64, as root; see tools/arm/README.md).
 arm *args:
     tools/arm/test.sh {{ args }}
