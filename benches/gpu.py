@@ -110,13 +110,17 @@ def correctness() -> dict[str, Any]:
     tested, refused, different = 0, [], []
     for name in models:
         for quantization, kv in (("none", "f32"), ("int8", "int8"), ("int4", "f16")):
-            options = {"quantization": quantization, "kv_cache_dtype": kv, "progress": False}
+            options: dict[str, Any] = {
+                "quantization": quantization,
+                "kv_cache_dtype": kv,
+                "progress": False,
+            }
             try:
-                cuda = LLM(name, device="cuda", **options)  # type: ignore[arg-type]
+                cuda = LLM(name, device="cuda", **options)
             except ferrule.UnsupportedModelError:
                 refused.append(name)
                 break
-            cpu = LLM(name, device="cpu", **options)  # type: ignore[arg-type]
+            cpu = LLM(name, device="cpu", **options)
             with cpu, cuda:
                 vocab = min(llm.info.vocab_size for llm in (cpu, cuda))
                 ids = [(7 * i * i + 3 * i) % vocab for i in range(150)]
@@ -126,10 +130,10 @@ def correctness() -> dict[str, Any]:
                     off = float(np.max(np.abs(want - found[0])))
                     different.append(f"{name} {quantization} {kv}: logits, by {off:.3g}")
                 prompts = [ids[i : i + 20 + 7 * i] for i in range(5)]
-                rules = {"max_tokens": 40, "temperature": 0, "ignore_eos": True}
-                batch = [a.token_ids for a in cuda.generate(prompts, **rules)]  # type: ignore[arg-type]
-                again = [cuda.generate(p, **rules).token_ids for p in prompts]  # type: ignore[arg-type]
-                on_cpu = [a.token_ids for a in cpu.generate(prompts, **rules)]  # type: ignore[arg-type]
+                rules: dict[str, Any] = {"max_tokens": 40, "temperature": 0, "ignore_eos": True}
+                batch = [a.token_ids for a in cuda.generate(prompts, **rules)]
+                again = [cuda.generate(p, **rules).token_ids for p in prompts]
+                on_cpu = [a.token_ids for a in cpu.generate(prompts, **rules)]
                 if not batch == again == on_cpu:
                     different.append(f"{name} {quantization} {kv}: greedy ids")
             tested += 1
@@ -173,7 +177,7 @@ def products(gb_per_s: float, end: float) -> list[dict[str, Any]]:
 def peers() -> dict[str, float] | str:
     """PyTorch's bf16 product of one token, in microseconds."""
     try:
-        import torch  # type: ignore[import-not-found]
+        import torch  # type: ignore[import-not-found]  # a peer, where it is installed
     except ImportError:
         return "no PyTorch"
     found = {}
@@ -201,8 +205,13 @@ def model(name: str, end: float) -> dict[str, Any]:
         write = [sys.executable, HERE / "random_model.py", name, folder]
         subprocess.run(write, check=True, capture_output=True)
         began = time.monotonic()
-        options = {"device": "cuda", "quantization": "int4", "max_batch": 32, "progress": False}
-        with LLM(folder, weight_cache=False, context_length=10240, **options) as llm:  # type: ignore[arg-type]
+        options: dict[str, Any] = {
+            "device": "cuda",
+            "quantization": "int4",
+            "max_batch": 32,
+            "progress": False,
+        }
+        with LLM(folder, weight_cache=False, context_length=10240, **options) as llm:
             report["load_s"] = time.monotonic() - began
             report["weight_bytes"] = llm.info.weight_bytes
             vocab = llm.info.vocab_size
@@ -223,13 +232,13 @@ def generated(llm: LLM, vocab: int, depth: int, batch: int) -> dict[str, Any]:
     """Tokens per second of generating 128 tokens in each of some sequences after a warm-up."""
     rng = np.random.default_rng(depth + batch)
     prompts = [rng.integers(vocab, size=depth + 8).tolist() for _ in range(batch)]
-    rules = {"temperature": 0, "ignore_eos": True}
-    llm.generate(prompts, max_tokens=8, **rules)  # type: ignore[arg-type]
+    rules: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
+    llm.generate(prompts, max_tokens=8, **rules)
     speeds, joules = [], []
     for _ in range(3):
         before = energy_mj()
         began = time.monotonic()
-        answers = llm.generate(prompts, max_tokens=128, **rules)  # type: ignore[arg-type]
+        answers = llm.generate(prompts, max_tokens=128, **rules)
         took = time.monotonic() - began
         first = max(a.stats.ttft_s or 0.0 for a in answers)
         speeds.append(batch * 127 / (took - first))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,9 +94,9 @@ def test_a_model_has_no_distance_from_itself() -> None:
         (TEXT, {"quantization": "int5"}, "quantization: found"),
     ],
 )
-def test_what_cannot_be_measured(text: str, more: dict[str, object], message: str) -> None:
+def test_what_cannot_be_measured(text: str, more: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidParameterError, match=message):
-        evaluate(MODEL, text, **more)  # type: ignore[arg-type]
+        evaluate(MODEL, text, **more)
 
 
 def test_another_tokenizer_is_an_error() -> None:

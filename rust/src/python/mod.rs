@@ -4,17 +4,16 @@
 mod convert;
 mod device;
 mod driver;
+mod facts;
 mod matrix;
 mod quality;
 mod quantize;
 mod watch;
 
 use crate::backend::Backend;
-use crate::backend::cpu::{self, Tiles, topology};
+use crate::backend::cpu::{self, Tiles};
 use crate::chat::{ChatTemplate, special_tokens};
 use crate::engine::{self, EngineConfig};
-use crate::file;
-use crate::kernels;
 use crate::model::{self, Forward, KvDtype, LoadOptions, Model, Quantization, Wish};
 use crate::sample::Sampling;
 use crate::tokenizer::Tokenizer;
@@ -22,7 +21,6 @@ use crate::{Error, Result};
 use convert::{Processor, count, exception};
 use driver::{Inbox, Ticket};
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 use std::path::{Path, PathBuf};
@@ -564,76 +562,6 @@ fn parsed<T: DeserializeOwned>(field: &'static str, text: &str, expected: &str) 
     serde_json::from_str(text).map_err(|error| Error::parameter(field, error, expected))
 }
 
-/// What the model in `folder` is and will take, without loading it: `ferrule info` and `ferrule plan`.
-#[pyfunction]
-#[pyo3(signature = (folder, *, quantization, kv_cache_dtype, context_length, weight_cache, family))]
-fn describe<'py>(
-    py: Python<'py>,
-    folder: &str,
-    quantization: &str,
-    kv_cache_dtype: &str,
-    context_length: Option<usize>,
-    weight_cache: bool,
-    family: Option<String>,
-) -> PyResult<Bound<'py, PyDict>> {
-    let describe = || {
-        let options = LoadOptions {
-            quantization: named("quantization", quantization, &QUANTIZATIONS)?,
-            kv_dtype: named("kv_cache_dtype", kv_cache_dtype, &KV_DTYPES)?,
-            family,
-            ..LoadOptions::default()
-        };
-        let found = model::describe(Path::new(folder), &options)?;
-        let wish = Wish { cache: weight_cache, context_length, kv_bytes: None, max_batch: 1 };
-        let budget = found.budget(&wish, cpu::memory().available);
-        Ok((found, budget, ChatTemplate::open(Path::new(folder))?.is_some()))
-    };
-    let (found, budget, chat_template) = py.detach(describe).map_err(raise(py))?;
-    let dict = PyDict::new(py);
-    dict.set_item("architecture", found.architecture)?;
-    dict.set_item("family", found.family)?;
-    dict.set_item("parameters", found.parameters)?;
-    dict.set_item("active_parameters", found.active_parameters)?;
-    dict.set_item("layers", counts(py, found.layers)?)?;
-    dict.set_item("hidden_size", found.hidden)?;
-    dict.set_item("vocab_size", found.vocab)?;
-    dict.set_item("context_length", found.context_length)?;
-    dict.set_item("chat_template", chat_template)?;
-    if let Some(quantization) = found.quantization {
-        dict.set_item("stored_quantization", quantization)?;
-    }
-    dict.set_item("stored_bytes", counts(py, found.stored)?)?;
-    dict.set_item("weight_bytes", counts(py, found.packed)?)?;
-    dict.set_item("kv_cache_dtype", kv_cache_dtype)?;
-    dict.set_item("kv_bytes_1000_tokens", found.kv_bytes_1000)?;
-    dict.set_item("kv_bytes_context", found.kv_bytes_context)?;
-    dict.set_item("working_bytes", found.working)?;
-    dict.set_item("available_bytes", cpu::memory().available)?;
-    dict.set_item("fits", budget.is_ok())?;
-    match budget {
-        Ok(budget) => {
-            dict.set_item("weights_mapped", budget.mapped)?;
-            dict.set_item("loading_bytes", budget.loading)?;
-            dict.set_item("context_length_here", budget.context_length)?;
-            dict.set_item("notes", budget.notes)?;
-        }
-        Err(error) => dict.set_item("notes", [error.to_string()])?,
-    }
-    Ok(dict)
-}
-
-/// Pairs as a dict in their order.
-fn counts<'py>(
-    py: Python<'py>,
-    pairs: Vec<(impl IntoPyObject<'py>, impl IntoPyObject<'py>)>,
-) -> PyResult<Bound<'py, PyDict>> {
-    let dict = PyDict::new(py);
-    for (name, count) in pairs {
-        dict.set_item(name, count)?;
-    }
-    Ok(dict)
-}
-
 /// The value that a name stands for.
 fn named<T: Copy>(field: &'static str, name: &str, table: &[(&str, T)]) -> Result<T> {
     let found = table.iter().find(|(known, _)| *known == name).map(|(_, value)| *value);
@@ -643,83 +571,21 @@ fn named<T: Copy>(field: &'static str, name: &str, table: &[(&str, T)]) -> Resul
     })
 }
 
-/// Instructions that the kernel sets look for and this CPU has.
-#[pyfunction]
-fn cpu_features() -> Vec<&'static str> {
-    kernels::cpu_features()
-}
-
-/// The kernel set in use: the best one, or what FERRULE_ISA names.
-#[pyfunction]
-fn kernel_set(py: Python<'_>) -> PyResult<&'static str> {
-    let chosen = kernels::choose(std::env::var("FERRULE_ISA").ok().as_deref());
-    chosen.map(|set| set.name()).map_err(raise(py))
-}
-
-/// Kernel sets that this CPU can run, best first.
-#[pyfunction]
-fn kernel_sets() -> Vec<&'static str> {
-    kernels::available().map(|set| set.name()).collect()
-}
-
-/// Threads that threads="auto" means now, and why.
-#[pyfunction]
-fn threads() -> (usize, String) {
-    let threads = topology::auto();
-    (threads.count, threads.why)
-}
-
-/// Memory in bytes: all of it, what can be had without swapping, and the least limit of a cgroup.
-#[pyfunction]
-fn memory() -> (u64, u64, Option<u64>) {
-    let memory = cpu::memory();
-    (memory.total, memory.available, memory.limit)
-}
-
-/// Bytes that `threads` threads read from memory in a second: the best of passes over `bytes` bytes in a third of one.
-#[pyfunction]
-fn memory_bandwidth(py: Python<'_>, threads: usize, bytes: usize) -> PyResult<f64> {
-    let measure = || {
-        let reader = cpu::Reader::new(threads, bytes)?;
-        let (began, mut best) = (Instant::now(), Duration::MAX);
-        while best == Duration::MAX || began.elapsed() < Duration::from_millis(333) {
-            let pass = Instant::now();
-            reader.read();
-            best = best.min(pass.elapsed());
-        }
-        Ok(bytes as f64 / best.as_secs_f64())
-    };
-    py.detach(measure).map_err(raise(py))
-}
-
-/// What a file or a folder says about itself, as JSON.
-#[pyfunction]
-fn inspect(py: Python<'_>, path: PathBuf) -> PyResult<String> {
-    let report = py.detach(|| file::inspect(&path));
-    report.map(|report| report.to_string()).map_err(raise(py))
-}
-
-/// The GGUF file that `path` is, or that the folder `path` has for a model.
-#[pyfunction]
-fn gguf_at(py: Python<'_>, path: PathBuf) -> PyResult<Option<PathBuf>> {
-    file::gguf_at(&path).map_err(raise(py))
-}
-
 /// `ferrule._core`.
 #[pymodule(gil_used = false)] // every class is frozen, and what changes in it is behind a lock
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("version", env!("CARGO_PKG_VERSION"))?;
-    module.add_function(wrap_pyfunction!(kernel_set, module)?)?;
-    module.add_function(wrap_pyfunction!(kernel_sets, module)?)?;
-    module.add_function(wrap_pyfunction!(threads, module)?)?;
+    module.add_function(wrap_pyfunction!(facts::kernel_set, module)?)?;
+    module.add_function(wrap_pyfunction!(facts::kernel_sets, module)?)?;
+    module.add_function(wrap_pyfunction!(facts::threads, module)?)?;
     module.add_function(wrap_pyfunction!(device::cuda_devices, module)?)?;
     module.add_function(wrap_pyfunction!(device::cuda_time, module)?)?;
-    module.add_function(wrap_pyfunction!(memory, module)?)?;
-    module.add_function(wrap_pyfunction!(memory_bandwidth, module)?)?;
-    module.add_function(wrap_pyfunction!(describe, module)?)?;
-    module.add_function(wrap_pyfunction!(cpu_features, module)?)?;
-    module.add_function(wrap_pyfunction!(gguf_at, module)?)?;
-    module.add_function(wrap_pyfunction!(inspect, module)?)?;
+    module.add_function(wrap_pyfunction!(facts::memory, module)?)?;
+    module.add_function(wrap_pyfunction!(facts::memory_bandwidth, module)?)?;
+    module.add_function(wrap_pyfunction!(facts::describe, module)?)?;
+    module.add_function(wrap_pyfunction!(facts::cpu_features, module)?)?;
+    module.add_function(wrap_pyfunction!(facts::gguf_at, module)?)?;
+    module.add_function(wrap_pyfunction!(facts::inspect, module)?)?;
     module.add_function(wrap_pyfunction!(matrix::quantize_int4, module)?)?;
     module.add_function(wrap_pyfunction!(matrix::quantize_int8, module)?)?;
     module.add_function(wrap_pyfunction!(quality::evaluate, module)?)?;

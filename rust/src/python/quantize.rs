@@ -71,7 +71,7 @@ pub(super) fn quantize<'py>(
     let dict = PyDict::new(py);
     dict.set_item("bytes", bytes)?;
     dict.set_item("bits_per_weight", bits_per_weight)?;
-    dict.set_item("forms", super::counts(py, forms)?)?;
+    dict.set_item("forms", super::facts::counts(py, forms)?)?;
     dict.set_item("quantized_before", source)?;
     Ok(dict)
 }

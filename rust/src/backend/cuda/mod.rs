@@ -3,6 +3,7 @@
 //! [`probe`] has.
 
 mod attention;
+mod buf;
 mod device;
 mod kv;
 mod launch;
@@ -11,6 +12,7 @@ mod pack;
 mod probe;
 mod time;
 
+pub use buf::Buf;
 pub use kv::Kv;
 pub use probe::{DeviceInfo, DriverInfo, Unavailable, probe};
 
@@ -21,7 +23,6 @@ use super::{
 };
 use crate::{Error, Result};
 use device::{Device, Memory};
-use std::cell::{Cell, RefCell};
 use std::sync::{Arc, Mutex};
 
 /// Tokens up to which a product reads weights token by token; beyond, tensor cores take 64 at once.
@@ -36,51 +37,6 @@ pub struct Cuda {
     cpu: Cpu,
     /// Parts of attention that is split over chunks of keys.
     parts: Mutex<Memory>,
-}
-
-/// Activations `[rows, width]` on the device.
-pub struct Buf {
-    device: Arc<Device>,
-    memory: Memory,
-    /// Where they are: in `memory`, or among a step's inputs.
-    at: u64,
-    rows: usize,
-    width: usize,
-    /// The same, quantized, if `fresh`.
-    acts: RefCell<Memory>,
-    fresh: Cell<bool>,
-}
-
-impl Buf {
-    fn new(device: &Arc<Device>) -> Buf {
-        Buf {
-            device: device.clone(),
-            memory: Memory::none(),
-            at: 0,
-            rows: 0,
-            width: 0,
-            acts: RefCell::new(Memory::none()),
-            fresh: Cell::new(false),
-        }
-    }
-    /// Makes room; the values are unspecified.
-    fn shape(&mut self, rows: usize, width: usize) {
-        self.device.grow(&mut self.memory, rows * width * 4);
-        (self.at, self.rows, self.width) = (self.memory.at, rows, width);
-        self.fresh.set(false);
-    }
-    /// Blocks of 256 numbers of a row.
-    fn blocks(&self) -> usize {
-        pack::groups(self.width).1
-    }
-    /// Where the quantized values go.
-    fn acts(&self) -> launch::Acts {
-        let blocks = self.rows * self.blocks();
-        let mut memory = self.acts.borrow_mut();
-        self.device.grow(&mut memory, blocks * (256 + 16 + 4));
-        let q = memory.at;
-        launch::Acts { q, sums: q + blocks as u64 * 256, s: q + blocks as u64 * 272 }
-    }
 }
 
 /// A matrix in tiles.
