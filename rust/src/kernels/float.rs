@@ -88,7 +88,7 @@ macro_rules! instantiate {
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn pack_q4(x: &Rows, k: usize, out: &mut [u8]) {
-                crate::kernels::pack::pack_q4(x, k, out)
+                crate::kernels::pack::pack_q4::<$v>(x, k, out)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn pack_q8(x: &Rows, k: usize, out: &mut [u8]) {

@@ -22,8 +22,38 @@ pub(super) trait F32x16: Copy {
     /// `self * a + b` with one rounding.
     fn fma(self, a: Self, b: Self) -> Self;
     fn mul(self, a: Self) -> Self;
+    fn add(self, a: Self) -> Self;
+    fn sub(self, a: Self) -> Self;
+    fn div(self, a: Self) -> Self;
+    /// The smaller; of numbers that are no NaN.
+    fn min(self, a: Self) -> Self;
+    /// The larger; of numbers that are no NaN.
+    fn max(self, a: Self) -> Self;
+    fn abs(self) -> Self;
+    fn floor(self) -> Self;
+    /// To the nearest integer, ties to even.
+    fn round(self) -> Self;
+    /// `yes` where `self < a`, else `no`.
+    fn if_less(self, a: Self, yes: Self, no: Self) -> Self;
+    /// Lane `j` of vector `i` becomes lane `i` of vector `j`.
+    fn transpose(x: &mut [Self; 16]);
     /// Asks for the line at an address, any address, into L2. Speed only.
     fn prefetch(_: *const u8) {}
+}
+
+/// Functions of two numbers, lane by lane.
+macro_rules! each {
+    ($($name:ident = |$x:ident, $a:ident| $value:expr;)+) => {
+        $(#[inline(always)]
+        fn $name(self, a: Self) -> Self {
+            let mut out = self;
+            for i in 0..16 {
+                let ($x, $a) = (self.0[i], a.0[i]);
+                out.0[i] = $value;
+            }
+            out
+        })+
+    };
 }
 
 /// The specification of [`F32x16`].
@@ -60,7 +90,33 @@ impl F32x16 for Lanes {
     fn fma(self, a: Self, b: Self) -> Self {
         Lanes(std::array::from_fn(|i| self.0[i].mul_add(a.0[i], b.0[i])))
     }
-    fn mul(self, a: Self) -> Self {
-        Lanes(std::array::from_fn(|i| self.0[i] * a.0[i]))
+    each! {
+        mul = |x, a| x * a;
+        add = |x, a| x + a;
+        sub = |x, a| x - a;
+        div = |x, a| x / a;
+        // Not those of f32, which take care of NaN.
+        min = |x, a| if x < a { x } else { a };
+        max = |x, a| if x > a { x } else { a };
+    }
+    #[inline(always)]
+    fn abs(self) -> Self {
+        Lanes(self.0.map(f32::abs))
+    }
+    #[inline(always)]
+    fn floor(self) -> Self {
+        Lanes(self.0.map(f32::floor))
+    }
+    #[inline(always)]
+    fn round(self) -> Self {
+        Lanes(self.0.map(f32::round_ties_even))
+    }
+    #[inline(always)]
+    fn if_less(self, a: Self, yes: Self, no: Self) -> Self {
+        Lanes(std::array::from_fn(|i| if self.0[i] < a.0[i] { yes.0[i] } else { no.0[i] }))
+    }
+    #[inline(always)]
+    fn transpose(x: &mut [Self; 16]) {
+        *x = std::array::from_fn(|j| Lanes(x.map(|x| x.0[j])));
     }
 }

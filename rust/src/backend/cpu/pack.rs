@@ -111,10 +111,14 @@ impl Cpu {
 fn finite(x: &[f32]) -> std::result::Result<(), usize> {
     // The sum of x * 0 is 0 unless something is not finite; vectors make that cheap.
     let mut lanes = [0.0f32; 16];
-    for x in x.chunks(16) {
-        for (lane, x) in lanes.iter_mut().zip(x) {
-            *lane += x * 0.0;
+    let (chunks, rest) = x.as_chunks::<16>();
+    for x in chunks {
+        for i in 0..16 {
+            lanes[i] += x[i] * 0.0;
         }
+    }
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane += x * 0.0;
     }
     if lanes.iter().all(|&l| l == 0.0) {
         return Ok(());

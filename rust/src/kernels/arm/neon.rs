@@ -114,6 +114,84 @@ impl F32x16 for Lanes4 {
         // SAFETY: see above.
         Lanes4(std::array::from_fn(|h| unsafe { vmulq_f32(self.0[h], a.0[h]) }))
     }
+    #[inline(always)]
+    fn add(self, a: Self) -> Self {
+        // SAFETY: see above.
+        Lanes4(std::array::from_fn(|h| unsafe { vaddq_f32(self.0[h], a.0[h]) }))
+    }
+    #[inline(always)]
+    fn sub(self, a: Self) -> Self {
+        // SAFETY: see above.
+        Lanes4(std::array::from_fn(|h| unsafe { vsubq_f32(self.0[h], a.0[h]) }))
+    }
+    #[inline(always)]
+    fn div(self, a: Self) -> Self {
+        // SAFETY: see above.
+        Lanes4(std::array::from_fn(|h| unsafe { vdivq_f32(self.0[h], a.0[h]) }))
+    }
+    #[inline(always)]
+    fn min(self, a: Self) -> Self {
+        // SAFETY: see above.
+        Lanes4(std::array::from_fn(|h| unsafe { vminq_f32(self.0[h], a.0[h]) }))
+    }
+    #[inline(always)]
+    fn max(self, a: Self) -> Self {
+        // SAFETY: see above.
+        Lanes4(std::array::from_fn(|h| unsafe { vmaxq_f32(self.0[h], a.0[h]) }))
+    }
+    #[inline(always)]
+    fn abs(self) -> Self {
+        // SAFETY: see above.
+        Lanes4(self.0.map(|x| unsafe { vabsq_f32(x) }))
+    }
+    #[inline(always)]
+    fn floor(self) -> Self {
+        // SAFETY: see above.
+        Lanes4(self.0.map(|x| unsafe { vrndmq_f32(x) }))
+    }
+    #[inline(always)]
+    fn round(self) -> Self {
+        // SAFETY: see above.
+        Lanes4(self.0.map(|x| unsafe { vrndnq_f32(x) }))
+    }
+    #[inline(always)]
+    fn if_less(self, a: Self, yes: Self, no: Self) -> Self {
+        // SAFETY: see above.
+        Lanes4(std::array::from_fn(|h| unsafe {
+            vbslq_f32(vcltq_f32(self.0[h], a.0[h]), yes.0[h], no.0[h])
+        }))
+    }
+    #[inline(always)]
+    fn transpose(x: &mut [Self; 16]) {
+        // 4 x 4 numbers of each register, then the 4 x 4 of these.
+        for x in x.as_chunks_mut::<4>().0 {
+            for h in 0..4 {
+                let four = transpose_4([x[0].0[h], x[1].0[h], x[2].0[h], x[3].0[h]]);
+                for i in 0..4 {
+                    x[i].0[h] = four[i];
+                }
+            }
+        }
+        for i in 0..4 {
+            let four = [x[i].0, x[i + 4].0, x[i + 8].0, x[i + 12].0];
+            for h in 0..4 {
+                x[i + 4 * h] = Lanes4([four[0][h], four[1][h], four[2][h], four[3][h]]);
+            }
+        }
+    }
+}
+
+/// Number `j` of register `i` becomes number `i` of register `j`.
+#[inline(always)]
+fn transpose_4([a, b, c, d]: [float32x4_t; 4]) -> [float32x4_t; 4] {
+    // SAFETY: NEON, as above.
+    unsafe {
+        let pairs = |a, b| vreinterpretq_f64_f32(vtrn1q_f32(a, b));
+        let odd = |a, b| vreinterpretq_f64_f32(vtrn2q_f32(a, b));
+        let [e, f, g, h] = [pairs(a, b), odd(a, b), pairs(c, d), odd(c, d)];
+        [vtrn1q_f64(e, g), vtrn1q_f64(f, h), vtrn2q_f64(e, g), vtrn2q_f64(f, h)]
+            .map(|x| vreinterpretq_f32_f64(x))
+    }
 }
 
 /// Tokens up to which unpacking costs more than the direct kernel's group scales.

@@ -125,10 +125,114 @@ impl F32x16 for Ymm2 {
         unsafe { Ymm2(_mm256_mul_ps(self.0, a.0), _mm256_mul_ps(self.1, a.1)) }
     }
     #[inline(always)]
+    fn add(self, a: Self) -> Self {
+        // SAFETY: see above.
+        unsafe { Ymm2(_mm256_add_ps(self.0, a.0), _mm256_add_ps(self.1, a.1)) }
+    }
+    #[inline(always)]
+    fn sub(self, a: Self) -> Self {
+        // SAFETY: see above.
+        unsafe { Ymm2(_mm256_sub_ps(self.0, a.0), _mm256_sub_ps(self.1, a.1)) }
+    }
+    #[inline(always)]
+    fn div(self, a: Self) -> Self {
+        // SAFETY: see above.
+        unsafe { Ymm2(_mm256_div_ps(self.0, a.0), _mm256_div_ps(self.1, a.1)) }
+    }
+    #[inline(always)]
+    fn min(self, a: Self) -> Self {
+        // SAFETY: see above.
+        unsafe { Ymm2(_mm256_min_ps(self.0, a.0), _mm256_min_ps(self.1, a.1)) }
+    }
+    #[inline(always)]
+    fn max(self, a: Self) -> Self {
+        // SAFETY: see above.
+        unsafe { Ymm2(_mm256_max_ps(self.0, a.0), _mm256_max_ps(self.1, a.1)) }
+    }
+    #[inline(always)]
+    fn abs(self) -> Self {
+        // SAFETY: see above.
+        unsafe {
+            let sign = _mm256_set1_ps(-0.0);
+            Ymm2(_mm256_andnot_ps(sign, self.0), _mm256_andnot_ps(sign, self.1))
+        }
+    }
+    #[inline(always)]
+    fn floor(self) -> Self {
+        // SAFETY: see above.
+        unsafe { Ymm2(_mm256_floor_ps(self.0), _mm256_floor_ps(self.1)) }
+    }
+    #[inline(always)]
+    fn round(self) -> Self {
+        const EVEN: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+        // SAFETY: see above.
+        unsafe { Ymm2(_mm256_round_ps::<EVEN>(self.0), _mm256_round_ps::<EVEN>(self.1)) }
+    }
+    #[inline(always)]
+    fn if_less(self, a: Self, yes: Self, no: Self) -> Self {
+        // SAFETY: see above.
+        unsafe {
+            let less = _mm256_cmp_ps::<_CMP_LT_OQ>(self.0, a.0);
+            let first = _mm256_blendv_ps(no.0, yes.0, less);
+            let less = _mm256_cmp_ps::<_CMP_LT_OQ>(self.1, a.1);
+            Ymm2(first, _mm256_blendv_ps(no.1, yes.1, less))
+        }
+    }
+    #[inline(always)]
+    fn transpose(x: &mut [Self; 16]) {
+        // SAFETY: see above.
+        unsafe {
+            // 4 x 4 numbers of each 128 bits, then the 4 x 4 of these.
+            for x in x.as_chunks_mut::<4>().0 {
+                let first = [x[0].0, x[1].0, x[2].0, x[3].0];
+                let second = [x[0].1, x[1].1, x[2].1, x[3].1];
+                let (first, second) = (transpose_4(first), transpose_4(second));
+                for i in 0..4 {
+                    x[i] = Ymm2(first[i], second[i]);
+                }
+            }
+            for i in 0..4 {
+                let [a, b, c, d] = [x[i], x[i + 4], x[i + 8], x[i + 12]];
+                const LOW: i32 = 0x20;
+                const HIGH: i32 = 0x31;
+                x[i] = Ymm2(
+                    _mm256_permute2f128_ps::<LOW>(a.0, b.0),
+                    _mm256_permute2f128_ps::<LOW>(c.0, d.0),
+                );
+                x[i + 4] = Ymm2(
+                    _mm256_permute2f128_ps::<HIGH>(a.0, b.0),
+                    _mm256_permute2f128_ps::<HIGH>(c.0, d.0),
+                );
+                x[i + 8] = Ymm2(
+                    _mm256_permute2f128_ps::<LOW>(a.1, b.1),
+                    _mm256_permute2f128_ps::<LOW>(c.1, d.1),
+                );
+                x[i + 12] = Ymm2(
+                    _mm256_permute2f128_ps::<HIGH>(a.1, b.1),
+                    _mm256_permute2f128_ps::<HIGH>(c.1, d.1),
+                );
+            }
+        }
+    }
+    #[inline(always)]
     fn prefetch(p: *const u8) {
         // SAFETY: a prefetch reads nothing that the program sees and never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
     }
+}
+
+/// Number `j` of each 128 bits of vector `i` becomes number `i` of vector `j`.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn transpose_4([a, b, c, d]: [__m256; 4]) -> [__m256; 4] {
+    let [e, f] = [_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b)];
+    let [g, h] = [_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d)];
+    [
+        _mm256_shuffle_ps::<0x44>(e, g),
+        _mm256_shuffle_ps::<0xee>(e, g),
+        _mm256_shuffle_ps::<0x44>(f, h),
+        _mm256_shuffle_ps::<0xee>(f, h),
+    ]
 }
 
 /// Bytes read ahead of the multiplication. Speed only, never results.

@@ -104,6 +104,86 @@ impl F32x16 for Zmm {
         Zmm(unsafe { _mm512_mul_ps(self.0, a.0) })
     }
     #[inline(always)]
+    fn add(self, a: Self) -> Self {
+        // SAFETY: see above.
+        Zmm(unsafe { _mm512_add_ps(self.0, a.0) })
+    }
+    #[inline(always)]
+    fn sub(self, a: Self) -> Self {
+        // SAFETY: see above.
+        Zmm(unsafe { _mm512_sub_ps(self.0, a.0) })
+    }
+    #[inline(always)]
+    fn div(self, a: Self) -> Self {
+        // SAFETY: see above.
+        Zmm(unsafe { _mm512_div_ps(self.0, a.0) })
+    }
+    #[inline(always)]
+    fn min(self, a: Self) -> Self {
+        // SAFETY: see above.
+        Zmm(unsafe { _mm512_min_ps(self.0, a.0) })
+    }
+    #[inline(always)]
+    fn max(self, a: Self) -> Self {
+        // SAFETY: see above.
+        Zmm(unsafe { _mm512_max_ps(self.0, a.0) })
+    }
+    #[inline(always)]
+    fn abs(self) -> Self {
+        // SAFETY: see above.
+        Zmm(unsafe { _mm512_abs_ps(self.0) })
+    }
+    #[inline(always)]
+    fn floor(self) -> Self {
+        // SAFETY: see above.
+        Zmm(unsafe {
+            _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC }>(self.0)
+        })
+    }
+    #[inline(always)]
+    fn round(self) -> Self {
+        // SAFETY: see above.
+        Zmm(unsafe {
+            _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0)
+        })
+    }
+    #[inline(always)]
+    fn if_less(self, a: Self, yes: Self, no: Self) -> Self {
+        // SAFETY: see above.
+        unsafe {
+            let less = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(self.0, a.0);
+            Zmm(_mm512_mask_blend_ps(less, no.0, yes.0))
+        }
+    }
+    #[inline(always)]
+    fn transpose(x: &mut [Self; 16]) {
+        // SAFETY: see above.
+        unsafe {
+            // 4 x 4 numbers of each 128 bits, then the 4 x 4 of these.
+            for x in x.as_chunks_mut::<4>().0 {
+                let [a, b] =
+                    [_mm512_unpacklo_ps(x[0].0, x[1].0), _mm512_unpackhi_ps(x[0].0, x[1].0)];
+                let [c, d] =
+                    [_mm512_unpacklo_ps(x[2].0, x[3].0), _mm512_unpackhi_ps(x[2].0, x[3].0)];
+                x[0] = Zmm(_mm512_shuffle_ps::<0x44>(a, c));
+                x[1] = Zmm(_mm512_shuffle_ps::<0xee>(a, c));
+                x[2] = Zmm(_mm512_shuffle_ps::<0x44>(b, d));
+                x[3] = Zmm(_mm512_shuffle_ps::<0xee>(b, d));
+            }
+            for i in 0..4 {
+                let [a, b, c, d] = [x[i].0, x[i + 4].0, x[i + 8].0, x[i + 12].0];
+                let [e, f] =
+                    [_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xee>(a, b)];
+                let [g, h] =
+                    [_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xee>(c, d)];
+                x[i] = Zmm(_mm512_shuffle_f32x4::<0x88>(e, g));
+                x[i + 4] = Zmm(_mm512_shuffle_f32x4::<0xdd>(e, g));
+                x[i + 8] = Zmm(_mm512_shuffle_f32x4::<0x88>(f, h));
+                x[i + 12] = Zmm(_mm512_shuffle_f32x4::<0xdd>(f, h));
+            }
+        }
+    }
+    #[inline(always)]
     fn prefetch(p: *const u8) {
         // SAFETY: a prefetch reads nothing that the program sees and never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
