@@ -189,6 +189,7 @@ def quantize(
     out: str | PathLike[str],
     *,
     format: str,
+    bits: float | None = None,
     rules: list[tuple[str, str]],
     texts: list[str] = ...,
     documents: bool = False,

@@ -13,6 +13,7 @@ from .llm import cache_dir
 from .progress import Steps
 
 Quantization = Literal["auto", "int4", "int8", "none"]
+Format = Literal["auto", "int4", "int5", "int6", "int8", "none"]
 
 
 class Estimate(NamedTuple):
@@ -148,10 +149,11 @@ def quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    format: Quantization = "int4",
+    format: Format = "int4",
+    bits: float | None = None,
     calibrate: str | Sequence[str] | None = None,
     chunks: int | None = None,
-    rules: Mapping[str, Quantization] | None = None,
+    rules: Mapping[str, Format] | None = None,
     threads: int | None = None,
     family: str | os.PathLike[str] | None = None,
     revision: str | None = None,
@@ -164,7 +166,10 @@ def quantize(
     `LLM(out)` maps it. Without `calibrate` its results are those of
     `LLM(model, quantization=format)`, bit for bit.
 
-    - format: "int4" (4.5 bits a weight), "int8" (8.125), "none" (as stored, packed).
+    - format: "int4" (4.5 bits a weight), "int5" (5.375), "int6" (6.625), "int8" (8.125), "none"
+      (as stored, packed).
+    - bits: with a calibration, so many bits a weight at most: matrices are int4, and those where
+      it lessens the divergence from the unquantized model most get int5, int6 or int8.
     - calibrate: a text like those that the model will see, or a list of documents. The
       unquantized model reads it (at most `chunks` contexts of 512 tokens), and weights are rounded
       for the least error of the products with what they met there.
@@ -180,6 +185,7 @@ def quantize(
             folder,
             out,
             format=format,
+            bits=bits,
             rules=list((rules or {}).items()),
             texts=texts,
             documents=not isinstance(calibrate, str),

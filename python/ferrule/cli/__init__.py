@@ -167,7 +167,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     quantize.add_argument("model", metavar="MODEL")
     quantize.add_argument("-o", "--out", required=True, metavar="DIR", help="must not exist")
-    quantize.add_argument("-f", "--format", choices=["int4", "int8", "none"], default="int4")
+    quantize.add_argument("-f", "--format", choices=_FORMATS, default="int4")
+    quantize.add_argument(
+        "--bits",
+        type=float,
+        metavar="N",
+        help="with --calibrate: matrices that matter most get more than int4, up to N bits a weight",
+    )
     quantize.add_argument(
         "--calibrate", metavar="TEXT", help='UTF-8; of .jsonl each "text" is a document'
     )
@@ -192,8 +198,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _rule(text: str) -> tuple[str, str]:
     pattern, _, form = text.rpartition("=")
-    if not pattern or form not in _QUANTIZATIONS:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected PATTERN=int4, int8 or none")
+    if not pattern or form not in _FORMATS:
+        forms = ", ".join(_FORMATS)
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected PATTERN= one of {forms}")
     return pattern, form
 
 
@@ -218,6 +225,7 @@ def _text_options(parser: argparse.ArgumentParser, reference: str) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+_FORMATS = ["int4", "int5", "int6", "int8", "none"]
 _QUANTIZATIONS = ["auto", "int4", "int8", "none"]
 _SAMPLING: dict[str, type] = {
     "max_tokens": int,

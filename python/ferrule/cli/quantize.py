@@ -17,6 +17,7 @@ def main(args: argparse.Namespace) -> int:
         args.model,
         args.out,
         format=args.format,
+        bits=args.bits,
         calibrate=None if args.calibrate is None else read(args.calibrate),
         chunks=args.chunks,
         rules=dict(args.rule),

@@ -61,6 +61,10 @@ pub enum Form {
 impl Form {
     /// MXFP4 against int8 activations.
     pub const MXFP4: Form = Form::Grouped(Grouped::MXFP4);
+    /// Five bits against int8 activations.
+    pub const INT5: Form = Form::Grouped(Grouped::INT5);
+    /// Six bits against int8 activations.
+    pub const INT6: Form = Form::Grouped(Grouped::INT6);
 
     /// The name shown to users.
     pub fn name(self) -> &'static str {
@@ -71,6 +75,8 @@ impl Form {
             Form::F16 => "f16",
             Form::F32 => "f32",
             Form::Grouped(Grouped::MXFP4) | Form::GroupedFloat(Grouped::MXFP4) => "mxfp4",
+            Form::Grouped(Grouped::INT5) | Form::GroupedFloat(Grouped::INT5) => "int5",
+            Form::Grouped(Grouped::INT6) | Form::GroupedFloat(Grouped::INT6) => "int6",
             Form::Grouped(_) | Form::GroupedFloat(_) => "grouped",
         }
     }
@@ -363,11 +369,15 @@ pub fn is_valid(form: Form, row_block: &[u8]) -> bool {
         }),
         Form::Q8 => blocks(form, row_block)
             .all(|block| scales(block) && !block[Q8_HEADER..].contains(&(i8::MIN as u8))),
-        // Of these only MXFP4 comes from outside: 255 is not a number.
-        Form::Grouped(how) | Form::GroupedFloat(how) => {
-            how == Grouped::MXFP4
-                && blocks(form, row_block).all(|block| !block[..grouped_header(how)].contains(&255))
+        // Of these MXFP4, in which 255 is not a number, comes from outside, and what begins with f16.
+        Form::Grouped(how @ Grouped::MXFP4) | Form::GroupedFloat(how @ Grouped::MXFP4) => {
+            blocks(form, row_block).all(|block| !block[..grouped_header(how)].contains(&255))
         }
+        Form::Grouped(Grouped::INT5 | Grouped::INT6) => blocks(form, row_block).all(|block| {
+            let finite = |b: &[u8; 2]| f16::from_le_bytes(*b).is_finite();
+            block[..4 * ROWS].as_chunks().0.iter().all(finite)
+        }),
+        Form::Grouped(_) | Form::GroupedFloat(_) => false,
         Form::Bf16 => {
             let finite = |b: &[u8; 2]| bf16::from_le_bytes(*b).is_finite();
             row_block.as_chunks().0.iter().all(finite)

@@ -120,6 +120,10 @@ pub enum Quantization {
     Auto,
     /// 4.5 bits a weight, int8 activations.
     Int4,
+    /// 5.375 bits a weight, int8 activations.
+    Int5,
+    /// 6.625 bits a weight, int8 activations.
+    Int6,
     /// 8.125 bits a weight, int8 activations.
     Int8,
     /// As stored, f32 arithmetic.

@@ -2,13 +2,15 @@
 //! renamed at the end, so that what is there is whole. docs/FORMAT.md describes it. Never changes the source.
 
 mod calibrate;
+mod mixed;
 
-use super::weights::{Plan, Reader};
+use super::weights::{FORMS, Plan, Reader};
 use super::{LoadOptions, MAX_CONFIG, Quantization};
 use crate::backend::Form;
-use crate::backend::cpu::{Cpu, topology};
+use crate::backend::cpu::{Bytes, Cpu, topology};
 use crate::file::{self, Dtype, Writer};
 use crate::{Error, Result};
+use calibrate::Observer;
 use serde_json::{Value, json};
 use std::fs;
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -41,7 +43,7 @@ const MAX_COPY: u64 = 512 << 20;
 pub struct Rule {
     /// The pattern.
     pub pattern: String,
-    /// Int4, Int8, or None: as stored.
+    /// Int4, Int5, Int6, Int8, or None: as stored.
     pub form: Quantization,
 }
 
@@ -49,6 +51,9 @@ pub struct Rule {
 pub struct Quantize {
     /// The form of all matrices but those of `rules`.
     pub format: Quantization,
+    /// With Int4 and a calibration: matrices get more bits, where that lessens the divergence most, up to so many a
+    /// weight in all.
+    pub bits: Option<f64>,
     /// The first that fits decides.
     pub rules: Vec<Rule>,
     /// Token ids of a text like those that the model will see, cut into contexts.
@@ -89,7 +94,8 @@ pub(super) fn original(config: &mut Value) -> Result<()> {
             "version: found {version}, expected {VERSION}; use a newer ferrule"
         )));
     }
-    let known = ["quant_method", "version", "format", "rules", "calibration_tokens", "source"];
+    let known =
+        ["quant_method", "version", "format", "bits", "rules", "calibration_tokens", "source"];
     let fields = found.as_object().into_iter().flatten().map(|(name, _)| name);
     if let Some(name) = fields.into_iter().find(|name| !known.contains(&name.as_str())) {
         return Err(bad(format!("{name}: not known; use a newer ferrule")));
@@ -112,7 +118,7 @@ pub fn quantize(
     stop: &AtomicBool,
     progress: &(dyn Fn(&'static str, u64, u64) + Sync),
 ) -> Result<Written> {
-    let Quantize { format, rules, calibration, load } = how;
+    let Quantize { format, bits, rules, calibration, load } = how;
     let (spec, checkpoint, path) = super::open(folder, &load)?;
     if checkpoint.metadata().is_some() {
         let what = "is a GGUF file, which holds its own quantization; take the model's safetensors checkpoint";
@@ -136,12 +142,21 @@ pub fn quantize(
     let threads = load.threads.unwrap_or_else(|| topology::auto().count);
     let cpu = Cpu::new(threads, load.isa.as_deref())?;
     let reader = Reader::new(&path, &checkpoint, &spec);
-    let plans = planned(&reader, format, &rules)?;
+    let (mut plans, free) = planned(&reader, format, &rules)?;
     reader.refuse_unused(&plans)?;
-    let mut inputs = match calibration.is_empty() {
-        true => calibrate::Seen::default(),
-        false => calibrate::run(&path, &checkpoint, &spec, load, &calibration, stop, progress)?,
+    let parameters = spec.parameters().0.max(1);
+    if let Some(bits) = bits {
+        mixed::check(bits, format, calibration.is_empty(), &plans, parameters)?;
+    }
+    let mut observer = match calibration.is_empty() {
+        true => None,
+        false => Some(Observer::new(&reader, &spec, load, &calibration, stop, progress)?),
     };
+    let packer = Packer { reader: &reader, cpu: &cpu, stop, progress };
+    let mut ready = Vec::new();
+    if let Some(bits) = bits {
+        ready = packer.mix(&mut plans, &free, bits, parameters, &mut observer)?;
+    }
 
     let partial = Partial::new(out)?;
     copy(&path, &partial.0)?;
@@ -150,11 +165,14 @@ pub fn quantize(
     config["quantization_config"] = json!({
         "quant_method": METHOD,
         "version": VERSION,
-        "format": name(format),
+        "format": if bits.is_some() { "mixed" } else { name(format) },
         "rules": rules.iter().map(|r| json!([r.pattern, name(r.form)])).collect::<Vec<_>>(),
         "calibration_tokens": tokens,
         "source": before.unwrap_or_default(),
     });
+    if let Some(bits) = bits {
+        config["quantization_config"]["bits"] = json!(bits);
+    }
     let text = serde_json::to_vec_pretty(&config).map_err(|e| Error::Internal(e.to_string()))?;
     let place = partial.0.join("config.json");
     fs::write(&place, text).map_err(|e| Error::io(&place, e))?;
@@ -173,19 +191,17 @@ pub fn quantize(
     let mut writer = Writer::new(&file, &tensors)?;
     let total: u64 = plans.iter().map(|p| p.bytes() as u64).sum();
     let (mut done, mut forms) = (0, Vec::<(&str, u64)>::new());
-    let mut buffer = Vec::new();
+    ready.resize(plans.len(), None);
+    let rest: Vec<usize> = (0..plans.len()).filter(|&i| ready[i].is_none()).collect();
     for (i, plan) in plans.iter().enumerate() {
-        if stop.load(Ordering::Relaxed) {
-            return Err(Error::Interrupted);
-        }
-        buffer.clear();
-        buffer.resize(plan.bytes(), 0);
-        match inputs.take(i) {
-            Some(sums) => reader
-                .with_parts(plan, |parts| cpu.pack_knowing(plan.form, parts, &sums, &mut buffer))?,
-            None => reader.pack(&cpu, plan, &mut buffer)?,
-        }
-        writer.tensor(&buffer)?;
+        let bytes = match ready[i].take() {
+            Some(bytes) => bytes,
+            None => {
+                packer.pack(&rest[rest.partition_point(|&r| r < i)..], &plans, &mut observer)?
+            }
+        };
+        let buffer = bytes.get();
+        writer.tensor(buffer)?;
         done += buffer.len() as u64;
         match forms.iter_mut().find(|(form, _)| *form == plan.form.name()) {
             Some((_, bytes)) => *bytes += buffer.len() as u64,
@@ -199,19 +215,62 @@ pub fn quantize(
     writer.finish()?;
     let bytes = fs::metadata(&file).map_err(|e| Error::io(&file, e))?.len();
     partial.finish(out)?;
-    let bits_per_weight = 8.0 * total as f64 / spec.parameters().0.max(1) as f64;
+    let bits_per_weight = 8.0 * total as f64 / parameters as f64;
     Ok(Written { bytes, bits_per_weight, forms, source })
 }
 
-/// The matrices in the forms that they are to have.
-fn planned(reader: &Reader<'_>, format: Quantization, rules: &[Rule]) -> Result<Vec<Plan>> {
+/// Packs matrices, with their inputs in mind where these are known.
+struct Packer<'a> {
+    reader: &'a Reader<'a>,
+    cpu: &'a Cpu,
+    stop: &'a AtomicBool,
+    progress: &'a (dyn Fn(&'static str, u64, u64) + Sync),
+}
+
+impl Packer<'_> {
+    /// Matrix `wanted[0]`; the others are those that will be asked for next.
+    fn pack(
+        &self,
+        wanted: &[usize],
+        plans: &[Plan],
+        observer: &mut Option<Observer<'_>>,
+    ) -> Result<Bytes> {
+        if self.stop.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
+        }
+        let plan = &plans[wanted[0]];
+        let sums = match observer {
+            Some(observer) => observer.sums(wanted, plans)?,
+            None => None,
+        };
+        let mut bytes = Bytes::zeroed(plan.bytes(), "a packed matrix")?;
+        match sums {
+            Some(sums) => self.reader.with_parts(plan, |parts| {
+                self.cpu.pack_knowing(plan.form, parts, sums, bytes.get_mut())
+            })?,
+            None => self.reader.pack(self.cpu, plan, bytes.get_mut())?,
+        }
+        Ok(bytes)
+    }
+}
+
+/// The matrices in the forms that they are to have, and which of them have it of `format`.
+fn planned(
+    reader: &Reader<'_>,
+    format: Quantization,
+    rules: &[Rule],
+) -> Result<(Vec<Plan>, Vec<usize>)> {
     let mut plans = reader.plans(format)?;
     let mut others: Vec<(Quantization, Vec<Plan>)> = Vec::new();
     let mut used = vec![false; rules.len()];
+    let mut free = Vec::new();
     for i in 0..plans.len() {
         let fits =
             |rule: &Rule| plans[i].tensors().any(|name| super::spec::matches(&rule.pattern, name));
-        let Some(r) = rules.iter().position(fits) else { continue };
+        let Some(r) = rules.iter().position(fits) else {
+            free.push(i);
+            continue;
+        };
         used[r] = true;
         let form = rules[r].form;
         if !others.iter().any(|(known, _)| *known == form) {
@@ -231,23 +290,25 @@ fn planned(reader: &Reader<'_>, format: Quantization, rules: &[Rule]) -> Result<
             Form::GroupedFloat(_) | Form::Grouped(_) if plan.form.name() == Form::MXFP4.name() => {
                 Form::MXFP4
             }
-            Form::GroupedFloat(_) | Form::Grouped(_) => {
+            form if FORMS.contains(&form) => form,
+            _ => {
                 let first = plan.tensors().next().unwrap_or_default();
                 return Err(Error::Unsupported(format!(
                     "tensor `{first}`: found weights that were quantized before, which are not written as they are; \
                      use int8 or int4, or load the source"
                 )));
             }
-            form => form,
         };
     }
-    Ok(plans)
+    Ok((plans, free))
 }
 
 fn name(format: Quantization) -> &'static str {
     match format {
         Quantization::Auto => "auto",
         Quantization::Int4 => "int4",
+        Quantization::Int5 => "int5",
+        Quantization::Int6 => "int6",
         Quantization::Int8 => "int8",
         Quantization::None => "none",
     }

@@ -12,6 +12,7 @@ pub(super) use gemma::{AltUp, Beside, Gemma, GemmaLayer};
 pub(super) use latent::Latent;
 pub(super) use load::{Plan, load, sizes};
 pub(super) use moe::Moe;
+pub(super) use stored::FORMS;
 
 use super::spec::{self, Act, Gate, Names, QkNorm, Slice, Spec, Values};
 use crate::backend::{Activation, Blocks, Form, HeadRows, Part};

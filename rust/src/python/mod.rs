@@ -41,6 +41,15 @@ const QUANTIZATIONS: [(&str, Quantization); 4] = [
     ("int8", Quantization::Int8),
     ("none", Quantization::None),
 ];
+/// What `quantize` writes.
+const FORMATS: [(&str, Quantization); 6] = [
+    ("auto", Quantization::Auto),
+    ("int4", Quantization::Int4),
+    ("int5", Quantization::Int5),
+    ("int6", Quantization::Int6),
+    ("int8", Quantization::Int8),
+    ("none", Quantization::None),
+];
 const KV_DTYPES: [(&str, KvDtype); 3] =
     [("f16", KvDtype::F16), ("int8", KvDtype::Int8), ("f32", KvDtype::F32)];
 

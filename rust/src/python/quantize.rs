@@ -2,7 +2,7 @@
 
 use super::quality::encode;
 use super::watch::watched;
-use super::{QUANTIZATIONS, convert, named, raise};
+use super::{FORMATS, convert, named, raise};
 use crate::model::{self, LoadOptions, Quantize, Rule, Written};
 use crate::{Error, Result, evaluate};
 use pyo3::prelude::*;
@@ -14,13 +14,14 @@ const CONTEXT: usize = 512;
 
 /// Quantizes the model in `folder` into the new folder `out`.
 #[pyfunction]
-#[pyo3(signature = (folder, out, *, format, rules, texts=Vec::new(), documents=false, limit=None, threads=None,
+#[pyo3(signature = (folder, out, *, format, bits=None, rules, texts=Vec::new(), documents=false, limit=None, threads=None,
     cache_dir=None, family=None, progress=None))]
 pub(super) fn quantize<'py>(
     py: Python<'py>,
     folder: PathBuf,
     out: PathBuf,
     format: &str,
+    bits: Option<f64>,
     rules: Vec<(String, String)>,
     texts: Vec<String>,
     documents: bool,
@@ -32,10 +33,11 @@ pub(super) fn quantize<'py>(
 ) -> PyResult<Bound<'py, PyDict>> {
     let prepare = || {
         let rule = |(pattern, form): (String, String)| {
-            Ok(Rule { pattern, form: named("rules", &form, &QUANTIZATIONS)? })
+            Ok(Rule { pattern, form: named("rules", &form, &FORMATS)? })
         };
         let how = Quantize {
-            format: named("format", format, &QUANTIZATIONS)?,
+            format: named("format", format, &FORMATS)?,
+            bits,
             rules: rules.into_iter().map(rule).collect::<Result<_>>()?,
             calibration: Vec::new(),
             load: LoadOptions {

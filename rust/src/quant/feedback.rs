@@ -1,40 +1,79 @@
 //! Quantization that knows what its weights are multiplied by. The error that counts is that of the product,
 //! `sum over inputs x of ((w - w') x)^2 = (w - w') H (w - w')^T` with `H = sum of x x^T`; weights are rounded one after
 //! the other, and those that follow make up for the error (Frantar et al. 2023, "GPTQ", after Hassibi and Stork's
-//! optimal brain surgeon). `H` is taken of [`BLOCK`] inputs at a time, as scales are.
+//! optimal brain surgeon). Scalar code; who calls it brings the factor of `H` and carries errors from block to block.
+//!
+//! With `H = M M^T`, `M` upper triangular, the error is `sum over k of M_kk^2 (v_k - w'_k)^2`, where `v_k = w_k + sum over
+//! j < k of (w_j - w'_j) M_jk / M_kk`: each weight is rounded to what is nearest to `v_k`, not to `w_k` (Chee et al. 2023,
+//! "QuIP", show that this is GPTQ).
 
 use super::q4::{WITH_ZERO, with_zero};
-use super::{BLOCK, BlockQ4, BlockQ8, GROUP, MAX, TINY, amax};
+use super::{BLOCK, BlockGrouped, BlockQ4, BlockQ8, GROUP, Grouped, MAX, TINY, amax};
+use half::f16;
 use std::ops::Range;
 
-/// How much of the mean of H's diagonal is added to it: what calibration did not see may come, too.
-const DAMP: f64 = 0.01;
-
-/// For each block of inputs the upper triangle `U` with `U^T U = H^-1`, `[256][256]`.
+/// What the weights of a row pass on, inside each block of inputs and from block to block.
 pub struct Feedback {
-    blocks: Vec<Vec<f32>>,
+    /// For block b, for each of its inputs k: `M_jk / M_kk` for all j in the blocks before.
+    before: Vec<Vec<f32>>,
+    inside: Vec<Inside>,
 }
 
+/// The same inside a block.
+struct Inside {
+    /// `M_jk / M_kk`, in rows of 256, where j < k. Empty: all zero.
+    moves: Vec<f32>,
+    /// `M_kk^2`.
+    weights: [f32; BLOCK],
+}
+
+/// All errors count alike, and nothing is passed on.
+static NONE: Inside = Inside { moves: Vec::new(), weights: [1.0; BLOCK] };
+
 impl Feedback {
-    /// From `H` of each block, `[blocks][256][256]`, of `k` inputs in all.
-    pub fn new(h: &[f32], k: usize) -> Feedback {
-        let blocks = h.chunks(BLOCK * BLOCK).enumerate();
-        let blocks = blocks.map(|(b, h)| triangle(h, BLOCK.min(k - b * BLOCK)));
-        Feedback { blocks: blocks.collect() }
+    /// From `M`, `[k][k]`, of which what lies below the diagonal is not read.
+    pub fn new(m: &[f32], k: usize) -> Feedback {
+        let at = |i: usize, j: usize| m[i * k + j];
+        let (mut before, mut inside) = (Vec::new(), Vec::new());
+        for first in (0..k).step_by(BLOCK) {
+            let n = BLOCK.min(k - first);
+            let mut panel = vec![0.0; n * first];
+            // Rows of `M` are read as they lie.
+            for j in 0..first {
+                for i in 0..n {
+                    panel[i * first + j] = at(j, first + i) / at(first + i, first + i);
+                }
+            }
+            let mut moves = vec![0.0; n * BLOCK];
+            let mut weights = [1.0; BLOCK];
+            for j in 0..n {
+                weights[j] = at(first + j, first + j).powi(2);
+                for i in j + 1..n {
+                    moves[j * BLOCK + i] = at(first + j, first + i) / at(first + i, first + i);
+                }
+            }
+            before.push(panel);
+            inside.push(Inside { moves, weights });
+        }
+        Feedback { before, inside }
     }
 
-    /// Weights `256 b ..` of a row in the int4 form.
-    pub fn q4(&self, b: usize, x: &[f32]) -> BlockQ4 {
+    /// For each input of block `b` what it takes of the errors `w - w'` of all inputs before the block.
+    pub fn before(&self, b: usize) -> &[f32] {
+        &self.before[b]
+    }
+
+    /// Weights `256 b ..` of a row in the int4 form; `x` are they, `v` with what the blocks before passed on.
+    pub fn q4(&self, b: usize, x: &[f32], v: &[f32]) -> BlockQ4 {
         let m = amax(x);
         if m < TINY {
             return BlockQ4::ZERO;
         }
         let top = if x.contains(&0.0) { WITH_ZERO } else { MAX };
-        let u = &self.blocks[b];
         let mut least = f64::INFINITY;
         let mut found = BlockQ4::ZERO;
         for stretch in STRETCHES {
-            let (block, error) = q4(u, x, m * stretch / top);
+            let (block, error) = q4(&self.inside[b], x, v, m * stretch / top);
             if error < least {
                 (least, found) = (error, block);
             }
@@ -42,61 +81,80 @@ impl Feedback {
         found
     }
 
-    /// Weights `256 b ..` of a row in the int8 form.
-    pub fn q8(&self, b: usize, x: &[f32]) -> BlockQ8 {
+    /// The same in the int8 form.
+    pub fn q8(&self, b: usize, x: &[f32], v: &[f32]) -> BlockQ8 {
         let m = amax(x);
         if m < TINY {
             return BlockQ8::ZERO;
         }
-        let (u, d) = (&self.blocks[b], m / MAX);
+        let d = m / MAX;
         let mut block = BlockQ8 { d, ..BlockQ8::ZERO };
-        let mut w = scaled(x, d);
+        let mut row = Row::new(x, v, 1.0 / d);
         for k in 0..x.len() {
-            let q = w[k].round_ties_even().clamp(-MAX, MAX);
+            let q = row.v[k].round_ties_even().clamp(-MAX, MAX);
             block.q[k] = if x[k] == 0.0 { 0 } else { q as i8 };
-            follow(u, &mut w, k, f32::from(block.q[k]), k + 1..x.len());
+            row.follow(&self.inside[b], k, f32::from(block.q[k]), x.len());
         }
         block
+    }
+
+    /// The same in a form that [`BlockGrouped::quantize`] makes.
+    pub fn grouped(&self, how: Grouped, b: usize, x: &[f32], v: &[f32]) -> BlockGrouped {
+        grouped(how, Some(&self.inside[b]), x, v)
     }
 }
 
 /// Block scales that are tried, over the one that just holds the largest weight.
 const STRETCHES: [f32; 4] = [0.92, 1.0, 1.04, 1.08];
+/// Scales of a group that are tried, likewise.
+const FACTORS: [f32; 5] = [1.0, 0.96, 0.92, 0.86, 0.8];
 
-fn scaled(x: &[f32], d: f32) -> [f32; BLOCK] {
-    let (mut w, inv) = ([0.0; BLOCK], 1.0 / d);
-    for (w, x) in w.iter_mut().zip(x) {
-        *w = x * inv;
-    }
-    w
+/// A block on its way.
+#[derive(Clone, Copy)]
+struct Row {
+    /// As it was.
+    w: [f32; BLOCK],
+    /// With what was passed on.
+    v: [f32; BLOCK],
 }
 
-/// Weight `k` became `q`: moves `rest`; gives the square of the error that is left.
-#[inline]
-fn follow(u: &[f32], w: &mut [f32; BLOCK], k: usize, q: f32, rest: Range<usize>) -> f32 {
-    let row = &u[k * BLOCK..][..BLOCK];
-    let error = (w[k] - q) / row[k];
-    for (w, u) in w[rest.clone()].iter_mut().zip(&row[rest]) {
-        *w -= error * u;
+impl Row {
+    fn new(x: &[f32], v: &[f32], scale: f32) -> Row {
+        let mut row = Row { w: [0.0; BLOCK], v: [0.0; BLOCK] };
+        for k in 0..x.len() {
+            (row.w[k], row.v[k]) = (x[k] * scale, v[k] * scale);
+        }
+        row
     }
-    error * error
+
+    /// Weight `k` became `value`: tells those before `end`; gives what counts of the error.
+    #[inline(always)]
+    fn follow(&mut self, block: &Inside, k: usize, value: f32, end: usize) -> f32 {
+        let (error, rest) = (self.w[k] - value, self.v[k] - value);
+        if let Some(moves) = block.moves.get(k * BLOCK + k + 1..k * BLOCK + end) {
+            for (v, moved) in self.v[k + 1..end].iter_mut().zip(moves) {
+                *v += error * moved;
+            }
+        }
+        block.weights[k] * rest * rest
+    }
 }
 
-/// The block with scale `d`, and its error.
-fn q4(u: &[f32], x: &[f32], d: f32) -> (BlockQ4, f64) {
+/// The int4 block with scale `d`, and its error.
+fn q4(inside: &Inside, x: &[f32], v: &[f32], d: f32) -> (BlockQ4, f64) {
     let mut block = BlockQ4 { d, ..BlockQ4::ZERO };
-    let mut w = scaled(x, d);
+    let mut row = Row::new(x, v, 1.0 / d);
     let mut sum = 0.0;
     for (g, exact) in x.chunks(GROUP).enumerate() {
         let range = g * GROUP..g * GROUP + exact.len();
         let zeros = exact.contains(&0.0);
-        let (sc, mn) = best(u, &w, range.clone(), zeros);
+        let (sc, mn) = best(inside, &row, range.clone(), zeros);
         (block.sc[g], block.mn[g]) = (sc as u8, mn as i8);
         for k in range {
             // A pruned weight stays zero.
-            let q = if x[k] == 0.0 { mn / sc } else { code(w[k], sc, mn) };
+            let q = if x[k] == 0.0 { mn / sc } else { code(row.v[k], sc, mn) };
             block.q[k] = q as u8;
-            sum += f64::from(follow(u, &mut w, k, q * sc - mn, k + 1..x.len()));
+            sum += f64::from(row.follow(inside, k, q * sc - mn, x.len()));
         }
     }
     (block, sum * f64::from(d) * f64::from(d))
@@ -106,10 +164,10 @@ fn code(w: f32, sc: f32, mn: f32) -> f32 {
     ((w + mn) / sc).round_ties_even().clamp(0.0, 15.0)
 }
 
-/// Scale and offset of a group with the least error, feedback within the group included. `zeros`: zero must be among
-/// the values.
-fn best(u: &[f32], w: &[f32; BLOCK], range: Range<usize>, zeros: bool) -> (f32, f32) {
-    let group = &w[range.clone()];
+/// Scale and offset of an int4 group with the least error, feedback within the group included. `zeros`: zero must be
+/// among the values.
+fn best(inside: &Inside, row: &Row, range: Range<usize>, zeros: bool) -> (f32, f32) {
+    let group = &row.v[range.clone()];
     let lo = group.iter().copied().fold(f32::INFINITY, f32::min).max(-MAX);
     let hi = group.iter().copied().fold(f32::NEG_INFINITY, f32::max).min(MAX);
     let span = ((hi - lo) / 15.0).floor() + 1.0;
@@ -122,15 +180,8 @@ fn best(u: &[f32], w: &[f32; BLOCK], range: Range<usize>, zeros: bool) -> (f32, 
             // Every code must stay in int8: -127 <= -mn and 15*sc - mn <= 127.
             let mn = (centre + (shift * sc).round_ties_even()).clamp(15.0 * sc - MAX, MAX);
             let mn = if zeros { with_zero(sc, mn) } else { mn };
-            let mut trial = *w;
-            let mut error = 0.0;
-            for k in range.clone() {
-                let q = code(trial[k], sc, mn) * sc - mn;
-                error += follow(u, &mut trial, k, q, k + 1..range.end);
-                if error >= least {
-                    break;
-                }
-            }
+            let value = |w: f32| code(w, sc, mn) * sc - mn;
+            let error = trial(inside, row, range.clone(), least, value);
             if error < least {
                 (least, found) = (error, (sc, mn));
             }
@@ -139,35 +190,82 @@ fn best(u: &[f32], w: &[f32; BLOCK], range: Range<usize>, zeros: bool) -> (f32, 
     found
 }
 
-/// `U` of one block of `n` inputs, in rows of 256.
-fn triangle(h: &[f32], n: usize) -> Vec<f32> {
-    let at = |i: usize, j: usize| f64::from(h[i * BLOCK + j]);
-    let mean = (0..n).map(|i| at(i, i)).sum::<f64>() / n as f64;
-    // Inputs that were never seen count alike.
-    let (mean, damp) = if mean > 0.0 { (mean, DAMP) } else { (1.0, 1.0) };
-    // H = M M^T with M upper, from the last column on; then U = M^-1.
-    let mut m = vec![0.0f64; n * n];
-    for j in (0..n).rev() {
-        for i in (0..=j).rev() {
-            let known: f64 = (j + 1..n).map(|k| m[i * n + k] * m[j * n + k]).sum();
-            let damped = if i == j { at(i, j) + damp * mean } else { at(i, j) };
-            let rest = damped - known;
-            m[i * n + j] = if i == j { rest.max(1e-9 * mean).sqrt() } else { rest / m[j * n + j] };
+/// The error of a group whose weights become `value` of what they are then; it may end early above `most`.
+#[inline(always)]
+fn trial(
+    inside: &Inside,
+    row: &Row,
+    range: Range<usize>,
+    most: f32,
+    value: impl Fn(f32) -> f32,
+) -> f32 {
+    let mut trial = *row;
+    let mut error = 0.0;
+    for k in range.clone() {
+        let value = value(trial.v[k]);
+        error += trial.follow(inside, k, value, range.end);
+        if error >= most {
+            break;
         }
     }
-    let mut u = vec![0.0f32; BLOCK * BLOCK];
-    let mut inverse = vec![0.0f64; n * n];
-    for j in 0..n {
-        inverse[j * n + j] = 1.0 / m[j * n + j];
-        for i in (0..j).rev() {
-            let sum: f64 = (i + 1..=j).map(|k| m[i * n + k] * inverse[k * n + j]).sum();
-            inverse[i * n + j] = -sum / m[i * n + i];
+    error
+}
+
+impl BlockGrouped {
+    /// Quantizes at most [`BLOCK`] finite weights; missing ones are zero. Codes are signed, scales are int8 times an f16 of
+    /// the block: of those tried the one with the least squared error. A weight that is exactly zero stays so. Where an
+    /// f16 cannot be large enough the block is not finite.
+    pub fn quantize(how: Grouped, x: &[f32]) -> BlockGrouped {
+        grouped(how, None, x, x)
+    }
+}
+
+fn grouped(how: Grouped, inside: Option<&Inside>, x: &[f32], v: &[f32]) -> BlockGrouped {
+    debug_assert!(how == Grouped::INT5 || how == Grouped::INT6);
+    let m = amax(x);
+    if m < TINY {
+        return BlockGrouped::ZERO;
+    }
+    let half = -f32::from(how.signed());
+    // Rounded up, so that the largest integer is at most 127; the smallest f16 is coarse.
+    let (least, mut d) = (m / half / MAX, f16::from_f32(m / half / MAX));
+    if d.to_f32() < least {
+        d = f16::from_bits(d.to_bits() + 1);
+    }
+    let zero = how.signed().unsigned_abs();
+    let mut block = BlockGrouped { d: d.to_bits(), q: [zero; BLOCK], ..BlockGrouped::ZERO };
+    let d = d.to_f32();
+    if !d.is_finite() {
+        block.s.fill(1);
+        return block;
+    }
+    let inside = inside.unwrap_or(&NONE);
+    let mut row = Row::new(x, v, 1.0);
+    for (u, exact) in x.chunks(how.unit()).enumerate() {
+        let range = u * how.unit()..u * how.unit() + exact.len();
+        let group = &row.v[range.clone()];
+        let lo = group.iter().copied().fold(0.0, f32::min);
+        let hi = group.iter().copied().fold(0.0, f32::max);
+        // There is one code more below zero than above.
+        let whole = if hi > -lo { -hi / half } else { -lo / half };
+        let code = |v: f32, s: f32| (v / s).round_ties_even().clamp(-half, half - 1.0);
+        let (mut least, mut found) = (f32::INFINITY, 1.0);
+        for factor in FACTORS {
+            let integer = (whole * factor / d).round_ties_even().clamp(-MAX, MAX);
+            let integer = if integer == 0.0 { 1.0 } else { integer };
+            let s = integer * d;
+            let error = trial(inside, &row, range.clone(), least, |v| code(v, s) * s);
+            if error < least {
+                (least, found) = (error, integer);
+            }
+        }
+        block.s[u] = u16::from(found as i8 as u8);
+        let s = found * d;
+        for k in range {
+            let q = if x[k] == 0.0 { 0.0 } else { code(row.v[k], s) };
+            block.q[k] = (q + half) as u8;
+            row.follow(inside, k, q * s, x.len());
         }
     }
-    for i in 0..n {
-        for j in i..n {
-            u[i * BLOCK + j] = inverse[i * n + j] as f32;
-        }
-    }
-    u
+    block
 }

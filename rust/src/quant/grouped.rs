@@ -1,5 +1,5 @@
 //! The grouped forms: codes of 4 to 6 bits with a floating-point scale for each group of inputs, as checkpoints have
-//! them. Kept as they come, never made from floats.
+//! them. Kept as they come; [`Grouped::INT5`] and [`Grouped::INT6`] are made from floats, too (`feedback.rs`).
 //!
 //! In group `g` of a row, `w[k] = s[g] * T[q[k]] + o[g]`. What `T` is, how `s` and `o` are stored and how long a
 //! group is, [`Grouped`] says for a whole matrix.
@@ -90,6 +90,11 @@ impl Grouped {
     pub const MXFP4: Grouped = Grouped::ggml(Codes::Fp4, Scales::Power, 32);
     /// NVFP4.
     pub const NVFP4: Grouped = Grouped::ggml(Codes::Fp4, Scales::F16, 16);
+
+    /// Signed codes of 5 bits, 5.375 bits a weight: what `int5` means.
+    pub const INT5: Grouped = Grouped::ggml(Codes::Linear5(Offset::Signed), Scales::Integer, 32);
+    /// Signed codes of 6 bits, 6.625 bits a weight: what `int6` means.
+    pub const INT6: Grouped = Grouped::Q6_K;
 
     const fn ggml(codes: Codes, scales: Scales, group: usize) -> Grouped {
         Grouped { codes, scales, group }

@@ -9,6 +9,13 @@ use layout::ROWS;
 /// Whether `form` holds `parts` exactly; else they are quantized.
 pub(super) fn holds(form: Form, parts: &Parts<'_>) -> bool {
     match form {
+        // Made from floats, too.
+        Form::INT5 | Form::INT6 => parts.parts.iter().all(|part| {
+            part.blocks.is_some_and(|blocks| match (blocks.kept(), form) {
+                (Kept::Grouped(own), Form::Grouped(how)) => own == how,
+                _ => false,
+            })
+        }),
         Form::Grouped(_) | Form::GroupedFloat(_) => true,
         Form::Q4 => parts.parts.iter().all(|part| {
             part.blocks.is_some_and(Blocks::is_ternary)

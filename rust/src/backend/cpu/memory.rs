@@ -7,10 +7,11 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
 
-/// Bytes that start at a multiple of 64.
+/// Bytes that start at a multiple of 64. A copy is the same memory, which nobody can change then.
+#[derive(Clone)]
 pub enum Bytes {
     /// Private memory.
-    Owned(MmapMut, usize),
+    Owned(Arc<MmapMut>, usize),
     /// A range of a mapped file, starting at a multiple of 64.
     Mapped(Arc<Mmap>, Range<usize>),
 }
@@ -25,7 +26,7 @@ impl Bytes {
         })?;
         #[cfg(target_os = "linux")]
         let _ = map.advise(memmap2::Advice::HugePage); // speed only: fewer TLB misses
-        Ok(Bytes::Owned(map, len))
+        Ok(Bytes::Owned(Arc::new(map), len))
     }
 
     /// The bytes.
@@ -36,10 +37,10 @@ impl Bytes {
         }
     }
 
-    /// The bytes, if they are private memory.
+    /// The bytes, if they are private memory without a copy.
     pub fn get_mut(&mut self) -> &mut [u8] {
         match self {
-            Bytes::Owned(map, len) => &mut map[..*len],
+            Bytes::Owned(map, len) => Arc::get_mut(map).map_or(&mut [], |map| &mut map[..*len]),
             Bytes::Mapped(..) => &mut [],
         }
     }
@@ -48,6 +49,21 @@ impl Bytes {
     pub(super) fn floats_mut(&mut self) -> &mut [f32] {
         // SAFETY: any four bytes are an f32, and the memory starts at a page.
         unsafe { self.get_mut().align_to_mut().1 }
+    }
+}
+
+/// A number of each of 16 rows: what a packed float matrix consists of.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub(super) struct Line(pub(super) [f32; 16]);
+
+impl Line {
+    pub(super) const ZERO: Line = Line([0.0; 16]);
+
+    /// Lines as the kernels take them.
+    pub(super) fn bytes(lines: &[Line]) -> &[u8] {
+        // SAFETY: 16 numbers fill a line without padding, and any number is four bytes.
+        unsafe { std::slice::from_raw_parts(lines.as_ptr().cast(), size_of_val(lines)) }
     }
 }
 

@@ -83,7 +83,8 @@ impl Buf {
     }
 }
 
-/// A packed matrix `[n, k]`.
+/// A packed matrix `[n, k]`. A copy is the same memory.
+#[derive(Clone)]
 pub struct Mat {
     form: Form,
     n: usize,

@@ -4,7 +4,7 @@ use super::memory::Disjoint;
 use super::pool::Claims;
 use super::{Cpu, Form, Mat, NotFinite, Part, Parts, exact};
 use crate::kernels::layout::{self, ROWS};
-use crate::quant::BLOCK;
+use crate::quant::{BLOCK, BlockGrouped};
 use std::borrow::Cow;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -100,8 +100,20 @@ impl Cpu {
                 finite(&values[..len]).map_err(|c| (p, i, b + c))?;
             }
             let bytes = form.row_block_bytes(len);
-            self.kernels.pack(form, &rows, len, &mut out[done..done + bytes]);
+            let out = &mut out[done..done + bytes];
             done += bytes;
+            let Form::Grouped(how) = form else {
+                self.kernels.pack(form, &rows, len, out);
+                continue;
+            };
+            let mut blocks = [BlockGrouped::ZERO; ROWS];
+            for (r, block) in blocks.iter_mut().enumerate() {
+                *block = BlockGrouped::quantize(how, &rows[r][..len]);
+                if let (Some(at), Some((p, i))) = (block.not_finite(how), row(r)) {
+                    return Err((p, i, b + at));
+                }
+            }
+            layout::pack_grouped(how, &blocks, out);
         }
         Ok(())
     }

@@ -1,20 +1,22 @@
 //! What the inputs of matrices look like: sums for the calibration of a quantizer. Costs a comparison where nobody asks.
 
-use super::memory::Disjoint;
+use super::memory::{Disjoint, Line};
 use super::product::Job;
 use super::{Buf, Cpu, Mat};
-use crate::quant::BLOCK;
+use crate::kernels::Form;
+use crate::kernels::layout::ROWS;
 use std::collections::HashMap;
 use std::sync::Mutex;
 
-/// For each matrix the sum over positions of `x x^T`, of each [`BLOCK`] inputs by themselves: `[blocks][256][256]`.
+/// For each matrix of `k` inputs the sum over positions of `x x^T`, `[k][k]`: on and above the diagonal, what is below it
+/// is not specified.
 #[derive(Default)]
 pub struct Inputs(HashMap<usize, Vec<f32>>);
 
 impl Inputs {
     /// Of matrix `w`; `None` if nothing met it.
     pub fn take(&mut self, w: usize) -> Option<Vec<f32>> {
-        self.0.remove(&w)
+        self.0.remove(&w).filter(|sums| !sums.is_empty())
     }
 }
 
@@ -26,9 +28,9 @@ impl Mat {
 }
 
 impl Cpu {
-    /// From now on sums the inputs of all matrices that whole rows meet.
-    pub fn watch_inputs(&mut self) {
-        self.inputs = Some(Mutex::default());
+    /// From now on sums the inputs of these matrices that whole rows meet.
+    pub fn watch_inputs(&mut self, of: impl Iterator<Item = usize>) {
+        self.inputs = Some(Mutex::new(Inputs(of.map(|w| (w, Vec::new())).collect())));
     }
 
     /// The sums so far; no more are made.
@@ -41,25 +43,34 @@ impl Cpu {
     pub(super) fn sum_inputs(&self, jobs: &[Job<'_>], x: &Buf) {
         let Some(inputs) = &self.inputs else { return };
         let mut inputs = inputs.lock().unwrap_or_else(|e| e.into_inner());
+        let k = x.width;
         for job in jobs {
-            let blocks = x.width.div_ceil(BLOCK);
-            let sums = inputs.0.entry(job.w.id()).or_default();
-            sums.resize(blocks * BLOCK * BLOCK, 0.0);
+            let (Some(sums), m) = (inputs.0.get_mut(&job.w.id()), job.rows.len()) else { continue };
+            sums.resize(k * k, 0.0);
+            // `x^T x` is a product of 16 columns of x, which are packed as they lie, with all columns before them.
+            let blocks = k.div_ceil(ROWS);
+            let mut columns = vec![0.0f32; k * m];
+            for (t, r) in job.rows.clone().enumerate() {
+                for (i, &x) in x.row(r).iter().enumerate() {
+                    columns[i * m + t] = x;
+                }
+            }
             let sums = Disjoint::new(sums);
-            // Rows of the sums are shared among the threads; positions ascend in each.
-            self.each(blocks * BLOCK / 16, 1, |part| {
-                let (b, first) = (part * 16 / BLOCK, part * 16 % BLOCK);
-                let len = BLOCK.min(x.width - b * BLOCK);
-                for i in first..len.min(first + 16) {
-                    let at = (b * BLOCK + i) * BLOCK;
-                    // SAFETY: each row is claimed by one thread.
-                    let sum = unsafe { sums.part(at..at + len) };
-                    for r in job.rows.clone() {
-                        let x = &x.row(r)[b * BLOCK..][..len];
-                        let xi = x[i];
-                        for (sum, x) in sum.iter_mut().zip(x) {
-                            *sum += xi * x;
-                        }
+            self.each(blocks, 1, |block| {
+                let first = block * ROWS;
+                let n = ROWS.min(k - first);
+                let mut packed = vec![Line::ZERO; m];
+                for (packed, r) in packed.iter_mut().zip(job.rows.clone()) {
+                    packed.0[..n].copy_from_slice(&x.row(r)[first..first + n]);
+                }
+                let mut products = vec![0.0; (first + n) * ROWS];
+                let (packed, with) = (Line::bytes(&packed), &columns[..(first + n) * m]);
+                self.kernels.gemm_float(Form::F32, packed, m, with, &mut products);
+                for (i, products) in products.chunks_exact(ROWS).enumerate() {
+                    // SAFETY: these columns of all rows are claimed by one thread.
+                    let sums = unsafe { sums.part(i * k + first..i * k + first + n) };
+                    for (sum, product) in sums.iter_mut().zip(products) {
+                        *sum += product;
                     }
                 }
             });

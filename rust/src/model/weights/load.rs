@@ -75,6 +75,8 @@ impl Reader<'_> {
                 _ if exact => stored,
                 (Quantization::Auto, _) | (_, Form::MXFP4) => kept,
                 (Quantization::Int4, _) => Form::Q4,
+                (Quantization::Int5, _) => Form::INT5,
+                (Quantization::Int6, _) => Form::INT6,
                 (Quantization::Int8, _) => Form::Q8,
             };
             let form = form.get_or_insert(wanted);

@@ -15,7 +15,8 @@ use crate::{Error, Result};
 use std::collections::{HashMap, HashSet};
 
 /// The forms that are stored.
-const FORMS: [Form; 6] = [Form::Q4, Form::Q8, Form::Bf16, Form::F16, Form::F32, Form::MXFP4];
+pub(in crate::model) const FORMS: [Form; 8] =
+    [Form::Q4, Form::INT5, Form::INT6, Form::Q8, Form::Bf16, Form::F16, Form::F32, Form::MXFP4];
 
 /// The packed matrices of a checkpoint.
 pub(super) struct Stored<'a> {
@@ -73,6 +74,8 @@ impl Reader<'_> {
         let fits = match wanted {
             Quantization::Auto => true,
             Quantization::Int4 => matches!(form, Form::Q4 | Form::MXFP4),
+            Quantization::Int5 => matches!(form, Form::INT5 | Form::MXFP4),
+            Quantization::Int6 => matches!(form, Form::INT6 | Form::MXFP4),
             Quantization::Int8 => matches!(form, Form::Q8 | Form::MXFP4),
             Quantization::None => false,
         };
