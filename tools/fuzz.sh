@@ -23,6 +23,14 @@ header() { # FILE BYTES: the beginning of a large file, in a temporary file
     head -c "$2" "$1" > "$out"
     echo "$out"
 }
+weights() { # FOLDER: config.json, the header of model.safetensors, and what its data is filled with
+    local out length
+    out=$(mktemp)
+    length=$(od -An -tu8 -N8 "$1/model.safetensors" | tr -d ' ')
+    { cat "$1/config.json"; printf '\0'; head -c "$((8 + length))" "$1/model.safetensors" | tail -c +9; printf '\0<'; } > "$out"
+    seed weights "$out"
+    rm "$out"
+}
 mapfile -t configs < <(find tests/golden models -name config.json)
 mapfile -t weights < <(find tests/golden models -name '*.safetensors' -size -300k)
 mapfile -t gguf < <(find tests/golden -name '*.gguf')
@@ -41,6 +49,16 @@ RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-
 -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 -Cdebug-assertions" \
     cargo build --release --target "$(rustc -vV | sed -n 's/host: //p')" --manifest-path rust/fuzz/Cargo.toml
 bin=$(dirname "$(find "$target_dir" -path '*release/config' -type f | head -1)")
+
+for file in tests/golden/quant-*/model.safetensors; do weights "$(dirname "$file")"; done
+work=$(mktemp -d)
+trap 'rm -rf "$work" /dev/shm/ferrule-fuzz-*' EXIT
+for name in qwen3-a gemma3-a phi2-a lfm3-a deepseek-v3-a granite-swa-a; do
+    FERRULE_PACK="tests/golden/$name:$work/$name" "$bin/weights" -runs=0 2> "$work/log" || cat "$work/log"
+    weights "$work/$name"
+done
+mkdir -p rust/fuzz/corpus/cache
+for choice in 0 1 2 3 4 5 6 7; do printf "\\0$choice<" > "rust/fuzz/corpus/cache/$choice"; done
 
 run() {
     local log

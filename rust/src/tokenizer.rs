@@ -3,6 +3,9 @@
 
 mod gguf;
 mod pre;
+mod to_gguf;
+
+pub use to_gguf::to_gguf;
 
 use crate::file::gguf::Metadata;
 use crate::file::{Checkpoint, gguf_at, read, read_json};
@@ -167,6 +170,11 @@ impl Tokenizer {
     pub fn is_special(&self, id: u32) -> bool {
         let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
         added.get(&id).is_some_and(|token| token.special)
+    }
+
+    /// Whether `id` is one of the tokens that are found before a text is cut.
+    fn is_added(&self, id: u32) -> bool {
+        self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&id)
     }
 
     /// BOS id and text if the tokenizer has one.

@@ -2,6 +2,7 @@
 //! values.
 #![allow(unsafe_code)] // the counting allocator
 
+mod export;
 mod hostile;
 mod made;
 mod models;

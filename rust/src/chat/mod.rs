@@ -4,6 +4,7 @@
 mod gguf;
 mod jinja2;
 
+use crate::file::gguf_writer::Datum;
 use crate::file::{read, read_json};
 use crate::{Error, Result};
 use minijinja::value::Serde;
@@ -27,6 +28,54 @@ const DEPTH: usize = 200;
 /// (Address space; memory only where it is touched.)
 const STACK: usize = 128 << 20;
 
+/// The templates in a folder's JSON files, each with its name; `None` if there are none.
+fn sources(folder: &Path) -> Result<Option<Vec<(&'static str, String)>>> {
+    let path = folder.join("chat_template.jinja");
+    if let Some(bytes) = read(&path, MAX_TEMPLATE as u64)? {
+        let source = String::from_utf8(bytes)
+            .map_err(|e| Error::format(&path, format!("found invalid UTF-8 ({e})")))?;
+        return Ok(Some(vec![("default", source)]));
+    }
+    for name in ["chat_template.json", "tokenizer_config.json"] {
+        let path = folder.join(name);
+        let Some(json) = read_json(&path, MAX_CONFIG)? else { continue };
+        let wrong = |what: &str| Error::format(&path, format!("chat_template: {what}"));
+        match json.get("chat_template") {
+            None | Some(Value::Null) => continue,
+            Some(Value::String(source)) => return Ok(Some(vec![("default", source.clone())])),
+            Some(Value::Array(list)) => {
+                let mut sources = Vec::new();
+                for item in list {
+                    let (Some(name), Some(source)) =
+                        (item["name"].as_str(), item["template"].as_str())
+                    else {
+                        return Err(wrong("expected objects with `name` and `template`"));
+                    };
+                    // transformers uses no others unless asked for them by name.
+                    if let Some(name) = ["default", "tool_use"].into_iter().find(|n| *n == name) {
+                        sources.push((name, source.to_owned()));
+                    }
+                }
+                return match sources.iter().any(|(name, _)| *name == "default") {
+                    true => Ok(Some(sources)),
+                    false => Err(wrong("expected one named `default`")),
+                };
+            }
+            Some(_) => return Err(wrong("expected a string or a list")),
+        }
+    }
+    Ok(None)
+}
+
+/// The chat templates of a folder as the metadata of a GGUF file.
+pub fn to_gguf(folder: &Path) -> Result<Vec<(String, Datum)>> {
+    let key = |(name, source): (&str, String)| match name {
+        "default" => ("tokenizer.chat_template".to_owned(), Datum::Text(source)),
+        name => (format!("tokenizer.chat_template.{name}"), Datum::Text(source)),
+    };
+    Ok(sources(folder)?.into_iter().flatten().map(key).collect())
+}
+
 /// A model's own chat template.
 ///
 /// A template cannot read files, run forever or recurse without end. It is not confined in memory: one that
@@ -45,46 +94,13 @@ impl ChatTemplate {
         if !folder.is_dir() {
             return gguf::template(folder);
         }
+        let Some(sources) = sources(folder)? else { return gguf::template(folder) };
         let special_tokens = special_tokens(folder)?;
-        let path = folder.join("chat_template.jinja");
-        if let Some(bytes) = read(&path, MAX_TEMPLATE as u64)? {
-            let source = String::from_utf8(bytes)
-                .map_err(|e| Error::format(&path, format!("found invalid UTF-8 ({e})")))?;
-            return ChatTemplate::new(&source, special_tokens).map(Some);
+        let mut template = ChatTemplate { environment: jinja2::environment(), special_tokens };
+        for (name, source) in sources {
+            template.add(name, &source)?;
         }
-        for name in ["chat_template.json", "tokenizer_config.json"] {
-            let path = folder.join(name);
-            let Some(json) = read_json(&path, MAX_CONFIG)? else { continue };
-            let wrong = |what: &str| Error::format(&path, format!("chat_template: {what}"));
-            match json.get("chat_template") {
-                None | Some(Value::Null) => continue,
-                Some(Value::String(source)) => {
-                    return ChatTemplate::new(source, special_tokens).map(Some);
-                }
-                Some(Value::Array(list)) => {
-                    let mut template =
-                        ChatTemplate { environment: jinja2::environment(), special_tokens };
-                    for item in list {
-                        let (Some(name), Some(source)) =
-                            (item["name"].as_str(), item["template"].as_str())
-                        else {
-                            return Err(wrong("expected objects with `name` and `template`"));
-                        };
-                        // transformers uses no others unless asked for them by name.
-                        if let Some(name) = ["default", "tool_use"].into_iter().find(|n| *n == name)
-                        {
-                            template.add(name, source)?;
-                        }
-                    }
-                    return match template.environment.get_template("default") {
-                        Ok(_) => Ok(Some(template)),
-                        Err(_) => Err(wrong("expected one named `default`")),
-                    };
-                }
-                Some(_) => return Err(wrong("expected a string or a list")),
-            }
-        }
-        gguf::template(folder)
+        Ok(Some(template))
     }
 
     /// A template given by the user; `special_tokens`: its variables `bos_token` and so on.

@@ -169,6 +169,11 @@ impl<'a> Metadata<'a> {
         })
     }
 
+    /// The bytes of a value, as they are in the file.
+    pub fn bytes(&self, item: &Item) -> &'a [u8] {
+        &self.bytes[item.range.clone()]
+    }
+
     /// The value of `key`, if there is one.
     pub fn get(&self, key: &str) -> Option<Value<'a>> {
         let at = self.items.iter().position(|item| item.key == key)?;
@@ -372,19 +377,27 @@ impl<'a> Cursor<'a> {
     }
 }
 
+/// ggml's numbers of element types that are not of blocks.
+const PLAIN: [(u32, Dtype); 8] = [
+    (0, Dtype::F32),
+    (1, Dtype::F16),
+    (24, Dtype::I8),
+    (25, Dtype::I16),
+    (26, Dtype::I32),
+    (27, Dtype::I64),
+    (28, Dtype::F64),
+    (30, Dtype::BF16),
+];
+
+/// ggml's number of an element type. Panics if it has none.
+pub(super) fn number(dtype: Dtype) -> u32 {
+    let plain = || PLAIN.iter().find(|(_, plain)| *plain == dtype).map(|(number, _)| *number);
+    dtype.blocks().map(Blocks::ggml).or_else(plain).expect("a type of ggml")
+}
+
 /// The element type with ggml's number `number`.
 fn dtype(number: u32) -> Result<Dtype, String> {
-    let plain = match number {
-        0 => Some(Dtype::F32),
-        1 => Some(Dtype::F16),
-        24 => Some(Dtype::I8),
-        25 => Some(Dtype::I16),
-        26 => Some(Dtype::I32),
-        27 => Some(Dtype::I64),
-        28 => Some(Dtype::F64),
-        30 => Some(Dtype::BF16),
-        _ => None,
-    };
+    let plain = PLAIN.iter().find(|(n, _)| *n == number).map(|(_, dtype)| *dtype);
     let blocks = || Blocks::ALL.iter().find(|b| b.ggml() == number);
     plain.or_else(|| blocks().map(|b| Dtype::Blocks(*b))).ok_or_else(|| match number {
         4 | 5 | 31..=33 | 36..=38 => {

@@ -1,6 +1,7 @@
 //! Bytes on disk -> named, checked, memory-mapped tensors. Knows no model; never copies tensor data.
 
 pub mod gguf;
+pub mod gguf_writer;
 mod inspect;
 pub mod safetensors;
 mod write;

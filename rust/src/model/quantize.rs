@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Of config.json's `quantization_config`, here.
-const METHOD: &str = "ferrule";
+pub(super) const METHOD: &str = "ferrule";
 /// Of the layout. Changes when old readers could misread new files.
 const VERSION: u64 = 1;
 /// Files that hold weights, or say where they are: not copied.

@@ -1,6 +1,7 @@
 //! From a checkpoint's tensors to packed weights. Formats and checkpoint names end here.
 
 mod encoded;
+mod exported;
 mod gemma;
 mod latent;
 mod load;
@@ -8,6 +9,7 @@ mod moe;
 mod recurrent;
 mod stored;
 
+pub(super) use exported::of_heads;
 pub(super) use gemma::{AltUp, Beside, Gemma, GemmaLayer};
 pub(super) use latent::Latent;
 pub(super) use load::{Plan, load, sizes};

@@ -20,6 +20,7 @@ mod awq;
 mod bitsandbytes;
 mod blocks;
 mod compressed;
+mod encode;
 mod encoded;
 mod feedback;
 mod float8;

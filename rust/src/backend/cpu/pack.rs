@@ -4,7 +4,7 @@ use super::memory::Disjoint;
 use super::pool::Claims;
 use super::{Cpu, Form, Mat, NotFinite, Part, Parts, exact};
 use crate::kernels::layout::{self, ROWS};
-use crate::quant::{BLOCK, BlockGrouped};
+use crate::quant::{self, BLOCK, BlockGrouped};
 use std::borrow::Cow;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -178,6 +178,14 @@ impl Part<'_> {
         if let Some(blocks) = self.blocks {
             let before = (i * self.row + from) / blocks.weights() * blocks.bytes();
             return blocks.decode(&self.bytes[before..], out);
+        }
+        if self.stored == Form::MXFP4 {
+            for (j, out) in out.iter_mut().enumerate() {
+                let at = i * self.row + from + j;
+                let code = self.bytes[at / 2] >> (4 * (at % 2)) & 15;
+                *out = quant::half_power(self.scales[at / 32]) * f32::from(quant::TWICE[usize::from(code)]);
+            }
+            return;
         }
         let bytes = &self.range(i, from, out.len())[..];
         match self.stored {

@@ -109,7 +109,7 @@ impl<'a> Facts<'a> {
 
     /// What `fact` is for this model, and the key for errors. As in transformers' configuration classes, an
     /// absent key has the default and an explicit null is "none". Two keys that disagree are an error.
-    fn value<'b>(&'b self, fact: &'b Fact) -> Result<(String, Option<&'b Value>)> {
+    pub(super) fn value<'b>(&'b self, fact: &'b Fact) -> Result<(String, Option<&'b Value>)> {
         let mut found: Option<(String, &Value)> = None;
         let mut null = None;
         for key in &fact.key {

@@ -318,6 +318,43 @@ impl Family {
         )))
     }
 
+    /// Name and text of a family: one that ships, or the one that was given.
+    pub(super) fn text<'a>(name: &str, given: Option<&'a str>) -> Option<(&'static str, &'a str)> {
+        match given {
+            Some(text) => Some(("given", text)),
+            None => FAMILIES.iter().find(|(known, _)| *known == name).copied(),
+        }
+    }
+
+    /// The table of a family, its bases merged in.
+    pub(super) fn table(text: &str, source: &str) -> Result<Map<String, Value>> {
+        merged(text, source, 0)
+    }
+
+    /// How GGUF files have the models of a family: what the family itself says, or else the nearest of its bases that
+    /// GGUF has a name for. With its table `[gguf]`, bases merged in.
+    pub(super) fn for_gguf(text: &str, source: &str) -> Result<Option<(Family, Map<String, Value>)>> {
+        let (mut text, mut source) = (text.to_owned(), source.to_owned());
+        for _ in 0..8 {
+            let family = Family::parse(&text, &source, Format::Gguf);
+            let mut table = merged(&text, &source, 0)?;
+            let gguf = table.remove("gguf");
+            if let (Ok(family), Some(Value::Object(gguf))) = (family, gguf)
+                && !family.architectures.is_empty()
+            {
+                return Ok(Some((family, gguf)));
+            }
+            let own: Map<String, Value> = toml::from_str(&text)
+                .map_err(|e| Error::format(format!("family {source}"), e.to_string()))?;
+            let base = own.get("base").and_then(Value::as_str);
+            let Some((name, base)) = FAMILIES.iter().find(|(name, _)| Some(*name) == base) else {
+                break;
+            };
+            (text, source) = ((*base).to_owned(), (*name).to_owned());
+        }
+        Ok(None)
+    }
+
     /// Whether the text model has a type of this family, or none is said.
     fn fits(&self, config: &Map<String, Value>) -> bool {
         let section = self.section.as_ref().and_then(|key| config.get(key)?.as_object());

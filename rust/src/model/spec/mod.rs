@@ -18,6 +18,7 @@ mod rope;
 mod ropes;
 #[cfg(test)]
 mod tests;
+mod to_gguf;
 
 pub use gemma::{Gemma, Inputs, Streams};
 pub use latent::Latent;
@@ -27,6 +28,7 @@ pub use names::{Names, Weight};
 pub use place::Slice;
 pub use quantized::{Quantized, Scheme, Spread};
 pub use recurrent::Recurrent;
+pub use to_gguf::Said;
 use serde::Deserialize;
 use std::collections::BTreeMap;
 

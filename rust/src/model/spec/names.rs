@@ -308,7 +308,7 @@ impl Spec {
                 known.extend(all.map(|what| names.layer(l, what)));
             }
         }
-        let ignored = |name: &str| self.ignore.iter().any(|pattern| matches(pattern, name));
+        let ignored = |name: &str| self.ignores(name);
         let other = |name: &&str| !known.contains(*name) && !ignored(name);
         let unused = tensors.into_iter().filter(other);
         let Some(quantized) = &self.quantized else { return unused.collect() };
@@ -327,6 +327,20 @@ impl Spec {
     }
 }
 
+impl Spec {
+    fn ignores(&self, name: &str) -> bool {
+        self.ignore.iter().any(|pattern| matches(pattern, name))
+    }
+
+    /// Those of a checkpoint's tensors that are no weights, and known not to be.
+    pub fn ignored<'a>(
+        &self,
+        tensors: impl Iterator<Item = &'a str>,
+    ) -> impl Iterator<Item = &'a str> {
+        tensors.filter(|name| self.ignores(name))
+    }
+}
+
 /// The weights of a table whose first column says that they exist.
 pub(super) fn existing<const N: usize>(
     table: [(bool, &'static str, Vec<usize>); N],
@@ -342,6 +356,17 @@ pub struct Names {
 }
 
 impl Names {
+    /// These, without `.weight` or `.bias`.
+    pub(super) fn new(stems: BTreeMap<String, String>) -> Names {
+        Names { stems }
+    }
+
+    /// Whether there is a name for a weight.
+    pub fn has(&self, what: &str) -> bool {
+        let stem = what.strip_suffix("_bias").unwrap_or(what);
+        self.stems.contains_key(what) || self.stems.contains_key(stem)
+    }
+
     /// The name of a weight outside the layers. Panics if `what` is none of `Spec::model_weights`.
     pub fn model(&self, what: &str) -> String {
         match (self.stems.get(what), what.strip_suffix("_bias")) {

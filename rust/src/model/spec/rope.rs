@@ -4,6 +4,7 @@
 use super::config::{Object, shown};
 use super::{Long, Rope};
 use crate::{Error, Result};
+use serde_json::{Map, Value};
 use std::collections::HashSet;
 use std::f64::consts::PI;
 
@@ -249,6 +250,37 @@ impl Base<'_> {
         };
         Ok(self.powers().iter().enumerate().map(bend).collect())
     }
+}
+
+/// The base that a rule with alpha (Hunyuan) makes of one.
+pub(super) fn scaled_theta(theta: f64, dim: usize, rule: Option<&Map<String, Value>>) -> f64 {
+    let alpha = rule.filter(|rule| rule.get("type").or(rule.get("rope_type")) == Some(&"dynamic".into()));
+    let d = dim as f64;
+    match alpha.and_then(|rule| rule.get("alpha")?.as_f64()) {
+        Some(alpha) => theta * libm::pow(alpha, d / (d - 2.0)),
+        None => theta,
+    }
+}
+
+/// What divides each plain frequency to give `inv_freq`: exactly, where a number near the quotient does.
+pub(super) fn divisors(theta: f64, inv_freq: &[f32]) -> Vec<f32> {
+    let honoured = HashSet::new();
+    let base = Base {
+        dim: 2 * inv_freq.len(),
+        theta,
+        max_position: 1,
+        original: None,
+        honoured: &honoured,
+    };
+    let divisor = |(power, inv): (f32, &f32)| {
+        if *inv == 0.0 {
+            return 1e30; // as Gemma 4 has for what does not turn
+        }
+        let near = (1.0 / (f64::from(power) * f64::from(*inv))) as f32;
+        let all = (-8i32..=8).map(|ulps| f32::from_bits(near.to_bits().wrapping_add_signed(ulps)));
+        all.into_iter().find(|factor| 1.0 / (factor * power) == *inv).unwrap_or(near)
+    };
+    base.powers().into_iter().zip(inv_freq).map(divisor).collect()
 }
 
 /// What YaRN multiplies the scores of latent attention by, beside its factor on cos and sin: `m(mscale_all_dim)^2`.

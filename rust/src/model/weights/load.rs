@@ -107,6 +107,11 @@ impl Reader<'_> {
         Ok(Plan { parts, n, k, form: form.unwrap_or(Form::F32), interleaved, stored })
     }
 
+    /// A plan to read rows as they are stored.
+    pub(in crate::model) fn rows(&self, parts: Vec<(Slice, usize)>, k: usize) -> Result<Plan> {
+        self.plan(Quantization::None, Source { parts, k, interleaved: false, exact: true })
+    }
+
     /// Packs one matrix into `out`.
     pub(in crate::model) fn pack(&self, cpu: &Cpu, plan: &Plan, out: &mut [u8]) -> Result<()> {
         self.with_parts(plan, |parts| cpu.pack_into(plan.form, parts, out))
