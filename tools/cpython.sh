@@ -57,9 +57,10 @@ if [ "$kind" = musl ]; then
 else
     options+=(--disable-gil)
 fi
+mv Python-3.* source
 mkdir python
 cd python
-../Python-3.*/configure "${options[@]}"
+../source/configure "${options[@]}"
 make -j"$(nproc)"
 # Without compiling the whole library to bytecode.
 make install COMPILEALL_OPTS=-l
