@@ -102,6 +102,15 @@ wheels *targets:
     pip install --quiet maturin ziglang auditwheel
     tools/wheels.sh {{ targets }}
 
+# The musllinux wheel in a Python with musl, which is built first (x86-64 Debian, root; 6 minutes the first time).
+musl: build
+    pip install --quiet maturin ziglang auditwheel
+    tools/musl.sh
+
+# The tests that matter there in a Python without the GIL: PYTHON, or one that is built first (x86-64 Debian, root).
+free-threaded *python:
+    tools/free_threaded.sh {{ python }}
+
 # Type-checks what is behind `cfg` for macOS, Windows and 32 bits (x86-64 Debian, root).
 check-platforms *targets:
     tools/platforms.sh {{ targets }}

@@ -7,6 +7,7 @@ use ferrule::model::{
     Chunk, Forward, KvDtype, KvGroup, LoadOptions, Model, PAGE, Quantization, Sees, Wanted, load,
 };
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::AtomicBool;
 
 type Cpu = ferrule::backend::cpu::Cpu;
@@ -121,6 +122,22 @@ fn goldens() -> Vec<PathBuf> {
         }
     }
     all
+}
+
+/// `check` of every golden and its number, as many at a time as there are CPUs.
+fn for_each_golden(check: impl Fn(usize, &Path) + Sync) {
+    let all = Mutex::new(goldens().into_iter().enumerate());
+    std::thread::scope(|scope| {
+        for _ in 0..std::thread::available_parallelism().map_or(1, |n| n.get()) {
+            scope.spawn(|| {
+                loop {
+                    let next = all.lock().unwrap().next();
+                    let Some((number, folder)) = next else { break };
+                    check(number, &folder);
+                }
+            });
+        }
+    });
 }
 
 /// All; `Auto` only where files have forms that no other gives.
@@ -292,64 +309,61 @@ fn hidden_states_of_every_layer() {
 
 #[test]
 fn chunks_batches_threads_and_sets_do_not_change_a_bit() {
-    for folder in goldens() {
-        let golden = Golden::open(&folder);
+    for_each_golden(|number, folder| {
+        let golden = Golden::open(folder);
         let ids = golden.ints("p130.ids").unwrap();
-        for &quantization in quantizations(&folder) {
-            for kv_dtype in [KvDtype::F16, KvDtype::Int8] {
-                let open = |threads, isa: &str| {
-                    let isa = Some(isa.to_owned());
-                    let options = LoadOptions {
-                        kv_dtype,
-                        threads: Some(threads),
-                        isa,
-                        ..options(quantization)
-                    };
-                    load(&folder, options).unwrap()
-                };
-                let sets: Vec<_> = kernels::available().map(|k| k.name()).collect();
-                let model = open(1, sets[0]);
-                let whole = bits(&Session::new(&model, ids.len()).feed(&ids, Wanted::All));
-                let mut session = Session::new(&model, ids.len());
-                let single: Vec<u32> =
-                    ids.iter().flat_map(|&id| bits(&session.feed(&[id], Wanted::All))).collect();
-                assert!(single == whole, "{folder:?} {quantization:?}: token by token");
-                let mut session = Session::new(&model, ids.len());
-                let parts: Vec<u32> =
-                    ids.chunks(37).flat_map(|c| bits(&session.feed(c, Wanted::All))).collect();
-                assert!(parts == whole, "{folder:?} {quantization:?}: chunks of 37");
-                // Another sequence in the same batch, its pages among the first one's.
-                let (a, b) = (tables(&model, &[0, 2, 4, 6]), tables(&model, &[7, 5, 3, 1]));
-                let mut kv = model.new_kv(&vec![8; a.len()]).unwrap();
-                let long = model.long_after().is_some_and(|after| ids.len() > after);
-                let batch = [
-                    Chunk {
-                        tokens: &ids[3..40],
-                        start: 0,
-                        long: false,
-                        pages: &b,
-                        wanted: Wanted::Last,
-                    },
-                    Chunk { tokens: &ids, start: 0, long, pages: &a, wanted: Wanted::All },
-                ];
-                let both = model.forward(&mut kv, &batch, &AtomicBool::new(false)).unwrap();
-                assert!(
-                    bits(&both[model.vocab()..]) == whole,
-                    "{folder:?} {quantization:?}: batch"
-                );
-                for threads in [2, 3] {
-                    let model = open(threads, sets[0]);
-                    let found = bits(&Session::new(&model, ids.len()).feed(&ids, Wanted::All));
-                    assert!(found == whole, "{folder:?} {quantization:?}: {threads} threads");
-                }
-                for set in &sets[1..] {
-                    let found =
-                        bits(&Session::new(&open(2, set), ids.len()).feed(&ids[..40], Wanted::All));
-                    assert!(found == whole[..found.len()], "{folder:?} {quantization:?}: {set}");
-                }
+        for (i, &quantization) in quantizations(folder).iter().enumerate() {
+            // Each golden meets both, and over the goldens each quantization does.
+            let kv_dtype = [KvDtype::F16, KvDtype::Int8][(number + i) % 2];
+            let open = |threads, isa: &str| {
+                let isa = Some(isa.to_owned());
+                let options =
+                    LoadOptions { kv_dtype, threads: Some(threads), isa, ..options(quantization) };
+                load(folder, options).unwrap()
+            };
+            // The forced set alone, or the best one and the others against it.
+            let sets: Vec<String> = match std::env::var("FERRULE_ISA") {
+                Ok(set) => vec![set],
+                Err(_) => kernels::available().map(|k| k.name().to_owned()).collect(),
+            };
+            let model = open(1, &sets[0]);
+            let whole = bits(&Session::new(&model, ids.len()).feed(&ids, Wanted::All));
+            let mut session = Session::new(&model, ids.len());
+            let single: Vec<u32> =
+                ids.iter().flat_map(|&id| bits(&session.feed(&[id], Wanted::All))).collect();
+            assert!(single == whole, "{folder:?} {quantization:?}: token by token");
+            let mut session = Session::new(&model, ids.len());
+            let parts: Vec<u32> =
+                ids.chunks(37).flat_map(|c| bits(&session.feed(c, Wanted::All))).collect();
+            assert!(parts == whole, "{folder:?} {quantization:?}: chunks of 37");
+            // Another sequence in the same batch, its pages among the first one's.
+            let (a, b) = (tables(&model, &[0, 2, 4, 6]), tables(&model, &[7, 5, 3, 1]));
+            let mut kv = model.new_kv(&vec![8; a.len()]).unwrap();
+            let long = model.long_after().is_some_and(|after| ids.len() > after);
+            let batch = [
+                Chunk {
+                    tokens: &ids[3..40],
+                    start: 0,
+                    long: false,
+                    pages: &b,
+                    wanted: Wanted::Last,
+                },
+                Chunk { tokens: &ids, start: 0, long, pages: &a, wanted: Wanted::All },
+            ];
+            let both = model.forward(&mut kv, &batch, &AtomicBool::new(false)).unwrap();
+            assert!(bits(&both[model.vocab()..]) == whole, "{folder:?} {quantization:?}: batch");
+            for threads in [2, 3] {
+                let model = open(threads, &sets[0]);
+                let found = bits(&Session::new(&model, ids.len()).feed(&ids, Wanted::All));
+                assert!(found == whole, "{folder:?} {quantization:?}: {threads} threads");
+            }
+            for set in &sets[1..] {
+                let found =
+                    bits(&Session::new(&open(2, set), ids.len()).feed(&ids[..40], Wanted::All));
+                assert!(found == whole[..found.len()], "{folder:?} {quantization:?}: {set}");
             }
         }
-    }
+    });
 }
 
 #[test]

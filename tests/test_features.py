@@ -1,7 +1,8 @@
 """A kernel set asks for every instruction set that its functions are compiled for.
 
 A CPU that has some of them and not others (AVX-512 without VNNI) must get a weaker set, not a
-refused instruction; no emulator at hand has AVX-512, so this is read off the source.
+refused instruction; no emulator at hand has AVX-512, so this is read off the source. Which set a
+CPU gets, from what the sets ask for, is tested in rust/src/kernels/tests/choice.rs.
 """
 
 from __future__ import annotations
@@ -25,10 +26,8 @@ IMPLIES = {
 
 def detected(path: Path) -> set[str]:
     """What the set in this file asks the CPU for, and what follows from it."""
-    text = path.read_text(encoding="utf-8")
-    found = set(re.findall(r'feature_detected!\("([\w.-]+)"\)', text))
-    for parent in re.findall(r"(\w+)::KERNELS\.supported", text):
-        found |= detected(path.with_name(f"{parent}.rs"))
+    needs = re.search(r"^    needs: &\[(.*)\]", path.read_text(encoding="utf-8"), re.M)
+    found = set(re.findall(r'"([\w.-]+)"', needs[1] if needs else ""))
     while more := {new for name in found for new in IMPLIES.get(name, ())} - found:
         found |= more
     return found
@@ -45,7 +44,7 @@ def compiled(path: Path) -> set[str]:
 SETS = sorted(
     path
     for path in [*(KERNELS / "x86").glob("*.rs"), *(KERNELS / "arm").glob("*.rs")]
-    if re.search(r"supported: \|\|", path.read_text(encoding="utf-8")) and path.stem != "trap"
+    if re.search(r"^    needs: &", path.read_text(encoding="utf-8"), re.M)
 )
 
 

@@ -4,6 +4,7 @@
 # target). Needs Debian and the compiler's `cargo`; everything lies under WORK. Never touches the toolchain.
 # usage: std.sh WORK TARGET...; prints the sysroot, to be given to rustc with --sysroot
 set -euo pipefail
+tools=$(realpath "$(dirname "$0")")
 mkdir -p "$1"
 work=$(realpath "$1")
 shift
@@ -18,33 +19,9 @@ mkdir -p "$sysroot/lib/rustlib"
 ln -sfn "$real/lib/rustlib/$host" "$sysroot/lib/rustlib/"
 
 get_source() {
-    # An apt of its own for suites that the machine does not use, from the machine's mirror.
-    local apt=$work/apt mirror package
-    mirror=$(awk '/^URIs:/ { print $2; exit }' /etc/apt/sources.list.d/debian.sources)
-    mkdir -p "$apt"/{parts,state/lists/partial,cache/archives/partial}
-    : > "$apt/status"
-    cat > "$apt/debian.sources" <<END2
-Types: deb
-URIs: $mirror
-Suites: trixie-backports sid
-Components: main
-Architectures: amd64
-Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
-END2
-    cat > "$apt/apt.conf" <<END2
-Dir::Etc::parts "$apt/parts";
-Dir::Etc::preferencesparts "$apt/parts";
-Dir::Etc::sourcelist "$apt/debian.sources";
-Dir::Etc::sourceparts "-";
-Dir::State "$apt/state";
-Dir::State::status "$apt/status";
-Dir::Cache "$apt/cache";
-APT::Sandbox::User "root";
-Acquire::Languages "none";
-Acquire::Check-Valid-Until "false";
-END2
+    local apt=$work/apt package
+    "$tools/apt.sh" "$apt" deb amd64 trixie-backports sid
     export APT_CONFIG=$apt/apt.conf
-    apt-get update -qq
     package=$(apt-cache madison rust-src |
         awk -v v="$version+" 'index($3, v) == 1 { print $3; exit }')
     [ -n "$package" ] || { echo "std.sh: no rust-src $version in Debian" >&2; exit 1; }

@@ -15,33 +15,8 @@ root=$work/python
 # A tree with Debian's arm64 Python, made by unpacking packages: nothing is run in it to set it up.
 if [ ! -e "$root/usr/bin/python3" ]; then
     apt=$(mktemp -d)
-    mirror=$(awk '/^URIs:/ { print $2; exit }' /etc/apt/sources.list.d/debian.sources)
-    mkdir -p "$apt"/{parts,state/lists/partial,cache/archives/partial} "$root.new/usr"/{lib,bin,sbin}
-    : > "$apt/status"
-    cat > "$apt/debian.sources" <<END2
-Types: deb
-URIs: $mirror
-Suites: bookworm
-Components: main
-Architectures: arm64
-Signed-By: /usr/share/keyrings/debian-archive-keyring.gpg
-END2
-    cat > "$apt/apt.conf" <<END2
-Dir::Etc::parts "$apt/parts";
-Dir::Etc::preferencesparts "$apt/parts";
-Dir::Etc::sourcelist "$apt/debian.sources";
-Dir::Etc::sourceparts "-";
-Dir::State "$apt/state";
-Dir::State::status "$apt/status";
-Dir::Cache "$apt/cache";
-APT::Architecture "arm64";
-APT::Architectures { "arm64"; };
-APT::Install-Recommends "false";
-APT::Sandbox::User "root";
-Acquire::Languages "none";
-Acquire::Check-Valid-Until "false";
-END2
-    APT_CONFIG=$apt/apt.conf apt-get update -qq
+    tools/apt.sh "$apt" deb arm64 bookworm
+    mkdir -p "$root.new/usr"/{lib,bin,sbin}
     APT_CONFIG=$apt/apt.conf apt-get install -qq -y --download-only -o Debug::NoLocking=1 \
         python3 libpython3-stdlib libc6 libgcc-s1 libstdc++6 >/dev/null
     for folder in lib bin sbin; do ln -sfn usr/$folder "$root.new/$folder"; done

@@ -73,7 +73,8 @@ type Gemm = unsafe fn(&[u8], &Acts<'_>, &mut [f32]);
 #[derive(Clone, Copy)]
 pub struct Kernels {
     name: &'static str,
-    supported: fn() -> bool,
+    /// What its functions are compiled for: the CPU must have all of it (names of `detect`).
+    needs: &'static [&'static str],
     gemm_q4: Gemm,
     gemm_q8: Gemm,
     gemm_grouped: unsafe fn(Grouped, &[u8], &Acts<'_>, &mut [f32]),
@@ -106,30 +107,39 @@ pub fn names() -> impl Iterator<Item = &'static str> {
 
 /// The sets this CPU can run, best first.
 pub fn available() -> impl Iterator<Item = &'static Kernels> {
-    ALL.iter().copied().filter(|k| (k.supported)())
+    on(cpu_features())
 }
 
-/// The instructions beyond the baseline that the sets look for and this CPU has, for people to read.
+/// The sets that a CPU with these features can run, best first.
+fn on(features: Vec<&'static str>) -> impl Iterator<Item = &'static Kernels> {
+    ALL.iter().copied().filter(move |k| k.runs_with(&features))
+}
+
+/// The instructions beyond the baseline that the sets need and this CPU has.
 pub fn cpu_features() -> Vec<&'static str> {
+    detect().into_iter().filter(|(_, has)| *has).map(|(name, _)| name).collect()
+}
+
+/// Every feature that a set of this build may name in `needs`, and whether this CPU has it.
+fn detect() -> Vec<(&'static str, bool)> {
     macro_rules! has {
         ($detected:ident: $($name:tt)*) => {
-            [$(($name, std::arch::$detected!($name))),*]
+            vec![$(($name, std::arch::$detected!($name))),*]
         };
     }
     #[cfg(target_arch = "x86_64")]
-    let all = has!(is_x86_feature_detected: "avx2" "fma" "f16c" "avxvnni" "avx512f" "avx512bw"
-        "avx512vl" "avx512vnni");
-    #[cfg(target_arch = "aarch64")]
-    let all = has!(is_aarch64_feature_detected: "neon" "dotprod" "i8mm");
-    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    let all: [(&str, bool); 0] = [];
-    #[allow(unused_mut)]
-    let mut names: Vec<_> = all.into_iter().filter(|(_, has)| *has).map(|(name, _)| name).collect();
-    #[cfg(target_arch = "x86_64")]
-    if (x86::amx::KERNELS.supported)() {
-        names.push("amx-int8");
+    {
+        let mut all = has!(is_x86_feature_detected: "avx2" "fma" "f16c" "avxvnni" "avx512f"
+            "avx512bw" "avx512vl" "avx512vnni");
+        all.push(("amx-int8", x86::amx::allowed()));
+        all
     }
-    names
+    #[cfg(target_arch = "aarch64")]
+    {
+        has!(is_aarch64_feature_detected: "neon" "dotprod" "i8mm")
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    Vec::new()
 }
 
 /// The best set, or the one that `forced` (the environment's `FERRULE_ISA`) names.
@@ -151,6 +161,10 @@ impl std::fmt::Debug for Kernels {
 // SAFETY (for every call below): `self` came from `ALL` by way of `available`, or is `scalar`, so the
 // CPU has the instructions of `self`; the assertions are what the kernels rely on for their accesses.
 impl Kernels {
+    fn runs_with(&self, features: &[&str]) -> bool {
+        self.needs.iter().all(|name| features.contains(name))
+    }
+
     /// The set's name, as `FERRULE_ISA` spells it.
     pub fn name(&self) -> &'static str {
         self.name

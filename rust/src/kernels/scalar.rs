@@ -8,7 +8,7 @@ use crate::quant::{BLOCK, Grouped};
 float::instantiate!(Lanes);
 
 pub(super) const KERNELS: Kernels =
-    Kernels { name: "scalar", supported: || true, gemm_q4, gemm_q8, gemm_grouped, float: FLOATS };
+    Kernels { name: "scalar", needs: &[], gemm_q4, gemm_q8, gemm_grouped, float: FLOATS };
 
 /// `y[t][n] = sum over blocks b of dot(w8, a8) * (d * s)`: an exact integer over a block, then one
 /// fused multiply-add, blocks ascending.

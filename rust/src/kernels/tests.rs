@@ -1,6 +1,7 @@
 //! Every set this CPU can run gives the bits of `scalar`, over shapes that straddle every edge and over
 //! corner values. `scalar` itself is checked against plain arithmetic in f64.
 
+mod choice;
 mod grouped;
 
 use super::layout::{Form, ROWS, block_offset, pack_float, pack_q4, pack_q8, unpack_row};

@@ -11,7 +11,7 @@ use std::arch::asm;
 
 pub(in super::super) const KERNELS: Kernels = Kernels {
     name: "dotprod",
-    supported: || std::arch::is_aarch64_feature_detected!("dotprod"),
+    needs: &["dotprod", "neon"],
     gemm_q4,
     gemm_q8,
     gemm_grouped: grouped::gemm_dotprod,

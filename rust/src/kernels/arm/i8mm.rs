@@ -10,10 +10,7 @@ use std::arch::asm;
 
 pub(in super::super) const KERNELS: Kernels = Kernels {
     name: "i8mm",
-    supported: || {
-        std::arch::is_aarch64_feature_detected!("dotprod")
-            && std::arch::is_aarch64_feature_detected!("i8mm")
-    },
+    needs: &["i8mm", "dotprod", "neon"],
     gemm_q4,
     gemm_q8,
     ..dotprod::KERNELS

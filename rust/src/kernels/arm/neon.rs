@@ -14,7 +14,7 @@ float::instantiate!(Lanes4);
 
 pub(in super::super) const KERNELS: Kernels = Kernels {
     name: "neon",
-    supported: || std::arch::is_aarch64_feature_detected!("neon"),
+    needs: &["neon"],
     gemm_q4,
     gemm_q8,
     gemm_grouped: grouped::gemm_neon,

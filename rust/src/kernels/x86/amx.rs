@@ -25,10 +25,7 @@ use std::sync::LazyLock;
 
 pub(in super::super) const KERNELS: Kernels = Kernels {
     name: "amx",
-    supported: || {
-        static ALLOWED: LazyLock<bool> = LazyLock::new(allowed);
-        (avx512vnni::KERNELS.supported)() && *ALLOWED
-    },
+    needs: &["amx-int8", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx2", "fma", "f16c"],
     gemm_q4,
     gemm_q8,
     ..avx512vnni::KERNELS
@@ -37,10 +34,15 @@ pub(in super::super) const KERNELS: Kernels = Kernels {
 /// Tokens from which on tiles are used. Speed only, never results.
 const MANY: usize = 16;
 
-/// Whether the CPU has AMX with int8, and the operating system lets this process use it.
-fn allowed() -> bool {
+/// Whether the CPU has AMX with int8, and the operating system lets this process use it: "amx-int8".
+pub(in super::super) fn allowed() -> bool {
     const TILE_AND_INT8: u32 = 1 << 24 | 1 << 25;
-    __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & TILE_AND_INT8 == TILE_AND_INT8 && permission()
+    static ALLOWED: LazyLock<bool> = LazyLock::new(|| {
+        __cpuid(0).eax >= 7
+            && __cpuid_count(7, 0).edx & TILE_AND_INT8 == TILE_AND_INT8
+            && permission()
+    });
+    *ALLOWED
 }
 
 /// Asks Linux for the use of tile registers, once for the process: threads inherit it.

@@ -16,11 +16,7 @@ float::instantiate!(Ymm2, "avx2,fma,f16c");
 
 pub(in super::super) const KERNELS: Kernels = Kernels {
     name: "avx2",
-    supported: || {
-        is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c")
-    },
+    needs: &["avx2", "fma", "f16c"],
     gemm_q4,
     gemm_q8,
     gemm_grouped: grouped::gemm_avx2,

@@ -15,15 +15,7 @@ float::instantiate!(Zmm, "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c");
 
 pub(in super::super) const KERNELS: Kernels = Kernels {
     name: "avx512vnni",
-    supported: || {
-        is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512vl")
-            && is_x86_feature_detected!("avx512vnni")
-            && is_x86_feature_detected!("avx2")
-            && is_x86_feature_detected!("fma")
-            && is_x86_feature_detected!("f16c")
-    },
+    needs: &["avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx2", "fma", "f16c"],
     gemm_q4,
     gemm_q8,
     gemm_grouped: grouped512::gemm,

@@ -12,7 +12,7 @@ use std::arch::x86_64::*;
 
 pub(in super::super) const KERNELS: Kernels = Kernels {
     name: "avxvnni",
-    supported: || (avx2::KERNELS.supported)() && is_x86_feature_detected!("avxvnni"),
+    needs: &["avxvnni", "avx2", "fma", "f16c"],
     gemm_q4,
     gemm_q8,
     gemm_grouped: grouped::gemm_avxvnni,

@@ -11,11 +11,12 @@ use std::sync::Once;
 
 /// The sets that this CPU can run only by way of the trap.
 pub(in super::super) fn sets() -> Vec<&'static Kernels> {
-    static AMX: Kernels = Kernels { supported: avx512vnni::KERNELS.supported, ..amx::KERNELS };
-    static AVXVNNI: Kernels = Kernels { supported: avx2::KERNELS.supported, ..avxvnni::KERNELS };
+    static AMX: Kernels = Kernels { needs: avx512vnni::KERNELS.needs, ..amx::KERNELS };
+    static AVXVNNI: Kernels = Kernels { needs: avx2::KERNELS.needs, ..avxvnni::KERNELS };
     static INSTALL: Once = Once::new();
+    let here = super::super::cpu_features();
     let lacking = |real: &Kernels, trapped: &'static Kernels| {
-        (!(real.supported)() && (trapped.supported)() && !cfg!(miri)).then_some(trapped)
+        (!real.runs_with(&here) && trapped.runs_with(&here) && !cfg!(miri)).then_some(trapped)
     };
     let sets = [lacking(&amx::KERNELS, &AMX), lacking(&avxvnni::KERNELS, &AVXVNNI)];
     let sets: Vec<_> = sets.into_iter().flatten().collect();
