@@ -45,6 +45,7 @@ class Engine:
         folder: str,
         *,
         device: str = "cpu",
+        gpu_layers: int | None = None,
         quantization: str = "auto",
         threads: int | None = None,
         tile_tokens: int | None = None,

@@ -153,6 +153,11 @@ fn models_have_the_cpus_bits() {
 }
 
 #[test]
+fn models_on_two_machines_have_the_cpus_bits() {
+    let _ = passes("models::split", &[]);
+}
+
+#[test]
 fn graphs_have_the_bits_of_launches() {
     let Some(out) = passes("models::generation_by_graphs", &[]) else { return };
     // When the device is let go, the emulator says what became of it.

@@ -204,7 +204,20 @@ pub struct Parts<'a> {
 /// A number in the stored weights that is not finite: its part, row and column.
 pub type NotFinite = (usize, usize, usize);
 
-/// One machine.
+/// Where in a model a weight is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Before the first layer.
+    Begin,
+    /// In this layer.
+    Layer(usize),
+    /// After the last layer.
+    End,
+    /// Before the first and after the last: an embedding that is the head, too.
+    Both,
+}
+
+/// One machine, or two that share a model.
 pub trait Backend: Send + Sync {
     /// Activations `[rows, width]`.
     type Buf: Send;
@@ -221,6 +234,14 @@ pub trait Backend: Send + Sync {
     fn packer(&self) -> &cpu::Cpu;
     /// A packed matrix, where this machine wants it.
     fn place(&self, packed: cpu::Mat) -> Result<Self::Mat>;
+    /// The same of a matrix that is used at `at`.
+    fn place_at(&self, _at: Place, packed: cpu::Mat) -> Result<Self::Mat> {
+        self.place(packed)
+    }
+    /// Whether packed matrices of `at` stay in the computer's memory.
+    fn holds(&self, _at: Place) -> bool {
+        true
+    }
     /// How a matrix is stored, and its bytes.
     fn stored(mat: &Self::Mat) -> (Form, usize);
     /// Ends a step (and a load): what an operation could not do comes out here. None of the CPU's fails.
@@ -232,6 +253,10 @@ pub trait Backend: Send + Sync {
     fn buf(&self) -> Self::Buf;
     /// A vector.
     fn row(&self, values: &[f32]) -> Self::Row;
+    /// A vector that is used at `at`.
+    fn row_at(&self, _at: Place, values: &[f32]) -> Self::Row {
+        self.row(values)
+    }
     /// Quantizes (or keeps, for float forms) and packs `parts`.
     fn pack(
         &self,

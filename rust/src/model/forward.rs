@@ -480,7 +480,7 @@ pub(super) fn kv_groups(spec: &Spec, dtype: KvDtype) -> (Vec<KvGroup>, Vec<usize
 }
 
 /// What `pages` pages of a layer hold: keys and values, or states and their size.
-fn kv_layer(layer: &spec::Layer, pages: usize) -> (KvLayer, (usize, usize)) {
+pub(super) fn kv_layer(layer: &spec::Layer, pages: usize) -> (KvLayer, (usize, usize)) {
     let (pages, heads, head_dim, values, states) = match &layer.mixer {
         spec::Mixer::Attention(how) if how.kv_of.is_some() => (0, 1, 0, false, (0, 0)),
         spec::Mixer::Attention(how) => (pages, how.kv_heads, how.head_dim, true, (0, 0)),

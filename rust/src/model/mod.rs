@@ -5,6 +5,7 @@ mod cache;
 mod describe;
 mod forward;
 pub mod kv;
+mod offload;
 mod quantize;
 mod sequence;
 pub mod spec;
@@ -14,6 +15,7 @@ pub use crate::backend::{KvDtype, PAGE};
 pub use budget::{Budget, Wish};
 pub use describe::{CHUNK, Description, describe};
 pub use forward::{Kv, Model};
+pub use offload::{GpuLayers, Offload, Planned};
 pub use quantize::{Quantize, Rule, Written, quantize};
 pub use sequence::Sequence;
 
@@ -206,23 +208,26 @@ pub fn load_cuda(
 ) -> Result<Model<crate::backend::cuda::Cuda>> {
     let opened = open(folder, &options)?;
     opened.0.runs_on_cuda()?;
-    let cuda = crate::backend::cuda::Cuda::new(ordinal, cpu(&options)?)?;
+    let cuda = open_cuda(ordinal, &options)?;
     place(opened, cuda, options)
 }
 
-/// Bytes of the weights of the model in `folder`, if the CUDA back end has kernels for all of it. From headers alone.
+/// CUDA device `ordinal`, or the first that kernels run on, with the CPU that `options` ask for.
 #[cfg(feature = "cuda")]
-pub fn for_cuda(folder: &Path, options: &LoadOptions) -> Result<u64> {
-    let (spec, checkpoint, path) = open(folder, options)?;
-    spec.runs_on_cuda()?;
-    let sizes = weights::sizes(&path, &checkpoint, &spec, options.quantization)?.forms;
-    let runs = |form: &str| ["int4", "int8", "bf16", "f16", "f32"].contains(&form);
-    match sizes.iter().find(|(form, _)| !runs(form)) {
-        Some((form, _)) => Err(Error::Unsupported(format!(
-            "{form} weights do not run on CUDA yet; use quantization=\"int4\" or \"int8\""
-        ))),
-        None => Ok(sizes.iter().map(|(_, bytes)| bytes).sum()),
-    }
+pub fn open_cuda(
+    ordinal: Option<usize>,
+    options: &LoadOptions,
+) -> Result<crate::backend::cuda::Cuda> {
+    crate::backend::cuda::Cuda::new(ordinal, cpu(options)?)
+}
+
+/// As [`load`], onto a machine that is there: one that [`Offload`] has said the model fits.
+pub fn load_onto<B: Backend>(
+    folder: &Path,
+    backend: B,
+    options: LoadOptions,
+) -> Result<Model<B>> {
+    place(open(folder, &options)?, backend, options)
 }
 
 /// The CPU that `options` ask for.

@@ -10,16 +10,18 @@ mod launch;
 mod modules;
 mod pack;
 mod probe;
+mod split;
 mod time;
 
 pub use buf::Buf;
 pub use kv::Kv;
 pub use probe::{DeviceInfo, DriverInfo, Unavailable, probe};
+pub use split::Split;
 
 use super::cpu::{self, Cpu};
 use super::{
     Activation, Attention, Backend, Expert, Form, HeadRows, KvDtype, KvLayer, Latent, NotFinite,
-    Parts, QkNorm, Recurrent, Routing, Span,
+    Parts, Place, QkNorm, Recurrent, Routing, Span,
 };
 use crate::{Error, Result};
 use device::{Device, Memory};
@@ -27,6 +29,8 @@ use std::sync::{Arc, Mutex};
 
 /// Tokens up to which a product reads weights token by token; beyond, tensor cores take 64 at once.
 const FEW: usize = 8;
+/// Bytes of tiles made at once on their way to the device, unless one is larger.
+const STAGE: usize = 16 << 20;
 /// Threads of the kernels in `rows.cu`.
 const THREADS: usize = 256;
 
@@ -72,16 +76,46 @@ impl Cuda {
     pub fn info(&self) -> &DeviceInfo {
         &self.device.info
     }
-    /// Free bytes on the device, and all.
+    /// Free bytes on the device, and all. Where its memory is the computer's, what the computer says: the driver does
+    /// not count what the system would give back, such as pages of files.
     pub fn memory(&self) -> (u64, u64) {
-        self.device.memory()
+        let (free, total) = self.device.memory();
+        let free = if self.info().integrated { cpu::memory().available } else { free };
+        (free.min(total), total)
     }
     /// Activations with these values.
     pub fn upload(&self, values: &[f32], width: usize) -> Buf {
         let mut buf = Buf::new(&self.device);
+        self.fill(&mut buf, values, width);
+        buf
+    }
+    /// The same in a buffer that is there.
+    fn fill(&self, buf: &mut Buf, values: &[f32], width: usize) {
         buf.shape(values.len() / width, width);
         self.device.upload(buf.at, values);
-        buf
+    }
+
+    /// The matrix in tiles on the device: by way of a buffer of a bounded size, so that it is never in memory twice.
+    fn copied(&self, packed: &cpu::Mat) -> Result<Mat> {
+        let (form, (n, k)) = (packed.form(), packed.shape());
+        let (Some(bytes), Some(tile)) = (pack::bytes(form, n, k), pack::bytes(form, 1, k)) else {
+            let what = format!(
+                "{} weights do not run on CUDA yet; use quantization=\"int4\" or \"int8\"",
+                form.name()
+            );
+            return Err(Error::Unsupported(what));
+        };
+        let memory = self.device.alloc(bytes)?;
+        let tiles = (STAGE / tile).max(1);
+        let mut stage = vec![0; bytes.min(tiles * tile)];
+        let from = packed.bytes().chunks(tiles * pack::pair_bytes(form, k));
+        for (i, from) in from.enumerate() {
+            let at = i * tiles * tile;
+            let stage = &mut stage[..(bytes - at).min(tiles * tile)];
+            pack::tiles(form, k, from, stage);
+            self.device.upload(memory.at + at as u64, stage);
+        }
+        Ok(Mat { form, n, k, memory })
     }
 
     fn launch<P: launch::Params>(
@@ -266,25 +300,18 @@ impl Backend for Cuda {
     }
 
     fn place(&self, packed: cpu::Mat) -> Result<Mat> {
-        let (form, (n, k)) = (packed.form(), packed.shape());
-        let Some(bytes) = pack::bytes(form, n, k) else {
-            let what = format!(
-                "{} weights do not run on CUDA yet; use quantization=\"int4\" or \"int8\"",
-                form.name()
-            );
-            return Err(Error::Unsupported(what));
-        };
-        let mut tiles = vec![0; bytes];
-        pack::tiles(form, k, packed.bytes(), &mut tiles);
-        let memory = self.device.alloc(bytes)?;
-        self.device.upload(memory.at, &tiles);
-        Ok(Mat { form, n, k, memory })
+        let mat = self.copied(&packed);
+        packed.release(); // where memory is one, it would be there twice
+        mat
     }
 
     fn stored(mat: &Mat) -> (Form, usize) {
         (mat.form, mat.memory.bytes)
     }
 
+    fn holds(&self, _: Place) -> bool {
+        self.device.info.integrated
+    }
     fn finish(&self) -> Result<()> {
         self.device.finish()
     }

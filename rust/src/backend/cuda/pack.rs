@@ -50,7 +50,12 @@ pub(super) fn bytes(form: Form, n: usize, k: usize) -> Option<usize> {
 
 /// Turns the packed matrix `from` into tiles, by several threads.
 pub(super) fn tiles(form: Form, k: usize, from: &[u8], out: &mut [u8]) {
-    each(form, k, from.chunks_exact(2 * form.row_block_bytes(k)), out, tile);
+    each(form, k, from.chunks_exact(pair_bytes(form, k)), out, tile);
+}
+
+/// Bytes of the two row blocks of the packed matrix that become a tile.
+pub(super) fn pair_bytes(form: Form, k: usize) -> usize {
+    2 * form.row_block_bytes(k)
 }
 
 /// The packed matrix that gave the tiles.
