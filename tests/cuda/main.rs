@@ -8,6 +8,7 @@
 
 #![cfg(all(feature = "cuda", target_os = "linux"))]
 
+mod grouped;
 mod models;
 mod ops;
 
@@ -139,6 +140,12 @@ fn no_driver_a_stub_or_an_old_one_is_said_and_never_panics() {
 fn operations_have_the_cpus_bits() {
     let _ = passes("ops::every_operation", &[]);
     let _ = passes("ops::every_operation", &[("FAKE_DOWN", "1")]);
+}
+
+#[test]
+fn grouped_forms_have_the_cpus_bits() {
+    let _ = passes("grouped::every_form", &[]);
+    let _ = passes("grouped::every_form", &[("FAKE_DOWN", "1")]);
 }
 
 #[test]

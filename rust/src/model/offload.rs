@@ -4,7 +4,7 @@
 
 use super::budget::size;
 use super::describe::{CHUNK, activations};
-use super::{LoadOptions, PAGE, Sees, forward, kv, open, weights};
+use super::{LoadOptions, PAGE, Quantization, Sees, forward, kv, open, weights};
 use crate::backend::Place;
 use crate::{Error, Result};
 use std::path::Path;
@@ -76,10 +76,12 @@ impl Offload {
         let (spec, checkpoint, path) = open(folder, options)?;
         spec.runs_on_cuda()?;
         let sizes = weights::sizes(&path, &checkpoint, &spec, options.quantization)?;
-        let runs = |form: &str| ["int4", "int8", "bf16", "f16", "f32"].contains(&form);
-        if let Some((form, _)) = sizes.forms.iter().find(|(form, _)| !runs(form)) {
+        let kept = |form: &str| ["grouped", "mxfp4"].contains(&form);
+        if options.quantization == Quantization::None
+            && let Some((form, _)) = sizes.forms.iter().find(|(form, _)| kept(form))
+        {
             return Err(Error::Unsupported(format!(
-                "{form} weights do not run on CUDA yet; use quantization=\"int4\" or \"int8\""
+                "{form} weights with quantization=\"none\" do not run on CUDA yet; use quantization=\"auto\""
             )));
         }
         let at = |wanted: Place| -> u64 {

@@ -23,6 +23,7 @@ use super::{
     Activation, Attention, Backend, Expert, Form, HeadRows, KvDtype, KvLayer, Latent, NotFinite,
     Parts, Place, QkNorm, Recurrent, Routing, Span,
 };
+use crate::quant::Grouped;
 use crate::{Error, Result};
 use device::{Device, Memory};
 use std::sync::{Arc, Mutex};
@@ -49,6 +50,25 @@ pub struct Mat {
     n: usize,
     k: usize,
     memory: Memory,
+}
+
+impl Mat {
+    fn matrix(&self) -> launch::Matrix {
+        let (groups, blocks) = pack::groups(self.k);
+        launch::Matrix { w: self.memory.at, groups: groups as u32, blocks: blocks as u32 }
+    }
+    fn grouped(&self, how: Grouped) -> launch::Grouped {
+        let head = pack::head(how);
+        launch::Grouped {
+            m: self.matrix(),
+            how: head.how,
+            header: head.words as u32,
+            scales: head.scales[0] as u32,
+            offsets: head.offsets[0] as u32,
+            scale_bytes: head.scales[1] as u32,
+            offset_bytes: head.offsets[1] as u32,
+        }
+    }
 }
 
 /// A vector.
@@ -100,7 +120,7 @@ impl Cuda {
         let (form, (n, k)) = (packed.form(), packed.shape());
         let (Some(bytes), Some(tile)) = (pack::bytes(form, n, k), pack::bytes(form, 1, k)) else {
             let what = format!(
-                "{} weights do not run on CUDA yet; use quantization=\"int4\" or \"int8\"",
+                "{} weights with quantization=\"none\" do not run on CUDA yet; use quantization=\"auto\"",
                 form.name()
             );
             return Err(Error::Unsupported(what));
@@ -233,10 +253,28 @@ impl Cuda {
             let params = launch::GemvFloat { w, x: x.at, k, tokens, form, pad: 0, e };
             return self.launch(kernel, [x.rows.div_ceil(each), tiles, 1], 32, &params);
         }
-        let (groups, blocks) = pack::groups(w.k);
-        let matrix =
-            launch::Matrix { w: w.memory.at, groups: groups as u32, blocks: blocks as u32 };
+        let blocks = pack::groups(w.k).1;
+        let matrix = w.matrix();
         let acts = self.quantized(x);
+        if let Form::Grouped(how) = w.form {
+            let params = launch::OfGrouped { w: w.grouped(how), acts, tokens, pad: 0, e };
+            if x.rows > FEW {
+                let grid = [x.rows.div_ceil(64), tiles.div_ceil(4), 1];
+                return self.launch("gemm_grouped", grid, 256, &params);
+            }
+            let (kernel, each) = match (how.table().is_some(), how.high(), x.rows) {
+                (true, _, 1) => ("gemv_gt_1", 1),
+                (true, ..) => ("gemv_gt_4", 4),
+                (_, 0, 1) => ("gemv_g4_1", 1),
+                (_, 0, _) => ("gemv_g4_4", 4),
+                (_, 1, 1) => ("gemv_g5_1", 1),
+                (_, 1, _) => ("gemv_g5_4", 4),
+                (.., 1) => ("gemv_g6_1", 1),
+                _ => ("gemv_g6_4", 4),
+            };
+            let warps = blocks.clamp(each, 16);
+            return self.launch(kernel, [x.rows.div_ceil(each), tiles, 1], 32 * warps, &params);
+        }
         let four = w.form == Form::Q4;
         if x.rows > FEW {
             let kernel = if four { "gemm_q4" } else { "gemm_q8" };
@@ -350,6 +388,10 @@ impl Backend for Cuda {
             width: table.k as u32,
             scale,
             pad: 0,
+            how: match table.form {
+                Form::Grouped(how) => table.grouped(how),
+                _ => launch::Grouped::default(),
+            },
         };
         self.launch("embed", [ids.len(), 1, 1], THREADS, &params);
     }
