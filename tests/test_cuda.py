@@ -32,6 +32,12 @@ try:
         prompts = ["Once upon a time", "The fox said", "A lantern"]
         answers = llm.generate(prompts, max_tokens=8, seed=3, logprobs=2)
         again = llm.generate(prompts[0], max_tokens=8, temperature=0)
+        plain = dict(temperature=0.9, top_p=1.0, top_k=0, seed=4, max_tokens=8)
+        drawn = llm.generate(prompts, **plain) + llm.generate(prompts, min_p=0.1, **plain)
+        # One of a batch needs its logits; all of them are then read.
+        one = llm.submit(prompts[1], logprobs=1, **plain)
+        two = llm.submit(prompts[2], **plain)
+        drawn += [one.result(), two.result()]
         found = {
             "device": llm.device,
             "because": llm.info.device_because,
@@ -39,7 +45,7 @@ try:
             "layers": [llm.info.gpu_layers, llm.info.layers],
             "notes": list(llm.info.notes),
             "kv": llm.info.kv_cache_bytes,
-            "texts": [a.text for a in [*answers, again]],
+            "texts": [a.text for a in [*answers, again, *drawn]],
             "logprobs": repr([a.logprobs for a in answers]),
         }
 except ferrule.FerruleError as error:
@@ -171,7 +177,17 @@ def test_memory_that_is_the_computers(emulator: Path) -> None:
 
 
 def test_plan(emulator: Path) -> None:
-    command = [sys.executable, "-m", "ferrule", "plan", "tales-1m", "--device", "cuda", "-q", "int4"]
+    command = [
+        sys.executable,
+        "-m",
+        "ferrule",
+        "plan",
+        "tales-1m",
+        "--device",
+        "cuda",
+        "-q",
+        "int4",
+    ]
     environment = {**os.environ, "LD_LIBRARY_PATH": str(emulator)}
 
     def text(*more: str, **also: str) -> str:
@@ -184,6 +200,20 @@ def test_plan(emulator: Path) -> None:
     assert "layers on the GPU" in text()
     assert "| 1 of" in text("--gpu-layers", "1")
     assert "not one layer fits" in text(FAKE_MEMORY=str(RESERVE))
+
+
+def test_doctor(emulator: Path) -> None:
+    command = [sys.executable, "-m", "ferrule", "doctor", "--json", "--device", "cuda"]
+    found = {}
+    for folder in (emulator, emulator / "nothing"):
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        text = done.stdout[done.stdout.index("[") :]
+        checks = {check["name"]: check for check in json.JSONDecoder().raw_decode(text)[0]}
+        found[folder] = checks["kernels on"]
+    assert found[emulator]["state"] == "ok"
+    assert re.search(r"[1-9]\d+ operations have the CPU's bits", found[emulator]["found"])
+    assert found[emulator / "nothing"]["state"] == "problem"
 
 
 def test_a_device_that_fails(emulator: Path) -> None:

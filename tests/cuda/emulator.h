@@ -112,6 +112,16 @@ DEVICE u32 as_bits(float x) {
     memcpy(&u, &x, 4);
     return u;
 }
+DEVICE double as_double(u64 x) {
+    double d;
+    memcpy(&d, &x, 8);
+    return d;
+}
+DEVICE u64 as_word(double x) {
+    u64 u;
+    memcpy(&u, &x, 8);
+    return u;
+}
 DEVICE float shuffle(float x, int lane) {
     float y;
     exchange(&x, 4, lane, &y);

@@ -121,6 +121,54 @@ fn logits() {
     assert!(tested >= 27);
 }
 
+/// Models whose files are quantized, as they are.
+#[test]
+#[ignore = "on the emulated driver: see main.rs"]
+fn quantized() {
+    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let shared = std::env::var_os("FERRULE_SHARED").map(|at| Path::new(&at).join("goldens"));
+    let folders = [Some(own), shared].into_iter().flatten().flat_map(|folder| {
+        let mut all: Vec<_> =
+            std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        all.sort();
+        all
+    });
+    // A folder, or each GGUF file in it.
+    let paths = folders.flat_map(|folder| {
+        let files = std::fs::read_dir(&folder).into_iter().flatten();
+        let files = files.map(|entry| entry.unwrap().path());
+        let mut all: Vec<_> = files.filter(|p| p.extension() == Some("gguf".as_ref())).collect();
+        all.sort();
+        if all.is_empty() { vec![folder] } else { all }
+    });
+    let (mut tested, mut refused) = (Vec::new(), Vec::new());
+    for folder in paths {
+        let name = folder.to_string_lossy().rsplit_once("golden").unwrap().1.to_owned();
+        let known = ["/gguf-", "/quant-"].iter().any(|kind| name.contains(kind));
+        let name = name.trim_start_matches('s').to_owned();
+        if !known || name.contains("gguf-blocks-a") || tested.contains(&name) {
+            continue;
+        }
+        let options = || options(Quantization::Auto, KvDtype::F16);
+        let cuda = match load_cuda(&folder, None, options()) {
+            Ok(cuda) => cuda,
+            Err(Error::Unsupported(why)) => {
+                refused.push((name, why));
+                continue;
+            }
+            Err(error) => panic!("{folder:?}: {error}"),
+        };
+        let cpu = load(&folder, options()).unwrap();
+        let ids: Vec<u32> = (0..70).map(|i: usize| (i * i * 7 % cpu.spec.vocab) as u32).collect();
+        let (found, expected) = (answers(&cuda, &ids), answers(&cpu, &ids));
+        let first = found.iter().zip(&expected).position(|(f, e)| f != e);
+        assert!(first.is_none(), "{folder:?} {}: number {first:?}", cuda.form());
+        tested.push(name);
+    }
+    println!("{tested:?}; not on CUDA: {refused:?}");
+    assert!(tested.len() >= 3);
+}
+
 /// The same model cut in two at several places: the CPU's bits, and the residual stream crosses once a step.
 #[test]
 #[ignore = "on the emulated driver: see main.rs"]

@@ -112,6 +112,9 @@ def _parser() -> argparse.ArgumentParser:
         "the remedy; exit status 1 if there is a problem.",
     )
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument(
+        "--device", metavar="D", help="cuda or cuda:0: also compare its kernels with the CPU's"
+    )
     doctor.set_defaults(run=_lazy("doctor"))
 
     inspect = commands.add_parser(

@@ -45,16 +45,16 @@ def _print(rows: list[dict[str, Any]]) -> None:
     print("| " + " | ".join((*_COLUMNS, *(["layers on the GPU"] if on_gpu else []))) + " |")
     print("| --- | ---: | ---: | ---: | ---: | --- |" + (" ---: |" if on_gpu else ""))
     for row in rows:
-        cells = (
+        cells = [
             row["quantization"],
             f"{sum(row['weight_bytes'].values()) / 1e6:,.0f} MB",
             f"{row['kv_bytes_context'] / 1e6:,.0f} MB",
             f"{row['working_bytes'] / 1e6:,.0f} MB",
             str(row.get("context_length_here", "-")),
             ("yes" if not row["notes"] else "with limits") if row["fits"] else "no",
-        )
+        ]
         if on_gpu:
-            cells += (f"{row['gpu_layers']} of {sum(row['layers'].values())}",)
+            cells.append(f"{row['gpu_layers']} of {sum(row['layers'].values())}")
         print("| " + " | ".join(cells) + " |")
     for row in rows:
         if "gpu_because" in row:

@@ -201,6 +201,17 @@ pub struct Parts<'a> {
     pub interleaved: bool,
 }
 
+/// How a token is drawn from a row of logits, where no filter needs their order: as `sample::draw` does.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Draw {
+    /// 0 = the likeliest, the lowest id of equals.
+    pub temperature: f32,
+    /// Tokens with a smaller weight than this are not drawn; the likeliest has 2^38.
+    pub least: u64,
+    /// From 0 to 1.
+    pub coin: f64,
+}
+
 /// A number in the stored weights that is not finite: its part, row and column.
 pub type NotFinite = (usize, usize, usize);
 
@@ -241,6 +252,10 @@ pub trait Backend: Send + Sync {
     /// Whether packed matrices of `at` stay in the computer's memory.
     fn holds(&self, _at: Place) -> bool {
         true
+    }
+    /// A matrix of any numbers, made without a checkpoint's: to measure with.
+    fn random(&self, _form: Form, _n: usize, _k: usize) -> Result<Self::Mat> {
+        Err(crate::Error::Unsupported("random weights are for device=\"cuda\"".into()))
     }
     /// How a matrix is stored, and its bytes.
     fn stored(mat: &Self::Mat) -> (Form, usize);
@@ -447,6 +462,14 @@ pub trait Backend: Send + Sync {
     fn scale(&self, x: &mut Self::Buf, scale: f32);
     /// `x = cap * tanh(x / cap)`.
     fn softcap(&self, x: &mut Self::Buf, cap: f32);
+    /// Whether there is [`Backend::draw`].
+    fn draws(&self) -> bool {
+        false
+    }
+    /// A token from each row of logits; `None` where they are no numbers, or allow no token.
+    fn draw(&self, _logits: &Self::Buf, _how: &[Draw]) -> Vec<Option<u32>> {
+        Vec::new()
+    }
     /// Activations as they lie, `[rows, width]`.
     fn read(&self, x: &Self::Buf) -> Vec<f32>;
 }

@@ -11,7 +11,7 @@ mod sequence;
 pub mod spec;
 mod weights;
 
-pub use crate::backend::{KvDtype, PAGE};
+pub use crate::backend::{Draw, KvDtype, PAGE};
 pub use budget::{Budget, Wish};
 pub use describe::{CHUNK, Description, describe};
 pub use forward::{Kv, Model};
@@ -84,6 +84,15 @@ pub enum Wanted {
     All,
 }
 
+/// What a wanted row of logits comes to.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Drawn {
+    /// The token drawn from them.
+    Token(u32),
+    /// The logits, which are no numbers or allow no token.
+    Logits(Vec<f32>),
+}
+
 /// What the engine asks of a model.
 pub trait Forward {
     /// Memory for keys, values and states.
@@ -112,6 +121,20 @@ pub trait Forward {
         batch: &[Chunk<'_>],
         interrupt: &AtomicBool,
     ) -> Result<Vec<f32>>;
+    /// Whether there is `forward_and_draw`.
+    fn draws(&self) -> bool {
+        false
+    }
+    /// As `forward`, and draws a token from each of the wanted rows where they are, so that they need not be read.
+    fn forward_and_draw(
+        &self,
+        _kv: &mut Self::Kv,
+        _batch: &[Chunk<'_>],
+        _draws: &[Draw],
+        _interrupt: &AtomicBool,
+    ) -> Result<Vec<Drawn>> {
+        Ok(Vec::new())
+    }
 }
 
 /// How weights are kept in memory.
@@ -144,6 +167,8 @@ pub struct LoadOptions {
     pub cache_dir: Option<PathBuf>,
     /// The TOML text of a family to use instead of the one that ships for the architecture.
     pub family: Option<String>,
+    /// Matrices are random and made on the device, whatever the file has: to measure with.
+    pub random: bool,
     /// Called with the bytes packed so far and in all.
     pub progress: Option<Box<dyn FnMut(u64, u64) + Send>>,
 }
@@ -158,6 +183,7 @@ impl Default for LoadOptions {
             kv_dtype: KvDtype::F16,
             cache_dir: None,
             family: None,
+            random: false,
             progress: None,
         }
     }
@@ -222,11 +248,7 @@ pub fn open_cuda(
 }
 
 /// As [`load`], onto a machine that is there: one that [`Offload`] has said the model fits.
-pub fn load_onto<B: Backend>(
-    folder: &Path,
-    backend: B,
-    options: LoadOptions,
-) -> Result<Model<B>> {
+pub fn load_onto<B: Backend>(folder: &Path, backend: B, options: LoadOptions) -> Result<Model<B>> {
     place(open(folder, &options)?, backend, options)
 }
 

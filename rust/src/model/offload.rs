@@ -120,7 +120,8 @@ impl Offload {
     fn with(&self, count: usize, whole: bool) -> Planned {
         let border = self.layers.len() - count;
         let (cpu, device) = self.layers.split_at(border);
-        let weights = |layers: &[(u64, u64)]| layers.iter().map(|(weights, _)| weights).sum::<u64>();
+        let weights =
+            |layers: &[(u64, u64)]| layers.iter().map(|(weights, _)| weights).sum::<u64>();
         let kv = |layers: &[(u64, u64)]| layers.iter().map(|(_, kv)| kv).sum::<u64>();
         let (begin, held) = match whole {
             true => (self.begin, 0),

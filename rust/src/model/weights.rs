@@ -189,7 +189,15 @@ impl<'a> Reader<'a> {
                     q.marks().any(|mark| has(&format!("{module}{mark}")))
                 })
         });
-        Reader { folder, checkpoint, spec, names, stored, read: RefCell::default(), at: Cell::new(Place::Begin) }
+        Reader {
+            folder,
+            checkpoint,
+            spec,
+            names,
+            stored,
+            read: RefCell::default(),
+            at: Cell::new(Place::Begin),
+        }
     }
 
     /// An error if there are tensors that are no weights of the model. After `plans`: these have found every weight, so

@@ -179,6 +179,22 @@ pub(super) fn cuda_devices() -> (Vec<(i32, String, String, u64)>, String) {
     (Vec::new(), String::new())
 }
 
+/// How many operations a CUDA device was asked for, and those whose results have not the CPU's bits.
+#[pyfunction]
+pub(super) fn cuda_check(py: Python<'_>, device: &str) -> PyResult<(usize, Vec<String>)> {
+    let check = || {
+        let wanted = Wanted::parse(device)?;
+        available()?;
+        #[cfg(feature = "cuda")]
+        if let Wanted::Cuda(ordinal) = wanted {
+            return Cuda::new(ordinal, Cpu::new(cpu::topology::auto().count, None)?)?.check();
+        }
+        let _ = wanted;
+        Err(Error::parameter("device", format!("{device:?}"), "\"cuda\" or \"cuda:0\""))
+    };
+    py.detach(check).map_err(super::raise(py))
+}
+
 /// Microseconds of samples of a product on a CUDA device, and the bytes of its matrix; with `form` "copy" of a copy of
 /// `n` bytes. For `benches/gpu.py`.
 #[pyfunction]
@@ -200,7 +216,11 @@ pub(super) fn cuda_time(
         }
         use crate::backend::Form;
         let forms = [Form::Q4, Form::Q8, Form::Bf16, Form::F16, Form::F32];
-        let known = forms.into_iter().find(|known| known.name() == form);
+        let known = match form {
+            "q4_k" => Some(Form::Grouped(crate::quant::Grouped::Q4_K)),
+            "q6_k" => Some(Form::Grouped(crate::quant::Grouped::Q6_K)),
+            _ => forms.into_iter().find(|known| known.name() == form),
+        };
         let known =
             known.ok_or_else(|| Error::parameter("form", form, "a form that runs on CUDA"))?;
         if n == 0 || k == 0 || tokens == 0 || sets == 0 {

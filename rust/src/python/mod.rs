@@ -91,7 +91,7 @@ impl Engine {
     #[new]
     #[pyo3(signature = (folder, *, device="cpu", gpu_layers=None, quantization="auto", threads=None, tile_tokens=None, claim_bytes=None, context_length=None,
         kv_cache_dtype="f16", kv_cache_bytes=None, max_batch=16, max_queue=256, prefix_cache=true, cache_dir=None,
-        chat_template=None, family=None, eos=Vec::new(), progress=None))]
+        chat_template=None, family=None, eos=Vec::new(), random=false, progress=None))]
     fn new(
         py: Python<'_>,
         folder: &str,
@@ -111,6 +111,7 @@ impl Engine {
         chat_template: Option<String>,
         family: Option<String>,
         eos: Vec<u32>,
+        random: bool,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Engine> {
         let bytes = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
@@ -130,6 +131,7 @@ impl Engine {
                     kv_dtype: named("kv_cache_dtype", kv_cache_dtype, &KV_DTYPES)?,
                     cache_dir: cache_dir.map(PathBuf::from),
                     family,
+                    random,
                     progress: Some(Box::new(move |done, total| {
                         bytes[0].store(done, Ordering::Relaxed);
                         bytes[1].store(total, Ordering::Relaxed);
@@ -145,7 +147,8 @@ impl Engine {
                 },
                 kv_bytes: kv_cache_bytes,
                 context_length: count("context_length", context_length)?,
-                gpu_layers: count("gpu_layers", gpu_layers)?.map_or(GpuLayers::Auto, GpuLayers::Count),
+                gpu_layers: count("gpu_layers", gpu_layers)?
+                    .map_or(GpuLayers::Auto, GpuLayers::Count),
                 chat_template,
                 eos,
             })
@@ -600,6 +603,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(facts::threads, module)?)?;
     module.add_function(wrap_pyfunction!(device::cuda_devices, module)?)?;
     module.add_function(wrap_pyfunction!(device::cuda_time, module)?)?;
+    module.add_function(wrap_pyfunction!(device::cuda_check, module)?)?;
     module.add_function(wrap_pyfunction!(facts::memory, module)?)?;
     module.add_function(wrap_pyfunction!(facts::memory_bandwidth, module)?)?;
     module.add_function(wrap_pyfunction!(facts::describe, module)?)?;

@@ -60,6 +60,9 @@ params! {
         x: u64, y: u64, out: u64, width: u32, y_row: u32, y_first: u32, kind: u32, scale: f32,
         act: Act, rows: u32, pad: u32,
     }
+    Draw ["draw_best", "draw_sums", "draw_pick"] {
+        logits: u64, how: u64, best: u64, sums: u64, out: u64, vocab: u32, parts: u32,
+    }
     Select ["select_rows"] { x: u64, rows: u64, out: u64, width: u32, pad: u32 }
     MatchPower ["match_power"] { x: u64, to: u64, width: u32, least: f32 }
     Cut ["cut"] { x: u64, out: u64, width: u32, in_row: u32, times: f32, pad: u32 }

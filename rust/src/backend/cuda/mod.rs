@@ -4,6 +4,7 @@
 
 mod attention;
 mod buf;
+mod check;
 mod device;
 mod kv;
 mod launch;
@@ -20,8 +21,8 @@ pub use split::Split;
 
 use super::cpu::{self, Cpu};
 use super::{
-    Activation, Attention, Backend, Expert, Form, HeadRows, KvDtype, KvLayer, Latent, NotFinite,
-    Parts, Place, QkNorm, Recurrent, Routing, Span,
+    Activation, Attention, Backend, Draw, Expert, Form, HeadRows, KvDtype, KvLayer, Latent,
+    NotFinite, Parts, Place, QkNorm, Recurrent, Routing, Span,
 };
 use crate::quant::Grouped;
 use crate::{Error, Result};
@@ -42,6 +43,8 @@ pub struct Cuda {
     cpu: Cpu,
     /// Parts of attention that is split over chunks of keys.
     parts: Mutex<Memory>,
+    /// What drawing tokens keeps between its kernels, and the tokens.
+    drawn: Mutex<Memory>,
 }
 
 /// A matrix in tiles.
@@ -89,8 +92,8 @@ enum Into {
 impl Cuda {
     /// Device `ordinal`, or the first that kernels run on; `cpu` packs weights.
     pub fn new(ordinal: Option<usize>, cpu: Cpu) -> Result<Cuda> {
-        let parts = Mutex::new(Memory::none());
-        Ok(Cuda { device: Device::open(ordinal)?, cpu, parts })
+        let (parts, drawn) = (Mutex::new(Memory::none()), Mutex::new(Memory::none()));
+        Ok(Cuda { device: Device::open(ordinal)?, cpu, parts, drawn })
     }
     /// The device in use.
     pub fn info(&self) -> &DeviceInfo {
@@ -349,6 +352,10 @@ impl Backend for Cuda {
 
     fn holds(&self, _: Place) -> bool {
         self.device.info.integrated
+    }
+
+    fn random(&self, form: Form, n: usize, k: usize) -> Result<Mat> {
+        Cuda::random(self, form, n, k)
     }
     fn finish(&self) -> Result<()> {
         self.device.finish()
@@ -627,6 +634,41 @@ impl Backend for Cuda {
 
     fn softcap(&self, x: &mut Buf, cap: f32) {
         self.each(3, x.at, 0, x, launch::Each { scale: cap, ..launch::Each::default() });
+    }
+
+    fn draws(&self) -> bool {
+        true
+    }
+
+    fn draw(&self, logits: &Buf, how: &[Draw]) -> Vec<Option<u32>> {
+        let rows = logits.rows;
+        assert_eq!(rows, how.len());
+        // Blocks of a part of a row each: enough of them for one row to keep a device busy.
+        let parts = (logits.width / 2048).clamp(1, 64);
+        let halves = |x: u64| [x as u32, (x >> 32) as u32];
+        let words = how.iter().flat_map(|d| {
+            let numbers = [(1.0 / f64::from(d.temperature)).to_bits(), d.least, d.coin.to_bits()];
+            let greedy = (d.temperature == 0.0).into();
+            numbers.map(halves).into_iter().flatten().chain([greedy, 0])
+        });
+        let words: Vec<u32> = words.collect();
+        let mut memory = self.drawn.lock().unwrap_or_else(|e| e.into_inner());
+        self.device.grow(&mut memory, rows * (16 * parts + 4));
+        let (best, sums) = (memory.at, memory.at + 8 * (rows * parts) as u64);
+        let params = launch::Draw {
+            logits: logits.at,
+            how: self.device.input(&words),
+            best,
+            sums,
+            out: sums + 8 * (rows * parts) as u64,
+            vocab: logits.width as u32,
+            parts: parts as u32,
+        };
+        self.launch("draw_best", [rows, parts, 1], THREADS, &params);
+        self.launch("draw_sums", [rows, parts, 1], THREADS, &params);
+        self.launch("draw_pick", [rows, 1, 1], THREADS, &params);
+        let ids = self.device.download(params.out, rows);
+        ids.iter().map(|id| Some(id.to_bits()).filter(|&id| (id as usize) < logits.width)).collect()
     }
 
     fn read(&self, x: &Buf) -> Vec<f32> {

@@ -7,8 +7,8 @@ use super::{Cuda, Mat as DeviceMat, Row as DeviceRow};
 use crate::Result;
 use crate::backend::cpu::{self, Cpu};
 use crate::backend::{
-    Activation, Attention, Backend, Expert, Form, HeadRows, KvDtype, KvLayer, Latent, NotFinite,
-    Parts, Place, QkNorm, Recurrent, Routing, Span,
+    Activation, Attention, Backend, Draw, Expert, Form, HeadRows, KvDtype, KvLayer, Latent,
+    NotFinite, Parts, Place, QkNorm, Recurrent, Routing, Span,
 };
 use std::cell::{Cell, Ref, RefCell};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -181,7 +181,9 @@ impl Split {
                 let coefficients = &self.on_cpu(coefficients);
                 match seen {
                     None => self.cpu().altup_predict(coefficients, &mut all),
-                    Some(seen) => self.cpu().altup_correct(coefficients, &self.on_cpu(seen), &mut all),
+                    Some(seen) => {
+                        self.cpu().altup_correct(coefficients, &self.on_cpu(seen), &mut all)
+                    }
                 }
                 streams.iter_mut().zip(all).for_each(|(s, new)| *s.new_on_cpu() = new);
             }
@@ -537,6 +539,14 @@ impl Backend for Split {
 
     fn softcap(&self, x: &mut Buf, cap: f32) {
         on!(self, x.side(), softcap(change x, as_is cap));
+    }
+
+    fn draws(&self) -> bool {
+        true
+    }
+
+    fn draw(&self, logits: &Buf, how: &[Draw]) -> Vec<Option<u32>> {
+        self.cuda.draw(&self.on_cuda(logits), how)
     }
 
     fn read(&self, x: &Buf) -> Vec<f32> {

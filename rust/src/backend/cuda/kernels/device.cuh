@@ -77,6 +77,8 @@ DEVICE u32 permute(u32 a, u32 b, u32 which) {
 }
 DEVICE float as_float(u32 x) { return __uint_as_float(x); }
 DEVICE u32 as_bits(float x) { return __float_as_uint(x); }
+DEVICE double as_double(u64 x) { return __longlong_as_double((long long)x); }
+DEVICE u64 as_word(double x) { return (u64)__double_as_longlong(x); }
 DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(ALL, x, lanes); }
 DEVICE int shuffle_xor(int x, int lanes) { return __shfl_xor_sync(ALL, x, lanes); }
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(ALL, x, lane); }
