@@ -1,26 +1,39 @@
-"""Everything that needs a CUDA device, in one command and under 9 minutes; needs only the wheel.
+"""Everything that needs a CUDA device, in one command and under 9 minutes.
 
-    python benches/gpu.py [--out gpu] [--minutes 9] [--models llama-3.1-8b,qwen3-0.6b]
+    python benches/gpu.py [--out gpu] [--minutes 9] [--only ops,products]
 
-Writes OUT.json and OUT.md: the device; correctness (logits of small models, bit for bit those of
-the CPU; a batch, its rows alone; generated twice, the second time by graphs); products against the
-floor, which is the bytes of the matrix over the bandwidth of a copy measured in the same run;
-tokens per second end to end; joules per token by NVML; PyTorch's bf16 product if PyTorch is there.
-Models are random. Correctness comes first, and a difference ends the run with status 1. Without a
-device it says so and writes nothing. What the time does not suffice for is named in the report.
+Needs Python, the wheel, and this folder with tests/golden beside it. Writes OUT.json and OUT.md,
+anew after each part, so that a run that is cut off leaves what it had. Parts, each a process of
+its own, which may fail or hang without harm to the others:
+
+- ops: each operation on the device and on the CPU, bit by bit (`ferrule doctor --device cuda`).
+- models: logits and greedy ids of small models of every family that is here, all bits those of the
+  CPU; sampled ids; a batch, its rows alone; steps sent launch by launch, then as graphs; layers on
+  two machines.
+- end to end: tokens per second of models with random weights made on the device, batch 1, 8, 32 at
+  depth 0, 1k, 8k, prompts of 512, 2k, 8k; joules per token by NVML, idle watts beside them.
+- products: each shape of a layer against the floor, which is the bytes of the matrix over the
+  bandwidth of a copy measured in the same run.
+- peers: PyTorch's and transformers' bf16 figures on the same device, if they are there.
+
+Status 1 if something differs or fails. Without a device it says so and writes nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
+import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +43,7 @@ import numpy as np
 import ferrule
 from ferrule import LLM, _core
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 GOLDENS = HERE.parent / "tests" / "golden"
 # [n, k] of the products of a layer, and of the head.
 SHAPES = {
@@ -43,7 +56,14 @@ SHAPES = {
     "0.6B gate+up": (6144, 1024),
     "0.6B down": (1024, 3072),
 }
+BITS = {"int4": 4.5, "int8": 8.125, "bf16": 16.0, "q4_k": 4.625, "q6_k": 6.625}
 CACHES = 4 * 50e6  # bytes of all sets of a matrix at least: several times the L2 of an H200
+WINDOW = 5.0  # seconds of an energy measurement at least: the counter moves every 20 to 100 ms
+# Gates on an H200 (issue): test, batch, tokens per second.
+GATES = {
+    "llama-3.1-8b": [("tg at 0", 1, 400), ("tg at 0", 32, 6000), ("pp2048", 1, 15000)],
+    "qwen3-0.6b": [("tg at 0", 1, 1400)],
+}
 
 
 def main() -> int:
@@ -51,213 +71,281 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("gpu"))
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--models", default="qwen3-0.6b,llama-3.1-8b", help="of random_model.py")
+    parser.add_argument("--only", help="parts, separated by commas")
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    end = time.monotonic() + 60 * args.minutes - 20
+    if args.part:
+        return run_part(args.part, args.seconds, args.out)
+    began = time.monotonic()
+    end = began + 60 * args.minutes - 15
     devices, why = _core.cuda_devices()
     if not devices:
         print(f"skipped: {why}")
         return 0
+    only = args.only.split(",") if args.only else list(PARTS)
+    if unknown := set(only) - set(PARTS):
+        parser.error(f"--only: found {', '.join(sorted(unknown))}, expected {', '.join(PARTS)}")
     report: dict[str, Any] = {
         "ferrule": ferrule.__version__,
-        "machine": f"{platform.system()} {platform.machine()}",
+        "commit": output("git", "-C", str(HERE), "rev-parse", "HEAD"),
+        "command": " ".join(sys.argv),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
         "devices": devices,
-        "driver": smi(),
-        "skipped": [],
+        "driver": output("nvidia-smi", f"--query-gpu={SMI}", "--format=csv,noheader"),
+        "parts": {},
     }
-    parts: list[tuple[str, Callable[[], Any]]] = [
-        ("correctness", correctness),
-        ("copy_gb_per_s", copy),
-        ("products", lambda: products(report["copy_gb_per_s"], end)),
-        ("torch_bf16_us", peers),
-        ("models", lambda: [model(name, end) for name in args.models.split(",")]),
-    ]
-    status = 0
-    for name, part in parts:
-        if time.monotonic() > end:
-            report["skipped"].append(name)
-            continue
-        began = time.monotonic()
-        try:
-            report[name] = part()
-        except Exception as error:  # the rest of the report is worth having
-            report[name] = f"failed: {type(error).__name__}: {error}"
-            status = 1
-        print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
-        if name == "correctness" and (status or report[name]["different"]):
-            status = 1
-            break
-    args.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    args.out.with_suffix(".md").write_text(markdown(report))
+    with tempfile.TemporaryDirectory() as folder:
+        # The driver keeps translated kernels here: the first part pays for all.
+        environment = {**os.environ}
+        environment.setdefault("CUDA_CACHE_PATH", folder)
+        for name in only:
+            left = end - time.monotonic()
+            limit = min(PARTS[name][1], left)
+            found = part(name, limit, environment, Path(folder)) if left > 10 else "no time for it"
+            report["parts"][name] = found
+            report["seconds"] = round(time.monotonic() - began)
+            args.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+            args.out.with_suffix(".md").write_text(markdown(report))
+            print(f"{name}: done at {report['seconds']} s", file=sys.stderr)
     print(markdown(report))
-    return status
+    return int(bool(trouble(report)))
 
 
-def smi() -> str:
-    """Driver, clocks and power limit, as nvidia-smi has them."""
-    query = "name,driver_version,clocks.sm,clocks.mem,power.limit,pcie.link.gen.current"
+SMI = "name,driver_version,clocks.sm,clocks.mem,power.limit,pcie.link.gen.current"
+
+
+def output(*command: str) -> str:
+    """What a command prints, or why it does not."""
     try:
-        command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
-    except OSError:
-        return "no nvidia-smi"
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        return done.stdout.strip() or done.stderr.strip()
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{command[0]}: {error}"
 
 
-def correctness() -> dict[str, Any]:
-    """Logits of small models on CUDA and on the CPU, all bits; what differs."""
-    models: list[str] = ["tales-1m", "tales-4m"]
-    models += [str(p.parent) for p in sorted(GOLDENS.glob("*/tokenizer.json"))]
-    tested, refused, different = 0, [], []
-    for name in models:
-        for quantization, kv in (("none", "f32"), ("int8", "int8"), ("int4", "f16")):
-            options: dict[str, Any] = {
-                "quantization": quantization,
-                "kv_cache_dtype": kv,
-                "progress": False,
-            }
+def part(name: str, limit: float, environment: dict[str, str], folder: Path) -> Any:
+    """What a part found, in a process of its own; if it ended early, what it had until then."""
+    out = folder / f"{name}.json"
+    command = [sys.executable, __file__, "--part", name, "--seconds", f"{limit - 5:.0f}"]
+    began = time.monotonic()
+    try:
+        done = subprocess.run(
+            [*command, "--out", str(out)],
+            env=environment, capture_output=True, text=True, timeout=limit,
+        )  # fmt: skip
+        problem = f"failed: {done.stderr[-1500:]}" if done.returncode else None
+    except subprocess.TimeoutExpired:
+        problem = f"stopped after {limit:.0f} s"
+    found = json.loads(out.read_text()) if out.exists() else {}
+    found["seconds"] = round(time.monotonic() - began, 1)
+    return found | ({"problem": problem} if problem else {})
+
+
+def run_part(name: str, seconds: float, out: Path) -> int:
+    """In the part's process: its findings go into `out`, anew after each."""
+    found: dict[str, Any] = {}
+
+    def tell(key: str, value: Any, many: bool = False) -> None:
+        if many:
+            found.setdefault(key, []).append(value)
+        else:
+            found[key] = value
+        fresh = out.with_suffix(".new")
+        fresh.write_text(json.dumps(found))
+        fresh.replace(out)
+
+    end = time.monotonic() + seconds
+    PARTS[name][0](tell, lambda: time.monotonic() > end)
+    return 0
+
+
+Tell = Callable[..., None]
+Late = Callable[[], bool]
+
+
+def ops(tell: Tell, _late: Late) -> None:
+    """Each operation on the device and on the CPU."""
+    began = time.monotonic()
+    count, different = _core.cuda_check("cuda")
+    tell("compared", count)
+    tell("different", different)
+    tell("first_s", round(time.monotonic() - began, 2))  # the driver translates the kernels
+    began = time.monotonic()
+    _core.cuda_check("cuda")
+    tell("second_s", round(time.monotonic() - began, 2))
+
+
+def models(tell: Tell, late: Late) -> None:
+    """Small models on the device and on the CPU."""
+    names = ["tales-1m", "tales-4m"]
+    names += [str(p.parent) for p in sorted(GOLDENS.glob("*/tokenizer.json"))]
+    names += [str(p.parent) for p in sorted(GOLDENS.glob("*/*.gguf"))]
+    tell("different", [])
+    for name in names:
+        short = Path(name).name
+        quantizations = [("none", "f32"), ("int8", "int8"), ("int4", "f16"), ("auto", "f16")]
+        for quantization, kv in quantizations:
+            if late():
+                tell("no_time_for", f"{short} {quantization}", many=True)
+                continue
+            options = {"quantization": quantization, "kv_cache_dtype": kv, "progress": False}
             try:
-                cuda = LLM(name, device="cuda", **options)
-            except ferrule.UnsupportedModelError:
-                refused.append(name)
-                break
-            cpu = LLM(name, device="cpu", **options)
-            with cpu, cuda:
-                vocab = min(llm.info.vocab_size for llm in (cpu, cuda))
-                ids = [(7 * i * i + 3 * i) % vocab for i in range(150)]
-                want = cpu.logits(ids)
-                found = [cuda.logits(ids) for _ in range(3)]
-                if not all(np.array_equal(want.view(np.uint32), f.view(np.uint32)) for f in found):
-                    off = float(np.max(np.abs(want - found[0])))
-                    different.append(f"{name} {quantization} {kv}: logits, by {off:.3g}")
-                prompts = [ids[i : i + 20 + 7 * i] for i in range(5)]
-                rules: dict[str, Any] = {"max_tokens": 40, "temperature": 0, "ignore_eos": True}
-                batch = [a.token_ids for a in cuda.generate(prompts, **rules)]
-                again = [cuda.generate(p, **rules).token_ids for p in prompts]
-                on_cpu = [a.token_ids for a in cpu.generate(prompts, **rules)]
-                if not batch == again == on_cpu:
-                    different.append(f"{name} {quantization} {kv}: greedy ids")
-            tested += 1
-    return {"tested": tested, "not_on_cuda": refused, "different": different}
+                different = compared(name, options)
+            except ferrule.UnsupportedModelError as error:
+                tell("not_on_cuda", f"{short} {quantization}: {error}", many=True)
+                continue
+            except Exception as error:  # the other models are worth having
+                different = [f"{type(error).__name__}: {error}"]
+            for what in different:
+                tell("different", f"{short} {quantization} {kv}: {what}", many=True)
+            tell("tested", f"{short} {quantization} {kv}", many=True)
 
 
-def copy() -> float:
-    """Bandwidth of a copy on the device, bytes read and written."""
-    times, size = _core.cuda_time("copy", 1 << 30, 0, 0, 0, 20)
-    return 2e-3 * size / statistics.median(times)
+def compared(name: str, options: dict[str, Any]) -> list[str]:
+    """What of a model differs between the device and the CPU."""
+    different = []
+    with (
+        LLM(name, device="cuda", **options) as cuda,
+        LLM(name, device="cpu", **options) as cpu,
+    ):
+        vocab = min(llm.info.vocab_size for llm in (cpu, cuda))
+        ids = [(7 * i * i + 3 * i) % vocab for i in range(150)]
+        want = cpu.logits(ids)
+        # Launch by launch; then captured; then replayed.
+        for how in ("launches", "a new graph", "the graph again"):
+            found = cuda.logits(ids)
+            if not np.array_equal(want.view(np.uint32), found.view(np.uint32)):
+                different.append(f"logits by {how}, by {float(np.max(np.abs(want - found))):.3g}")
+        prompts = [ids[i : i + 20 + 7 * i] for i in range(5)]
+        rules: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True}
+        for what, more in (("greedy", {"temperature": 0.0}), ("sampled", {"temperature": 0.8})):
+            on = {
+                "cpu": cpu.generate(prompts, seed=5, **rules, **more),
+                "a batch": cuda.generate(prompts, seed=5, **rules, **more),
+                "rows alone": [cuda.generate(p, seed=5, **rules, **more) for p in prompts],
+            }
+            answers = {where: [a.token_ids for a in found] for where, found in on.items()}
+            for where in ("a batch", "rows alone"):
+                if answers[where] != answers["cpu"]:
+                    different.append(f"{what} ids of {where}")
+        layers = cuda.info.layers
+    if layers > 1:
+        with LLM(name, device="cuda", gpu_layers=layers // 2, **options) as split:
+            found = split.logits(ids)
+            if not np.array_equal(want.view(np.uint32), found.view(np.uint32)):
+                different.append(f"logits of {layers // 2} of {layers} layers on the device")
+    return different
 
 
-def products(gb_per_s: float, end: float) -> list[dict[str, Any]]:
+def products(tell: Tell, late: Late) -> None:
     """Each shape, form and number of tokens: time, GB/s of the matrix, share of the floor."""
-    rows = []
-    for name, (n, k) in SHAPES.items():
-        for form in ("int4", "int8", "bf16"):
-            for tokens in (1, 2, 4, 8, 16, 32, 64, 512):
-                if time.monotonic() > end - 240 or (form == "bf16" and tokens > 8):
+    times, size = _core.cuda_time("copy", 1 << 30, 0, 0, 0, 20)
+    gb_per_s = 2e-3 * size / statistics.median(times)
+    tell("copy_gb_per_s", gb_per_s)
+    for tokens in (1, 8, 64, 512, 2, 4, 16, 32):
+        for form, bits in BITS.items():
+            for name, (n, k) in SHAPES.items():
+                if late():
+                    return tell("no_time_for", f"{form} from {tokens} tokens on", many=True)
+                if form == "bf16" and tokens > 8:
                     continue
-                size = n * k * {"int4": 4.5, "int8": 8.125, "bf16": 16}[form] / 8
-                sets = max(4, min(64, int(CACHES / size)))
+                sets = max(4, min(64, int(CACHES / (n * k * bits / 8))))
                 times, bytes_ = _core.cuda_time(form, n, k, tokens, sets, 15)
                 us = statistics.median(times)
-                rows.append(
-                    {
-                        "product": name,
-                        "form": form,
-                        "tokens": tokens,
-                        "us": us,
-                        "least_us": min(times),
-                        "most_us": max(times),
-                        "gb_per_s": 1e-3 * bytes_ / us,
-                        "of_floor": 1e-3 * bytes_ / us / gb_per_s,
-                        "tera_ops": 2e-6 * n * k * tokens / us,
-                    }
-                )
-    return rows
+                row = {"product": name, "form": form, "tokens": tokens, "us": us}
+                row |= {"us_least": min(times), "us_most": max(times)}
+                row |= {"gb_per_s": 1e-3 * bytes_ / us, "of_floor": 1e-3 * bytes_ / us / gb_per_s}
+                tell("rows", row | {"tera_ops": 2e-6 * n * k * tokens / us}, many=True)
+    return None
 
 
-def peers() -> dict[str, float] | str:
-    """PyTorch's bf16 product of one token, in microseconds."""
-    try:
-        import torch  # type: ignore[import-not-found]  # a peer, where it is installed
-    except ImportError:
-        return "no PyTorch"
-    found = {}
-    for name, (n, k) in SHAPES.items():
-        sets = max(4, min(64, int(CACHES / (2 * n * k))))
-        ws = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
-        x = torch.randn(1, k, device="cuda", dtype=torch.bfloat16)
-        times = []
-        for _ in range(10):
-            begin, over = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for w in ws:
-                torch.nn.functional.linear(x, w)
-            over.record()
-            torch.cuda.synchronize()
-            times.append(1000 * begin.elapsed_time(over) / sets)
-        found[name] = statistics.median(times)
-    return found
+def end_to_end(name: str, quantization: str, tell: Tell, late: Late) -> None:
+    """Tokens per second and joules of a model whose weights are made on the device."""
+    from ferrule import llm as module
 
-
-def model(name: str, end: float) -> dict[str, Any]:
-    """Tokens per second and joules of a random model in int4."""
-    report: dict[str, Any] = {"model": name, "rows": [], "skipped": []}
+    # The engine has a switch for it; `LLM` has none, as no user should.
+    random = functools.partial(_core.Engine, random=True)
+    vars(module)["_core"] = types.SimpleNamespace(**{**vars(_core), "Engine": random})
     with tempfile.TemporaryDirectory() as folder:
-        write = [sys.executable, HERE / "random_model.py", name, folder]
+        write = [sys.executable, str(HERE / "random_model.py"), name, folder, "--sparse"]
         subprocess.run(write, check=True, capture_output=True)
         began = time.monotonic()
-        options: dict[str, Any] = {
-            "device": "cuda",
-            "quantization": "int4",
-            "max_batch": 32,
-            "progress": False,
-        }
-        with LLM(folder, weight_cache=False, context_length=10240, **options) as llm:
-            report["load_s"] = time.monotonic() - began
-            report["weight_bytes"] = llm.info.weight_bytes
+        options: dict[str, Any] = {"device": "cuda", "quantization": quantization}
+        options |= {"max_batch": 32, "context_length": 10240, "progress": False}
+        with LLM(folder, weight_cache=False, **options) as llm:
+            tell("model", f"{name} {quantization}")
+            tell("load_s", time.monotonic() - began)
+            tell("weight_bytes", llm.info.weight_bytes)
+            tell("kv_cache_bytes", llm.info.kv_cache_bytes)
             vocab = llm.info.vocab_size
-            for depth, batch in ((0, 1), (1024, 1), (8192, 1), (0, 8), (0, 32), (1024, 32)):
-                if time.monotonic() > end:
-                    report["skipped"].append(f"tg at {depth} x {batch}")
+            tests: list[Callable[[], dict[str, Any]]] = []
+            for depth, batch in ((0, 1), (0, 32), (1024, 1), (0, 8)):
+                tests.append(functools.partial(generated, llm, vocab, depth, batch))
+            tests += [functools.partial(read, llm, vocab, tokens) for tokens in (2048, 512, 8192)]
+            tests += [functools.partial(joules, llm, vocab, batch) for batch in (1, 32)]
+            for depth, batch in ((8192, 1), (1024, 8), (1024, 32), (8192, 8), (8192, 32)):
+                tests.append(functools.partial(generated, llm, vocab, depth, batch))
+            for test in tests:
+                if late():
+                    tell("no_time_for", " ".join(map(str, test.args[2:])), many=True)
                     continue
-                report["rows"].append(generated(llm, vocab, depth, batch))
-            for tokens in (512, 2048, 8192):
-                if time.monotonic() > end:
-                    report["skipped"].append(f"pp{tokens}")
-                    continue
-                report["rows"].append(read(llm, vocab, tokens))
-    return report
+                try:
+                    tell("rows", test(), many=True)
+                except ferrule.FerruleError as error:
+                    what = f"{test.func.__name__} {test.args[2:]}"
+                    tell("failed", f"{what}: {type(error).__name__}: {error}", many=True)
 
 
 def generated(llm: LLM, vocab: int, depth: int, batch: int) -> dict[str, Any]:
     """Tokens per second of generating 128 tokens in each of some sequences after a warm-up."""
-    rng = np.random.default_rng(depth + batch)
+    rng = np.random.default_rng([depth, batch])
     prompts = [rng.integers(vocab, size=depth + 8).tolist() for _ in range(batch)]
     rules: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
     llm.generate(prompts, max_tokens=8, **rules)
-    speeds, joules = [], []
+    speeds = []
     for _ in range(3):
-        before = energy_mj()
         began = time.monotonic()
         answers = llm.generate(prompts, max_tokens=128, **rules)
-        took = time.monotonic() - began
         first = max(a.stats.ttft_s or 0.0 for a in answers)
-        speeds.append(batch * 127 / (took - first))
-        if before is not None and (after := energy_mj()) is not None and took > 5:
-            joules.append(1e-3 * (after - before) / (batch * 128))
-    row = {"test": f"tg128 at {depth}", "batch": batch, "tokens_per_s": statistics.median(speeds)}
-    return row | {"all": speeds, "joules_per_token": statistics.median(joules) if joules else None}
+        speeds.append(batch * 127 / (time.monotonic() - began - first))
+    row = {"test": f"tg at {depth}", "batch": batch, "tokens_per_s": statistics.median(speeds)}
+    return row | {"all": speeds}
 
 
 def read(llm: LLM, vocab: int, tokens: int) -> dict[str, Any]:
-    """Tokens per second of reading a prompt."""
+    """Tokens per second of reading a prompt, none of which was read before."""
     speeds = []
     for i in range(4):
-        prompt = np.random.default_rng(i).integers(vocab, size=tokens).tolist()
+        prompt = np.random.default_rng([tokens, i]).integers(vocab, size=tokens).tolist()
         answer = llm.generate(prompt, max_tokens=1, temperature=0, ignore_eos=True)
         assert answer.stats.ttft_s is not None
         speeds.append(tokens / answer.stats.ttft_s)
     median = statistics.median(speeds[1:])  # the first is the warm-up
     return {"test": f"pp{tokens}", "batch": 1, "tokens_per_s": median, "all": speeds}
+
+
+def joules(llm: LLM, vocab: int, batch: int) -> dict[str, Any]:
+    """Joules per generated token over some seconds, and the watts before it."""
+    row: dict[str, Any] = {"test": "energy", "batch": batch}
+    if energy_mj() is None:
+        return row | {"joules_per_token": None}
+    rng = np.random.default_rng(batch)
+    prompts = [rng.integers(vocab, size=8).tolist() for _ in range(batch)]
+    before, began = energy_mj() or 0, time.monotonic()
+    time.sleep(2)
+    row["idle_w"] = 1e-3 * ((energy_mj() or 0) - before) / (time.monotonic() - began)
+    before, began, tokens = energy_mj() or 0, time.monotonic(), 0
+    while time.monotonic() - began < WINDOW:
+        llm.generate(prompts, max_tokens=256, temperature=0, ignore_eos=True)
+        tokens += 256 * batch
+    took = time.monotonic() - began
+    used = 1e-3 * ((energy_mj() or 0) - before)
+    return row | {
+        "joules_per_token": used / tokens,
+        "w": used / took,
+        "tokens_per_s": tokens / took,
+    }
 
 
 def energy_mj() -> int | None:
@@ -277,39 +365,129 @@ def energy_mj() -> int | None:
         return None
 
 
+def peers(tell: Tell, late: Late) -> None:
+    """PyTorch's bf16 product of one token, and transformers' tokens per second."""
+    try:
+        import torch  # type: ignore[import-not-found]  # a peer, where it is installed
+    except ImportError:
+        return tell("none", "no PyTorch")
+    tell("torch", torch.__version__)
+    for name, (n, k) in SHAPES.items():
+        if late():
+            return None
+        sets = max(4, min(64, int(CACHES / (2 * n * k))))
+        ws = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
+        x = torch.randn(1, k, device="cuda", dtype=torch.bfloat16)
+        times = []
+        for _ in range(10):
+            begin, over = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for w in ws:
+                torch.nn.functional.linear(x, w)
+            over.record()
+            torch.cuda.synchronize()
+            times.append(1000 * begin.elapsed_time(over) / sets)
+        tell("rows", {"product": name, "us": statistics.median(times)}, many=True)
+    try:
+        import transformers  # type: ignore[import-not-found]  # likewise
+    except ImportError:
+        return tell("none", "no transformers")
+    tell("transformers", importlib.metadata.version("transformers"))
+    sys.path.insert(0, str(HERE))
+    from random_model import SHAPES as CONFIGS  # type: ignore[import-not-found]  # beside this file
+
+    for name in ("qwen3-0.6b", "llama-3.1-8b"):
+        config = transformers.AutoConfig.for_model(**CONFIGS[name])
+        with torch.device("cuda"):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        ids = torch.randint(1000, (1, 8), device="cuda")
+        speeds = []
+        for _ in range(3):
+            began = time.monotonic()
+            model.generate(ids, max_new_tokens=64, min_new_tokens=64, do_sample=False)
+            torch.cuda.synchronize()
+            speeds.append(64 / (time.monotonic() - began))
+        row = {"model": name, "test": "tg64, bf16, eager", "tokens_per_s": max(speeds)}
+        tell("models", row, many=True)
+        del model
+    return None
+
+
+# Each part, and the seconds it may take. The order is that of worth.
+PARTS: dict[str, tuple[Callable[[Tell, Late], None], float]] = {
+    "ops": (ops, 75),
+    "8b": (functools.partial(end_to_end, "llama-3.1-8b", "int4"), 130),
+    "0.6b": (functools.partial(end_to_end, "qwen3-0.6b", "int4"), 70),
+    "models": (models, 110),
+    "products": (products, 80),
+    "8b-int8": (functools.partial(end_to_end, "llama-3.1-8b", "int8"), 50),
+    "peers": (peers, 60),
+}
+
+
+def trouble(report: dict[str, Any]) -> list[str]:
+    """What differed or failed."""
+    lines = []
+    for name, found in report["parts"].items():
+        if isinstance(found, dict):
+            lines += [f"{name}: {what}" for what in found.get("different", [])]
+            lines += [f"{name}: {what}" for what in found.get("failed", [])]
+            lines += [f"{name}: {found['problem']}"] if "problem" in found else []
+    return lines
+
+
 def markdown(report: dict[str, Any]) -> str:
     """The report as tables."""
-    lines = [f"ferrule {report['ferrule']} on {report['driver'] or report['devices']}", ""]
-    lines += [f"correctness: {json.dumps(report.get('correctness'))}", ""]
-    if isinstance(speed := report.get("copy_gb_per_s"), float):
-        lines += [f"copy: {speed:.0f} GB/s (read and written); the floor below", ""]
-    if isinstance(rows := report.get("products"), list):
-        lines += [
-            "| product | form | tokens | us | GB/s | of floor | Tera-ops |",
-            "|---|" + 6 * "--:|",
-        ]
-        for r in rows:
-            numbers = (
-                f"{r['us']:.1f} | {r['gb_per_s']:.0f} | {r['of_floor']:.0%} | {r['tera_ops']:.1f}"
-            )
-            lines.append(f"| {r['product']} | {r['form']} | {r['tokens']} | {numbers} |")
+    lines = [f"ferrule {report['ferrule']} ({report['commit'][:12]}), {report['driver']}", ""]
+    lines += ["Different or failed:", *(f"- {line}" for line in trouble(report) or ["nothing"]), ""]
+    for name, found in report["parts"].items():
+        if not isinstance(found, dict):
+            lines += [f"{name}: {found}", ""]
+            continue
+        lines += [f"## {name} ({found.get('seconds')} s)", ""]
+        if name == "ops" and "compared" in found:
+            lines += [f"{found['compared']} operations; {found.get('first_s')} s, then "
+                      f"{found.get('second_s')} s", ""]  # fmt: skip
+        if name == "models":
+            tested, without = found.get("tested", []), found.get("not_on_cuda", [])
+            lines += [f"{len(tested)} tested; not on CUDA: {'; '.join(without) or 'none'}", ""]
+        if "copy_gb_per_s" in found:
+            lines += [f"copy: {found['copy_gb_per_s']:.0f} GB/s (read and written): the floor", ""]
+            lines += ["| product | form | tokens | us | GB/s | of floor | Tera-ops |"]
+            lines += ["|---|---|" + 5 * "--:|"]
+            for r in found.get("rows", []):
+                lines.append(
+                    f"| {r['product']} | {r['form']} | {r['tokens']} | {r['us']:.1f} | "
+                    f"{r['gb_per_s']:.0f} | {r['of_floor']:.0%} | {r['tera_ops']:.1f} |"
+                )
+        if "load_s" in found:
+            size = found.get("weight_bytes", 0) / 1e9
+            lines += [f"{found['model']}, {size:.2f} GB, made in {found['load_s']:.1f} s", ""]
+            lines += ["| test | batch | tokens/s | J/token | idle W |", "|---|--:|--:|--:|--:|"]
+            for r in found.get("rows", []):
+                cells = [r["test"], r["batch"]]
+                for key, digits in (("tokens_per_s", 0), ("joules_per_token", 3), ("idle_w", 0)):
+                    cells.append("" if r.get(key) is None else f"{r[key]:.{digits}f}")
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
+            lines += ["", *gates(found)]
+        if name == "peers":
+            lines.append(json.dumps({k: v for k, v in found.items() if k != "seconds"}))
+        if "no_time_for" in found:
+            lines += ["", f"no time for: {'; '.join(found['no_time_for'])}"]
         lines.append("")
-    lines += [f"PyTorch bf16, one token, us: {json.dumps(report.get('torch_bf16_us'))}", ""]
-    models = report.get("models", [])
-    for m in models if isinstance(models, list) else []:
-        lines += [
-            f"{m['model']}, int4, {m['weight_bytes'] / 1e9:.2f} GB, loaded in {m['load_s']:.0f} s",
-            "",
-        ]
-        lines += ["| test | batch | tokens/s | J/token |", "|---|--:|--:|--:|"]
-        for r in m["rows"]:
-            joules = r.get("joules_per_token")
-            text = "" if joules is None else f"{joules:.3f}"
-            lines.append(f"| {r['test']} | {r['batch']} | {r['tokens_per_s']:.0f} | {text} |")
-        lines += ["", f"no time for: {m['skipped']}", ""]
-    failed = [f"{k}: {v}" for k, v in report.items() if str(v).startswith("failed")]
-    lines += [*failed, f"no time for: {report['skipped']}", ""]
     return "\n".join(lines)
+
+
+def gates(found: dict[str, Any]) -> list[str]:
+    """What an H200 should reach."""
+    name, _, quantization = found["model"].partition(" ")
+    lines = []
+    for test, batch, least in GATES.get(name, []) if quantization == "int4" else []:
+        for r in found.get("rows", []):
+            if (r["test"], r["batch"]) == (test, batch):
+                word = "reached" if r["tokens_per_s"] >= least else "missed"
+                lines.append(f"- gate on an H200: {test}, batch {batch}, {least} tokens/s: {word}")
+    return lines
 
 
 if __name__ == "__main__":

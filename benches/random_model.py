@@ -159,6 +159,9 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path, nargs="?", help="a Hugging Face folder to write")
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="an F16 GGUF file to write")
+    parser.add_argument(
+        "--sparse", action="store_true", help="matrices are holes in the file: zeros, of no size"
+    )
     args = parser.parse_args()
     if not (args.folder or args.gguf):
         parser.error("expected a folder, or --gguf FILE")
@@ -167,7 +170,7 @@ def main() -> None:
         parser.error("--gguf is not there for this shape")
     block = np.random.default_rng(0).normal(0, 0.02, BLOCK).astype(np.float32)
     if args.folder:
-        write_folder(config, block, args.folder)
+        write_folder(config, block, args.folder, args.sparse)
     if args.gguf:
         write_gguf(config, block, args.gguf)
 
@@ -240,7 +243,9 @@ def head_dim(config: dict[str, Any]) -> int:
     return size
 
 
-def write_folder(config: dict[str, Any], block: np.ndarray, folder: Path) -> None:
+def write_folder(
+    config: dict[str, Any], block: np.ndarray, folder: Path, sparse: bool = False
+) -> None:
     """Write config.json, model.safetensors and the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -266,9 +271,12 @@ def write_folder(config: dict[str, Any], block: np.ndarray, folder: Path) -> Non
                 np.zeros(shape, "<u2").tofile(file)
             elif name.endswith("_scales"):
                 np.full(shape, 120, np.uint8).tofile(file)  # 2^-7
+            elif sparse:
+                file.seek(math.prod(shape) * (1 if name.endswith("_blocks") else 2), 1)
             else:
                 block = codes if name.endswith("_blocks") else bf16
                 at = _write_repeated(file, block, at, math.prod(shape))
+        file.truncate(8 + len(text) + end)
     print(f"{folder}: {(8 + len(text) + end) / 1e9:.2f} GB", file=sys.stderr)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,11 +32,20 @@ try:
         prompts = ["Once upon a time", "The fox said", "A lantern"]
         answers = llm.generate(prompts, max_tokens=8, seed=3, logprobs=2)
         again = llm.generate(prompts[0], max_tokens=8, temperature=0)
+        plain = dict(temperature=0.9, top_p=1.0, top_k=0, seed=4, max_tokens=8)
+        drawn = llm.generate(prompts, **plain) + llm.generate(prompts, min_p=0.1, **plain)
+        # One of a batch needs its logits; all of them are then read.
+        one = llm.submit(prompts[1], logprobs=1, **plain)
+        two = llm.submit(prompts[2], **plain)
+        drawn += [one.result(), two.result()]
         found = {
             "device": llm.device,
             "because": llm.info.device_because,
             "isa": llm.info.isa,
-            "texts": [a.text for a in [*answers, again]],
+            "layers": [llm.info.gpu_layers, llm.info.layers],
+            "notes": list(llm.info.notes),
+            "kv": llm.info.kv_cache_bytes,
+            "texts": [a.text for a in [*answers, again, *drawn]],
             "logprobs": repr([a.logprobs for a in answers]),
         }
 except ferrule.FerruleError as error:
@@ -110,6 +120,100 @@ def test_short_memory(emulator: Path) -> None:
     found = run(emulator, {"device": "cuda"}, FAKE_MEMORY="100000")
     assert found["error"] == "OutOfMemoryError"
     assert run(emulator, {"device": "auto"}, FAKE_MEMORY="100000")["device"] == "cpu"
+
+
+RESERVE = 512 << 20  # what a plan leaves free on the device
+
+
+def test_layers_on_two_machines(emulator: Path) -> None:
+    options = {"quantization": "int4", "kv_cache_dtype": "int8"}
+    cpu = run(emulator, {"device": "cpu", **options})
+    layers = cpu["layers"][1]
+    assert cpu["layers"][0] == 0
+    for count in range(1, layers + 1):
+        found = run(emulator, {"device": "cuda", "gpu_layers": count, **options})
+        assert found["layers"] == [count, layers]
+        assert found["texts"] == cpu["texts"]
+        assert found["logprobs"] == cpu["logprobs"]
+        assert bool(found["notes"]) == (count < layers)
+    # As many as fit: a little less memory than all of it takes.
+    needed = number(run(emulator, {"device": "cuda", **options}, FAKE_MEMORY=str(RESERVE))["text"])
+    some = run(emulator, {"device": "auto", **options}, FAKE_MEMORY=str(RESERVE + needed))
+    assert (some["device"], some["layers"][0]) == ("cuda:0", 1)
+    assert "1 of" in some["notes"][0]
+    assert some["texts"] == cpu["texts"]
+    # A number that does not fit says which one does; one that is none says the range.
+    asked = {"device": "cuda", "gpu_layers": layers, **options}
+    found = run(emulator, asked, FAKE_MEMORY=str(RESERVE + needed))
+    assert found["error"] == "OutOfMemoryError"
+    assert "gpu_layers=1 fits" in found["text"]
+    found = run(emulator, {"device": "auto", "gpu_layers": layers + 1, **options})
+    assert found["error"] == "InvalidParameterError"
+    found = run(emulator, {"device": "cpu", "gpu_layers": 1})
+    assert found["error"] == "InvalidParameterError"
+    # Keys and values of both sides together get what was allowed.
+    found = run(emulator, {"device": "cuda", "gpu_layers": 1, "kv_cache_bytes": 300_000, **options})
+    assert 0 < found["kv"] <= 300_000
+
+
+def number(text: str) -> int:
+    """The bytes that an error says were needed."""
+    found = re.search(r"(\d+) bytes asked for", text)
+    assert found, text
+    return int(found[1])
+
+
+def test_memory_that_is_the_computers(emulator: Path) -> None:
+    options = {"quantization": "int8"}
+    cpu = run(emulator, {"device": "cpu", **options})
+    found = run(emulator, {"device": "cuda", **options}, FAKE_INTEGRATED="1")
+    assert found["layers"][0] == found["layers"][1]
+    assert found["texts"] == cpu["texts"]
+    # One memory: where all of the model does not fit, a part of it does not help.
+    for more in ({}, {"gpu_layers": 1}):
+        few = {"FAKE_INTEGRATED": "1", "FAKE_MEMORY": str(RESERVE + 100_000)}
+        found = run(emulator, {"device": "cuda", **options, **more}, **few)
+        assert found["error"] == "OutOfMemoryError"
+
+
+def test_plan(emulator: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "ferrule",
+        "plan",
+        "tales-1m",
+        "--device",
+        "cuda",
+        "-q",
+        "int4",
+    ]
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(emulator)}
+
+    def text(*more: str, **also: str) -> str:
+        done = subprocess.run(
+            [*command, *more], env={**environment, **also}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "layers on the GPU" in text()
+    assert "| 1 of" in text("--gpu-layers", "1")
+    assert "not one layer fits" in text(FAKE_MEMORY=str(RESERVE))
+
+
+def test_doctor(emulator: Path) -> None:
+    command = [sys.executable, "-m", "ferrule", "doctor", "--json", "--device", "cuda"]
+    found = {}
+    for folder in (emulator, emulator / "nothing"):
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(folder)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        text = done.stdout[done.stdout.index("[") :]
+        checks = {check["name"]: check for check in json.JSONDecoder().raw_decode(text)[0]}
+        found[folder] = checks["kernels on"]
+    assert found[emulator]["state"] == "ok"
+    assert re.search(r"[1-9]\d+ operations have the CPU's bits", found[emulator]["found"])
+    assert found[emulator / "nothing"]["state"] == "problem"
 
 
 def test_a_device_that_fails(emulator: Path) -> None:

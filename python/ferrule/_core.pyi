@@ -16,6 +16,7 @@ __all__ = [
     "Request",
     "Trial",
     "cpu_features",
+    "cuda_check",
     "cuda_devices",
     "cuda_time",
     "describe",
@@ -45,6 +46,7 @@ class Engine:
         folder: str,
         *,
         device: str = "cpu",
+        gpu_layers: int | None = None,
         quantization: str = "auto",
         threads: int | None = None,
         tile_tokens: int | None = None,
@@ -59,6 +61,7 @@ class Engine:
         chat_template: str | None = None,
         family: str | None = None,
         eos: Sequence[int] = ...,
+        random: bool = False,
         progress: Callable[[int, int], object] | None = None,
     ) -> Engine: ...
     @property
@@ -167,6 +170,8 @@ def describe(
     context_length: int | None,
     weight_cache: bool,
     family: str | None,
+    device: str = "cpu",
+    gpu_layers: int | None = None,
 ) -> dict[str, Any]: ...
 def evaluate(
     model: str | PathLike[str],
@@ -207,6 +212,7 @@ def kernel_sets() -> list[str]: ...
 def memory() -> tuple[int, int, int | None]: ...
 def memory_bandwidth(threads: int, bytes: int) -> float: ...
 def threads() -> tuple[int, str]: ...
+def cuda_check(device: str) -> tuple[int, list[str]]: ...
 def cuda_time(
     form: str, n: int, k: int, tokens: int, sets: int, samples: int
 ) -> tuple[list[float], int]: ...

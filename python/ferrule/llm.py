@@ -56,6 +56,9 @@ class LLM:
     - device: "cpu"; "cuda" or "cuda:0", which raises `CudaUnavailableError` where there is none;
       "auto" = CUDA if there is a device that runs the model, else the CPU (`info` and one line of
       the log say why). Results have the same bits.
+    - gpu_layers: layers on the CUDA device, the last ones and the head, the others on the CPU;
+      "auto" = as many as its memory holds (`info.gpu_layers`). A number that it does not hold is
+      an `OutOfMemoryError`.
     - quantization: "int4", "int8"; "none" = the stored weights with f32 arithmetic; "auto" = the
       bits in the file, or the nearest form that takes next to nothing away (models/README.md).
     - threads: "auto" = what `ferrule tune` found, or what the process may use (affinity, cgroup
@@ -83,6 +86,7 @@ class LLM:
         model: str | os.PathLike[str] = "tales-4m",
         *,
         device: str = "cpu",
+        gpu_layers: int | Literal["auto"] = "auto",
         quantization: Literal["auto", "int4", "int8", "none"] = "auto",
         threads: int | Literal["auto"] = "auto",
         context_length: int | Literal["auto"] = "auto",
@@ -106,6 +110,7 @@ class LLM:
             self._core = _core.Engine(
                 os.fspath(folder),
                 device=device,
+                gpu_layers=arguments.auto("gpu_layers", gpu_layers),
                 quantization=quantization,
                 **_cut(arguments.auto("threads", threads)),
                 context_length=arguments.auto("context_length", context_length),

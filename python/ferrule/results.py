@@ -162,6 +162,8 @@ class ModelInfo:
     """The most that keys and values may take."""
     device: str
     """"cpu" or "cuda:0"."""
+    gpu_layers: int
+    """Layers on the CUDA device."""
     device_because: str
     """Why it is the CPU, if that was not asked for."""
     isa: str

@@ -289,12 +289,31 @@ fn walk(tokens: impl Iterator<Item = (usize, u64)>, coin: f64, total: u64) -> u3
     unreachable!("the weights sum to the total")
 }
 
+/// The least weight that `min_p` keeps.
+fn min_weight(min_p: f32) -> u64 {
+    ((f64::from(min_p) * ONE as f64).ceil() as u64).max(1)
+}
+
+impl Sampling {
+    /// The least weight of a token that may be drawn, if that is all that decides: there is nothing that changes logits,
+    /// and no filter that needs their order.
+    pub fn least_weight(&self, vocab: usize) -> Option<u64> {
+        let untouched = self.repetition_penalty == 1.0
+            && self.presence_penalty == 0.0
+            && self.frequency_penalty == 0.0
+            && self.logit_bias.is_empty();
+        let filters = (1..vocab).contains(&self.top_k) || self.top_p < 1.0 || self.typical_p < 1.0;
+        let decided = untouched && (self.temperature == 0.0 || !filters);
+        decided.then(|| min_weight(self.min_p))
+    }
+}
+
 /// Fills `scratch.kept` with the tokens that the filters keep, by ascending id, and returns true; or, without
 /// filters, fills `scratch.weights` with all tokens' weights and returns false.
 fn keep(s: &Sampling, logits: &[f32], scale: Scale, scratch: &mut Scratch) -> bool {
     let Scratch { weights, keys, kept, ranked, .. } = scratch;
     let top_k = (1..logits.len()).contains(&s.top_k);
-    let min_weight = ((f64::from(s.min_p) * ONE as f64).ceil() as u64).max(1);
+    let min_weight = min_weight(s.min_p);
     kept.clear();
     let total: u64 = if top_k {
         likeliest(logits, s.top_k, keys);

@@ -7,7 +7,8 @@
 // a kernel's bounds, an unaligned access, a write beyond an allocation end the process. Memory is NaN at first.
 //
 // Environment: FAKE_INIT (what cuInit gives), FAKE_VERSION, FAKE_CAPABILITY (as 75), FAKE_MEMORY (bytes that can be had),
-// FAKE_FAULT (the launch that fails, and all after it), FAKE_DOWN (threads and blocks run in descending order).
+// FAKE_INTEGRATED (1: the device's memory is the computer's), FAKE_FAULT (the launch that fails, and all after it),
+// FAKE_DOWN (threads and blocks run in descending order).
 #include "emulator.h"
 #include <map>
 #include <setjmp.h>
@@ -185,7 +186,7 @@ R cuDeviceGet(int* d, int i) { *d = i; return i == 0 ? OK : INVALID; }
 R cuDeviceGetName(char* name, int n, int) { snprintf(name, n, "Emulated device"); return OK; }
 R cuDeviceGetAttribute(int* v, int which, int) {
     long capability = setting("FAKE_CAPABILITY", 80);
-    *v = which == 75 ? capability / 10 : which == 76 ? capability % 10 : 0;
+    *v = which == 75 ? capability / 10 : which == 76 ? capability % 10 : which == 18 ? setting("FAKE_INTEGRATED", 0) : 0;
     return OK;
 }
 R cuDeviceTotalMem_v2(size_t* n, int) { *n = setting("FAKE_MEMORY", 4l << 30); return OK; }

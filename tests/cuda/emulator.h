@@ -89,6 +89,19 @@ DEVICE float stream_f32(const float* at) {
     return *at;
 }
 DEVICE uint4 read16(const void* at) { return stream(at); }
+DEVICE u32 read4(const void* at) {
+    aligned((u64)at, 4);
+    return *(const u32*)at;
+}
+DEVICE u32 permute(u32 a, u32 b, u32 which) {
+    u32 d = 0;
+    for (int i = 0; i < 4; i++) {
+        u32 n = which >> (4 * i) & 15, byte = (n & 4 ? b : a) >> (8 * (n & 3)) & 255;
+        if (n & 8) byte = byte & 128 ? 255 : 0; // as the instruction does
+        d |= byte << (8 * i);
+    }
+    return d;
+}
 DEVICE float as_float(u32 x) {
     float f;
     memcpy(&f, &x, 4);
@@ -97,6 +110,16 @@ DEVICE float as_float(u32 x) {
 DEVICE u32 as_bits(float x) {
     u32 u;
     memcpy(&u, &x, 4);
+    return u;
+}
+DEVICE double as_double(u64 x) {
+    double d;
+    memcpy(&d, &x, 8);
+    return d;
+}
+DEVICE u64 as_word(double x) {
+    u64 u;
+    memcpy(&u, &x, 8);
     return u;
 }
 DEVICE float shuffle(float x, int lane) {

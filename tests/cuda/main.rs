@@ -8,6 +8,8 @@
 
 #![cfg(all(feature = "cuda", target_os = "linux"))]
 
+mod draw;
+mod grouped;
 mod models;
 mod ops;
 
@@ -51,7 +53,8 @@ fn emulator() -> Option<&'static Path> {
         let (kernels, here) = (root.join("rust/src/backend/cuda/kernels"), root.join("tests/cuda"));
         let header = format!("{}/emulator.h", here.display());
         let with = |file: &str| (kernels.join(file), vec!["-include".to_owned(), header.clone()]);
-        let mut sources = ["attention.cu", "gemm.cu", "gemv.cu", "rows.cu"].map(with).to_vec();
+        let mut sources =
+            ["attention.cu", "gemm.cu", "gemv.cu", "rows.cu", "sample.cu"].map(with).to_vec();
         sources.push((here.join("emulator.cpp"), Vec::new()));
         let built = library("emulator", &sources);
         if built.is_none() {
@@ -142,6 +145,18 @@ fn operations_have_the_cpus_bits() {
 }
 
 #[test]
+fn grouped_forms_have_the_cpus_bits() {
+    let _ = passes("grouped::every_form", &[]);
+    let _ = passes("grouped::every_form", &[("FAKE_DOWN", "1")]);
+}
+
+#[test]
+fn tokens_are_those_of_the_cpu() {
+    let _ = passes("draw::tokens", &[]);
+    let _ = passes("draw::tokens", &[("FAKE_DOWN", "1")]);
+}
+
+#[test]
 fn attention_has_the_cpus_bits() {
     let _ = passes("ops::attention", &[]);
     let _ = passes("ops::attention", &[("FAKE_DOWN", "1")]);
@@ -150,6 +165,16 @@ fn attention_has_the_cpus_bits() {
 #[test]
 fn models_have_the_cpus_bits() {
     let _ = passes("models::logits", &[]);
+}
+
+#[test]
+fn quantized_models_have_the_cpus_bits() {
+    let _ = passes("models::quantized", &[]);
+}
+
+#[test]
+fn models_on_two_machines_have_the_cpus_bits() {
+    let _ = passes("models::split", &[]);
 }
 
 #[test]

@@ -2,10 +2,11 @@
 
 use ferrule::Error;
 use ferrule::backend::Backend;
+use ferrule::backend::cuda::Split;
 use ferrule::file::Checkpoint;
 use ferrule::model::{
     Chunk, Forward, KvDtype, KvGroup, LoadOptions, Model, PAGE, Quantization, Sees, Wanted, load,
-    load_cuda,
+    load_cuda, load_onto, open_cuda,
 };
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -118,6 +119,90 @@ fn logits() {
     }
     println!("{tested} models; not on CUDA: {refused:?}");
     assert!(tested >= 27);
+}
+
+/// Models whose files are quantized, as they are.
+#[test]
+#[ignore = "on the emulated driver: see main.rs"]
+fn quantized() {
+    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+    let shared = std::env::var_os("FERRULE_SHARED").map(|at| Path::new(&at).join("goldens"));
+    let folders = [Some(own), shared].into_iter().flatten().flat_map(|folder| {
+        let mut all: Vec<_> =
+            std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
+        all.sort();
+        all
+    });
+    // A folder, or each GGUF file in it.
+    let paths = folders.flat_map(|folder| {
+        let files = std::fs::read_dir(&folder).into_iter().flatten();
+        let files = files.map(|entry| entry.unwrap().path());
+        let mut all: Vec<_> = files.filter(|p| p.extension() == Some("gguf".as_ref())).collect();
+        all.sort();
+        if all.is_empty() { vec![folder] } else { all }
+    });
+    let (mut tested, mut refused) = (Vec::new(), Vec::new());
+    for folder in paths {
+        let name = folder.to_string_lossy().rsplit_once("golden").unwrap().1.to_owned();
+        let known = ["/gguf-", "/quant-"].iter().any(|kind| name.contains(kind));
+        let name = name.trim_start_matches('s').to_owned();
+        if !known || name.contains("gguf-blocks-a") || tested.contains(&name) {
+            continue;
+        }
+        let options = || options(Quantization::Auto, KvDtype::F16);
+        let cuda = match load_cuda(&folder, None, options()) {
+            Ok(cuda) => cuda,
+            Err(Error::Unsupported(why)) => {
+                refused.push((name, why));
+                continue;
+            }
+            Err(error) => panic!("{folder:?}: {error}"),
+        };
+        let cpu = load(&folder, options()).unwrap();
+        let ids: Vec<u32> = (0..70).map(|i: usize| (i * i * 7 % cpu.spec.vocab) as u32).collect();
+        let (found, expected) = (answers(&cuda, &ids), answers(&cpu, &ids));
+        let first = found.iter().zip(&expected).position(|(f, e)| f != e);
+        assert!(first.is_none(), "{folder:?} {}: number {first:?}", cuda.form());
+        tested.push(name);
+    }
+    println!("{tested:?}; not on CUDA: {refused:?}");
+    assert!(tested.len() >= 3);
+}
+
+/// The same model cut in two at several places: the CPU's bits, and the residual stream crosses once a step.
+#[test]
+#[ignore = "on the emulated driver: see main.rs"]
+fn split() {
+    let mut tested = 0;
+    for (number, folder) in goldens().into_iter().enumerate() {
+        let ids = &ids(&folder, "p130.ids")[..70];
+        let (quantization, kv_dtype) = [
+            (Quantization::Int4, KvDtype::F16),
+            (Quantization::Int8, KvDtype::Int8),
+            (Quantization::None, KvDtype::F32),
+        ][number % 3];
+        let options = || options(quantization, kv_dtype);
+        let cpu = load(&folder, options()).unwrap();
+        if cpu.spec.runs_on_cuda().is_err() {
+            continue;
+        }
+        let expected = answers(&cpu, ids);
+        let layers = cpu.spec.layers.len();
+        for border in [0, 1, layers / 2, layers - 1] {
+            let cuda = open_cuda(None, &options()).unwrap();
+            let model = load_onto(&folder, Split::new(cuda, border), options()).unwrap();
+            let found = answers(&model, ids);
+            let first = found.iter().zip(&expected).position(|(f, e)| f != e);
+            assert!(first.is_none(), "{folder:?} {quantization:?} {border}: number {first:?}");
+            // Six steps. Gemma 3n and 4 have more than one stream, and layers that read the keys of earlier ones.
+            let moves = model.backend.moves();
+            let plain = cpu.spec.gemma.is_none();
+            assert!(if plain { moves == 6 } else { moves >= 6 }, "{folder:?} {border}: {moves}");
+            tested += 1;
+        }
+    }
+    println!("{tested} splits");
+    assert!(tested >= 36);
 }
 
 #[test]

@@ -7,17 +7,17 @@ use ferrule::backend::{
 };
 
 /// Both back ends, and numbers.
-struct Both {
-    cpu: Cpu,
-    cuda: Cuda,
+pub(super) struct Both {
+    pub(super) cpu: Cpu,
+    pub(super) cuda: Cuda,
     state: u32,
 }
 
 /// The same activations on both.
-type Pair = (cpu::Buf, cuda::Buf);
+pub(super) type Pair = (cpu::Buf, cuda::Buf);
 
 impl Both {
-    fn new() -> Both {
+    pub(super) fn new() -> Both {
         let cpu = || Cpu::new(1, None).unwrap();
         Both { cpu: cpu(), cuda: Cuda::new(None, cpu()).unwrap(), state: 7 }
     }
@@ -28,14 +28,14 @@ impl Both {
         };
         (0..n).map(|_| 3.0 * next() * next()).collect()
     }
-    fn rows(&mut self, rows: usize, width: usize) -> Pair {
+    pub(super) fn rows(&mut self, rows: usize, width: usize) -> Pair {
         let values = self.floats(rows * width);
         (cpu::Buf::new(values.clone(), width), self.cuda.upload(&values, width))
     }
-    fn empty(&self) -> Pair {
+    pub(super) fn empty(&self) -> Pair {
         (self.cpu.buf(), self.cuda.buf())
     }
-    fn vector(&mut self, n: usize) -> (Vec<f32>, cuda::Row) {
+    pub(super) fn vector(&mut self, n: usize) -> (Vec<f32>, cuda::Row) {
         let values = self.floats(n);
         (self.cpu.row(&values), self.cuda.row(&values))
     }
@@ -68,7 +68,7 @@ impl Both {
         (pack(), self.cuda.place(pack()).unwrap())
     }
     #[track_caller]
-    fn same(&self, what: &str, pair: &Pair) {
+    pub(super) fn same(&self, what: &str, pair: &Pair) {
         let (cpu, cuda) = (self.cpu.read(&pair.0), self.cuda.read(&pair.1));
         self.cuda.finish().unwrap();
         assert_eq!(cpu.len(), cuda.len(), "{what}");

@@ -112,6 +112,9 @@ def _parser() -> argparse.ArgumentParser:
         "the remedy; exit status 1 if there is a problem.",
     )
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument(
+        "--device", metavar="D", help="cuda or cuda:0: also compare its kernels with the CPU's"
+    )
     doctor.set_defaults(run=_lazy("doctor"))
 
     inspect = commands.add_parser(
@@ -245,6 +248,9 @@ _SAMPLING: dict[str, type] = {
 def _model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument("--device", metavar="D", help="cpu (default), cuda, cuda:0 or auto")
+    group.add_argument(
+        "--gpu-layers", type=int, metavar="N", help="on the device; default: as many as fit"
+    )
     group.add_argument("-q", "--quantization", choices=_QUANTIZATIONS)
     group.add_argument("-c", "--context-length", type=int, metavar="N")
     group.add_argument("--kv-cache-dtype", choices=["f32", "f16", "int8"])
@@ -257,7 +263,10 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 
 def model_keywords(args: argparse.Namespace) -> dict[str, Any]:
     """Keywords for `LLM` from the options of `_model_options`."""
-    names = ("device", "quantization", "context_length", "kv_cache_dtype", "family", "revision")
+    names = (
+        "device", "gpu_layers", "quantization", "context_length", "kv_cache_dtype", "family",
+        "revision",
+    )  # fmt: skip
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return given | {"offline": args.offline, "weight_cache": not args.no_weight_cache}
 

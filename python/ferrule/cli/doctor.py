@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import json
 import os
 import platform
@@ -38,7 +39,7 @@ class Check(NamedTuple):
 def main(args: argparse.Namespace) -> int:
     """Run the command: 0 if there is no problem (warnings are none), else 1."""
     checks = []
-    for check in run():
+    for check in itertools.chain(run(), _device(args.device) if args.device else ()):
         checks.append(check)
         if not args.json:
             print(f"{check.state:<8} {check.name:<12} {check.found}", flush=True)
@@ -269,6 +270,26 @@ def _cuda(root: Path) -> Check:
         return Check("cuda", "warning", f"the driver does not work: {error}; {unused}", remedy)
     driver = f"driver for CUDA {release // 1000}.{release % 1000 // 10}"
     return Check("cuda", "ok", f"{driver}, {', '.join(devices) or 'no device'}; {unused}")
+
+
+def _device(device: str) -> Iterator[Check]:
+    """The kernels where they run, against the CPU's."""
+    if device == "cpu":
+        return
+    try:
+        count, different = _core.cuda_check(device)
+    except FerruleError as error:
+        yield Check("kernels on", "problem", f"{device}: {error}", "see the line `cuda`")
+        return
+    if different:
+        some = "; ".join(different[:5])
+        yield Check(
+            "kernels on", "problem",
+            f"{device}: {len(different)} of {count} operations differ from the CPU's: {some}",
+            'report this with the line `cuda`, and use device="cpu" until then',
+        )  # fmt: skip
+    else:
+        yield Check("kernels on", "ok", f"{device}: {count} operations have the CPU's bits")
 
 
 def _library(*names: str) -> ctypes.CDLL | None:

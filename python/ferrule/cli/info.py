@@ -46,7 +46,9 @@ def _model(args: argparse.Namespace) -> dict[str, Any]:
     """What the model is, and what it will take here, from its headers."""
     folder = hub.resolve(args.model, revision=args.revision, offline=args.offline)
     facts: dict[str, Any] = {"path": str(folder)} | described(folder, args, args.quantization)
-    facts["runs_on"] = f"cpu, {_core.kernel_set()}: all {sum(facts['layers'].values())} layers"
+    layers, on_gpu = sum(facts["layers"].values()), facts.get("gpu_layers", 0)
+    on_cpu = f"cpu, {_core.kernel_set()}: {layers - on_gpu} of {layers} layers"
+    facts["runs_on"] = f"{args.device}: {on_gpu} layers; {on_cpu}" if on_gpu else on_cpu
     return facts
 
 
@@ -59,6 +61,8 @@ def described(folder: Path, args: argparse.Namespace, quantization: str | None) 
         context_length=args.context_length,
         weight_cache=not args.no_weight_cache,
         family=None if args.family is None else Path(args.family).read_text(encoding="utf-8"),
+        device=args.device or "cpu",
+        gpu_layers=args.gpu_layers,
     )
 
 

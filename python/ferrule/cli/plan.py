@@ -41,18 +41,23 @@ def _print(rows: list[dict[str, Any]]) -> None:
     if rows:
         print(f"context: {rows[0]['context_length']} tokens, keys and values in "
               f"{rows[0]['kv_cache_dtype']}")  # fmt: skip
-    print("| " + " | ".join(_COLUMNS) + " |")
-    print("| --- | ---: | ---: | ---: | ---: | --- |")
+    on_gpu = any("device" in row for row in rows)
+    print("| " + " | ".join((*_COLUMNS, *(["layers on the GPU"] if on_gpu else []))) + " |")
+    print("| --- | ---: | ---: | ---: | ---: | --- |" + (" ---: |" if on_gpu else ""))
     for row in rows:
-        cells = (
+        cells = [
             row["quantization"],
             f"{sum(row['weight_bytes'].values()) / 1e6:,.0f} MB",
             f"{row['kv_bytes_context'] / 1e6:,.0f} MB",
             f"{row['working_bytes'] / 1e6:,.0f} MB",
             str(row.get("context_length_here", "-")),
             ("yes" if not row["notes"] else "with limits") if row["fits"] else "no",
-        )
+        ]
+        if on_gpu:
+            cells.append(f"{row['gpu_layers']} of {sum(row['layers'].values())}")
         print("| " + " | ".join(cells) + " |")
     for row in rows:
+        if "gpu_because" in row:
+            print(f"{row['quantization']}: on the CPU: {row['gpu_because']}")
         for note in row["notes"]:
             print(f"{row['quantization']}: {note}")

@@ -201,10 +201,34 @@ pub struct Parts<'a> {
     pub interleaved: bool,
 }
 
+/// How a token is drawn from a row of logits, where no filter needs their order: as `sample::draw` does.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Draw {
+    /// 0 = the likeliest, the lowest id of equals.
+    pub temperature: f32,
+    /// Tokens with a smaller weight than this are not drawn; the likeliest has 2^38.
+    pub least: u64,
+    /// From 0 to 1.
+    pub coin: f64,
+}
+
 /// A number in the stored weights that is not finite: its part, row and column.
 pub type NotFinite = (usize, usize, usize);
 
-/// One machine.
+/// Where in a model a weight is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Before the first layer.
+    Begin,
+    /// In this layer.
+    Layer(usize),
+    /// After the last layer.
+    End,
+    /// Before the first and after the last: an embedding that is the head, too.
+    Both,
+}
+
+/// One machine, or two that share a model.
 pub trait Backend: Send + Sync {
     /// Activations `[rows, width]`.
     type Buf: Send;
@@ -221,6 +245,18 @@ pub trait Backend: Send + Sync {
     fn packer(&self) -> &cpu::Cpu;
     /// A packed matrix, where this machine wants it.
     fn place(&self, packed: cpu::Mat) -> Result<Self::Mat>;
+    /// The same of a matrix that is used at `at`.
+    fn place_at(&self, _at: Place, packed: cpu::Mat) -> Result<Self::Mat> {
+        self.place(packed)
+    }
+    /// Whether packed matrices of `at` stay in the computer's memory.
+    fn holds(&self, _at: Place) -> bool {
+        true
+    }
+    /// A matrix of any numbers, made without a checkpoint's: to measure with.
+    fn random(&self, _form: Form, _n: usize, _k: usize) -> Result<Self::Mat> {
+        Err(crate::Error::Unsupported("random weights are for device=\"cuda\"".into()))
+    }
     /// How a matrix is stored, and its bytes.
     fn stored(mat: &Self::Mat) -> (Form, usize);
     /// Ends a step (and a load): what an operation could not do comes out here. None of the CPU's fails.
@@ -232,6 +268,10 @@ pub trait Backend: Send + Sync {
     fn buf(&self) -> Self::Buf;
     /// A vector.
     fn row(&self, values: &[f32]) -> Self::Row;
+    /// A vector that is used at `at`.
+    fn row_at(&self, _at: Place, values: &[f32]) -> Self::Row {
+        self.row(values)
+    }
     /// Quantizes (or keeps, for float forms) and packs `parts`.
     fn pack(
         &self,
@@ -422,6 +462,14 @@ pub trait Backend: Send + Sync {
     fn scale(&self, x: &mut Self::Buf, scale: f32);
     /// `x = cap * tanh(x / cap)`.
     fn softcap(&self, x: &mut Self::Buf, cap: f32);
+    /// Whether there is [`Backend::draw`].
+    fn draws(&self) -> bool {
+        false
+    }
+    /// A token from each row of logits; `None` where they are no numbers, or allow no token.
+    fn draw(&self, _logits: &Self::Buf, _how: &[Draw]) -> Vec<Option<u32>> {
+        Vec::new()
+    }
     /// Activations as they lie, `[rows, width]`.
     fn read(&self, x: &Self::Buf) -> Vec<f32>;
 }

@@ -3,7 +3,8 @@
 
 use super::text::{Piece, Text};
 use super::{Event, FinishReason, Request, RequestId, TokenLogprobs};
-use crate::sample::{self, Scratch};
+use crate::model::Draw;
+use crate::sample::{self, Sampling, Scratch};
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 use std::ops::Range;
@@ -72,6 +73,36 @@ impl Answer {
             && self.scored < self.prompt_tokens
     }
 
+    /// How the token after `tokens` is drawn, if it may be drawn where the logits are: if the draw is all that is done with
+    /// them.
+    pub(super) fn drawn(&self, tokens: &[u32]) -> Option<Draw> {
+        let request = &self.request;
+        let answered = tokens.len().checked_sub(self.prompt_tokens)?;
+        let seen = self.scores_prompt()
+            || request.logprobs.is_some()
+            || !request.processors.is_empty()
+            || answered < request.min_tokens
+            || self.limit == 0;
+        let Sampling { temperature, seed, .. } = request.sampling;
+        let least = request.sampling.least_weight(self.vocab).filter(|_| !seen)?;
+        Some(Draw { temperature, least, coin: sample::coin(seed, answered as u64) })
+    }
+
+    /// Adds a token that was drawn.
+    pub(super) fn push(
+        &mut self,
+        tokens: &mut Vec<u32>,
+        token: u32,
+        logprobs: Vec<TokenLogprobs>,
+        tokenizer: &Tokenizer,
+        events: &mut Vec<Event>,
+    ) -> Result<Option<End>> {
+        tokens.push(token);
+        let (text, end) = self.extend(token, tokens.len() - self.prompt_tokens, tokenizer)?;
+        events.push(Event::Chunk { id: self.id, text, token_ids: vec![token], logprobs });
+        Ok(end)
+    }
+
     /// Takes the logits of computed `positions`: of all of them while `scores_prompt`, else of the
     /// last, or none if more of `tokens` is to be computed. Draws the next token if all is.
     pub(super) fn advance(
@@ -94,11 +125,7 @@ impl Answer {
         }
         let last = logits.len() - self.vocab;
         let (token, logprobs) = self.draw(tokens, &mut logits[last..], scratch)?;
-        tokens.push(token);
-        let (text, end) = self.extend(token, tokens.len() - self.prompt_tokens, tokenizer)?;
-        let logprobs = logprobs.into_iter().collect();
-        events.push(Event::Chunk { id: self.id, text, token_ids: vec![token], logprobs });
-        Ok(end)
+        self.push(tokens, token, logprobs.into_iter().collect(), tokenizer, events)
     }
 
     /// Gives out the text held back.

@@ -15,7 +15,7 @@ pub use request::{
 };
 
 use crate::model::kv::{self, KvPool, PageCount};
-use crate::model::{Chunk, Forward, KvGroup, Wanted};
+use crate::model::{Chunk, Draw, Drawn, Forward, KvGroup, Wanted};
 use crate::sample::Scratch;
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
@@ -190,8 +190,26 @@ impl<M: Forward> Engine<M> {
             Wanted::All => chunk.tokens.len(),
         };
         let rows: Vec<usize> = batch.iter().map(rows).collect();
-        let mut logits = match self.model.forward(&mut self.kv, &batch, &self.interrupt) {
-            Ok(logits) => logits,
+        // A row for each that ends at its last token; where all of them are only drawn from, the model does it.
+        let wants = batch.iter().zip(&plan).filter(|(chunk, _)| chunk.wanted != Wanted::None);
+        let draws: Option<Vec<Draw>> = match self.model.draws() {
+            true => wants
+                .map(|(_, work)| slots[work.slot].data.drawn(&slots[work.slot].tokens))
+                .collect(),
+            false => None,
+        };
+        let computed = match draws.filter(|draws| !draws.is_empty()) {
+            Some(draws) => self
+                .model
+                .forward_and_draw(&mut self.kv, &batch, &draws, &self.interrupt)
+                .map(|drawn| (Vec::new(), drawn)),
+            None => self
+                .model
+                .forward(&mut self.kv, &batch, &self.interrupt)
+                .map(|logits| (logits, Vec::new())),
+        };
+        let (mut logits, drawn) = match computed {
+            Ok(computed) => computed,
             Err(Error::Interrupted) => {
                 self.interrupt.store(false, Ordering::SeqCst);
                 return events;
@@ -206,21 +224,28 @@ impl<M: Forward> Engine<M> {
             }
         };
         let mut rest = logits.as_mut_slice();
+        let mut drawn = drawn.into_iter();
         let mut ended = Vec::new();
         for (work, rows) in plan.iter().zip(rows) {
-            let (mine, others) = rest.split_at_mut(rows * self.model.vocab());
+            let drawn = (rows > 0).then(|| drawn.next()).flatten();
+            let here = if drawn.is_none() { rows * self.model.vocab() } else { 0 };
+            let (mine, others) = rest.split_at_mut(here);
             rest = others;
             self.scheduler.commit(work);
             let slot = &mut self.scheduler.slots[work.slot];
-            let positions = work.start..work.end;
-            let result = slot.data.advance(
-                &mut slot.tokens,
-                positions,
-                mine,
-                &self.tokenizer,
-                &mut self.scratch,
-                &mut events,
-            );
+            let (tokens, tokenizer) = (&mut slot.tokens, &*self.tokenizer);
+            let mut look = |logits: &mut [f32]| {
+                let positions = work.start..work.end;
+                let scratch = &mut self.scratch;
+                slot.data.advance(tokens, positions, logits, tokenizer, scratch, &mut events)
+            };
+            let result = match drawn {
+                None => look(mine),
+                Some(Drawn::Logits(mut logits)) => look(&mut logits),
+                Some(Drawn::Token(token)) => {
+                    slot.data.push(tokens, token, Vec::new(), tokenizer, &mut events)
+                }
+            };
             match result {
                 Ok(None) => {}
                 Ok(Some(end)) => ended.push((slot.id, Ok(end))),

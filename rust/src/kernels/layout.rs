@@ -265,7 +265,7 @@ pub fn unpack_q4(block: &[u8], r: usize) -> BlockQ4 {
 }
 
 /// One block of one packed row.
-pub(super) fn unpack_grouped(how: Grouped, block: &[u8], r: usize) -> BlockGrouped {
+pub fn unpack_grouped(how: Grouped, block: &[u8], r: usize) -> BlockGrouped {
     let (header, lines) = block.split_at(grouped_header(how));
     let mut row = BlockGrouped::ZERO;
     if how.scales == Scales::Integer {

@@ -111,7 +111,12 @@ fn quantization(spec: &Spec) -> Option<String> {
 
 /// Bytes of activations of one chunk, of logits and of the tokenizer, nearly and rather too much: `widest` are the
 /// most outputs and inputs of a matrix.
-fn working(spec: &Spec, (outputs, inputs): (usize, usize)) -> u64 {
+fn working(spec: &Spec, widest: (usize, usize)) -> u64 {
+    activations(spec, widest).saturating_add(ENTRY * spec.vocab as u64)
+}
+
+/// The same without the tokenizer.
+pub(super) fn activations(spec: &Spec, (outputs, inputs): (usize, usize)) -> u64 {
     let mixture = |moe: &spec::Moe| moe.routing.top_k * (2 * spec.hidden + moe.width);
     let mixture = spec.layers.iter().map(|layer| match &layer.ffn {
         Ffn::Moe(moe) | Ffn::Beside(_, moe) => mixture(moe),
@@ -124,7 +129,7 @@ fn working(spec: &Spec, (outputs, inputs): (usize, usize)) -> u64 {
     // A row of logits is computed, copied and sampled from.
     let floats =
         (chunk as u64).saturating_mul(numbers as u64).saturating_add(4 * spec.vocab as u64);
-    floats.saturating_mul(size_of::<f32>() as u64).saturating_add(ENTRY * spec.vocab as u64)
+    floats.saturating_mul(size_of::<f32>() as u64)
 }
 
 /// Adds to the count of a name.

@@ -6,7 +6,7 @@ mod gemma;
 use super::kv::PageCopy;
 use super::spec::{self, Gate, QkNorm};
 use super::weights::{self, Dense, Ffn, Layer, Mixer, Moe, Norm};
-use super::{Chunk, Forward, KvGroup, PAGE, Sees, Wanted};
+use super::{Chunk, Draw, Drawn, Forward, KvGroup, PAGE, Sees, Wanted};
 use crate::backend::{self, Backend, KvDtype, KvLayer, Span};
 use crate::model::spec::Spec;
 use crate::{Error, Result};
@@ -365,7 +365,32 @@ impl<B: Backend> Forward for Model<B> {
         batch: &[Chunk<'_>],
         interrupt: &AtomicBool,
     ) -> Result<Vec<f32>> {
-        self.run(kv, batch, interrupt, &mut |_| {})
+        let logits = self.run(kv, batch, interrupt, &mut |_| {}, |b, x| b.read(x))?;
+        Ok(logits.unwrap_or_default())
+    }
+
+    fn draws(&self) -> bool {
+        self.backend.draws()
+    }
+
+    fn forward_and_draw(
+        &self,
+        kv: &mut Kv<B>,
+        batch: &[Chunk<'_>],
+        draws: &[Draw],
+        interrupt: &AtomicBool,
+    ) -> Result<Vec<Drawn>> {
+        let vocab = self.vocab();
+        let draw = |b: &B, x: &B::Buf| {
+            let tokens = b.draw(x, draws);
+            let odd = tokens.contains(&None).then(|| b.read(x));
+            let row = |(r, token): (usize, &Option<u32>)| match (token, &odd) {
+                (None, Some(all)) => Drawn::Logits(all[r * vocab..(r + 1) * vocab].to_vec()),
+                (token, _) => Drawn::Token(token.unwrap_or(0)),
+            };
+            tokens.iter().enumerate().map(row).collect()
+        };
+        Ok(self.run(kv, batch, interrupt, &mut |_| {}, draw)?.unwrap_or_default())
     }
 }
 
@@ -375,19 +400,22 @@ impl<B: Backend> Model<B> {
     /// tests and evaluation.
     pub fn hidden_states(&self, kv: &mut Kv<B>, batch: &[Chunk<'_>]) -> Result<Vec<Vec<f32>>> {
         let mut all = Vec::new();
-        self.run(kv, batch, &AtomicBool::new(false), &mut |x| all.push(self.backend.read(x)))?;
+        let see = &mut |x: &B::Buf| all.push(self.backend.read(x));
+        self.run(kv, batch, &AtomicBool::new(false), see, |_, _| ())?;
         let streams = kv.gemma.streams.len().max(1);
         Ok(all.chunks(streams).map(<[_]>::concat).collect())
     }
 
-    /// `see` is shown the residual stream (or streams) before the first layer and after each.
-    fn run(
+    /// What `take` makes of the wanted rows of logits, if there are any. `see` is shown the residual stream (or streams)
+    /// before the first layer and after each.
+    fn run<T>(
         &self,
         kv: &mut Kv<B>,
         batch: &[Chunk<'_>],
         interrupt: &AtomicBool,
         see: &mut dyn FnMut(&B::Buf),
-    ) -> Result<Vec<f32>> {
+        take: impl FnOnce(&B, &B::Buf) -> T,
+    ) -> Result<Option<T>> {
         let (b, s) = (&self.backend, &self.spec);
         let (mut ids, mut positions, mut wanted) = (Vec::new(), Vec::new(), Vec::new());
         let mut spans: Vec<Vec<Span<'_>>> = vec![Vec::new(); self.groups.len()];
@@ -440,7 +468,7 @@ impl<B: Backend> Model<B> {
         }
         if wanted.is_empty() {
             b.finish()?;
-            return Ok(Vec::new());
+            return Ok(None);
         }
         self.select(&wanted, kv);
         let (w, Kv { a, wide, out, .. }) = (&self.weights, kv);
@@ -452,9 +480,9 @@ impl<B: Backend> Model<B> {
         if let Some(cap) = s.logit_softcap {
             b.softcap(wide, cap);
         }
-        let logits = b.read(wide);
+        let taken = take(b, wide);
         b.finish()?;
-        Ok(logits)
+        Ok(Some(taken))
     }
 }
 
@@ -480,7 +508,7 @@ pub(super) fn kv_groups(spec: &Spec, dtype: KvDtype) -> (Vec<KvGroup>, Vec<usize
 }
 
 /// What `pages` pages of a layer hold: keys and values, or states and their size.
-fn kv_layer(layer: &spec::Layer, pages: usize) -> (KvLayer, (usize, usize)) {
+pub(super) fn kv_layer(layer: &spec::Layer, pages: usize) -> (KvLayer, (usize, usize)) {
     let (pages, heads, head_dim, values, states) = match &layer.mixer {
         spec::Mixer::Attention(how) if how.kv_of.is_some() => (0, 1, 0, false, (0, 0)),
         spec::Mixer::Attention(how) => (pages, how.kv_heads, how.head_dim, true, (0, 0)),

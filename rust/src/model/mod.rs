@@ -6,15 +6,17 @@ mod describe;
 pub mod export;
 mod forward;
 pub mod kv;
+mod offload;
 mod quantize;
 mod sequence;
 pub mod spec;
 mod weights;
 
-pub use crate::backend::{KvDtype, PAGE};
+pub use crate::backend::{Draw, KvDtype, PAGE};
 pub use budget::{Budget, Wish};
 pub use describe::{CHUNK, Description, describe};
 pub use forward::{Kv, Model};
+pub use offload::{GpuLayers, Offload, Planned};
 pub use quantize::{Quantize, Rule, Written, quantize};
 pub use sequence::Sequence;
 
@@ -83,6 +85,15 @@ pub enum Wanted {
     All,
 }
 
+/// What a wanted row of logits comes to.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Drawn {
+    /// The token drawn from them.
+    Token(u32),
+    /// The logits, which are no numbers or allow no token.
+    Logits(Vec<f32>),
+}
+
 /// What the engine asks of a model.
 pub trait Forward {
     /// Memory for keys, values and states.
@@ -111,6 +122,20 @@ pub trait Forward {
         batch: &[Chunk<'_>],
         interrupt: &AtomicBool,
     ) -> Result<Vec<f32>>;
+    /// Whether there is `forward_and_draw`.
+    fn draws(&self) -> bool {
+        false
+    }
+    /// As `forward`, and draws a token from each of the wanted rows where they are, so that they need not be read.
+    fn forward_and_draw(
+        &self,
+        _kv: &mut Self::Kv,
+        _batch: &[Chunk<'_>],
+        _draws: &[Draw],
+        _interrupt: &AtomicBool,
+    ) -> Result<Vec<Drawn>> {
+        Ok(Vec::new())
+    }
 }
 
 /// How weights are kept in memory.
@@ -147,6 +172,8 @@ pub struct LoadOptions {
     pub cache_dir: Option<PathBuf>,
     /// The TOML text of a family to use instead of the one that ships for the architecture.
     pub family: Option<String>,
+    /// Matrices are random and made on the device, whatever the file has: to measure with.
+    pub random: bool,
     /// Called with the bytes packed so far and in all.
     pub progress: Option<Box<dyn FnMut(u64, u64) + Send>>,
 }
@@ -161,6 +188,7 @@ impl Default for LoadOptions {
             kv_dtype: KvDtype::F16,
             cache_dir: None,
             family: None,
+            random: false,
             progress: None,
         }
     }
@@ -211,23 +239,22 @@ pub fn load_cuda(
 ) -> Result<Model<crate::backend::cuda::Cuda>> {
     let opened = open(folder, &options)?;
     opened.0.runs_on_cuda()?;
-    let cuda = crate::backend::cuda::Cuda::new(ordinal, cpu(&options)?)?;
+    let cuda = open_cuda(ordinal, &options)?;
     place(opened, cuda, options)
 }
 
-/// Bytes of the weights of the model in `folder`, if the CUDA back end has kernels for all of it. From headers alone.
+/// CUDA device `ordinal`, or the first that kernels run on, with the CPU that `options` ask for.
 #[cfg(feature = "cuda")]
-pub fn for_cuda(folder: &Path, options: &LoadOptions) -> Result<u64> {
-    let (spec, checkpoint, path) = open(folder, options)?;
-    spec.runs_on_cuda()?;
-    let sizes = weights::sizes(&path, &checkpoint, &spec, options.quantization)?.forms;
-    let runs = |form: &str| ["int4", "int8", "bf16", "f16", "f32"].contains(&form);
-    match sizes.iter().find(|(form, _)| !runs(form)) {
-        Some((form, _)) => Err(Error::Unsupported(format!(
-            "{form} weights do not run on CUDA yet; use quantization=\"int4\" or \"int8\""
-        ))),
-        None => Ok(sizes.iter().map(|(_, bytes)| bytes).sum()),
-    }
+pub fn open_cuda(
+    ordinal: Option<usize>,
+    options: &LoadOptions,
+) -> Result<crate::backend::cuda::Cuda> {
+    crate::backend::cuda::Cuda::new(ordinal, cpu(options)?)
+}
+
+/// As [`load`], onto a machine that is there: one that [`Offload`] has said the model fits.
+pub fn load_onto<B: Backend>(folder: &Path, backend: B, options: LoadOptions) -> Result<Model<B>> {
+    place(open(folder, &options)?, backend, options)
 }
 
 /// The CPU that `options` ask for.

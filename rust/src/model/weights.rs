@@ -17,10 +17,10 @@ pub(super) use moe::Moe;
 pub(super) use stored::FORMS;
 
 use super::spec::{self, Act, Gate, Names, QkNorm, Slice, Spec, Values};
-use crate::backend::{Activation, Blocks, Form, HeadRows, Part};
+use crate::backend::{Activation, Blocks, Form, HeadRows, Part, Place};
 use crate::file::{Checkpoint, Dtype, TensorView};
 use crate::{Error, Result};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
 use stored::Stored;
@@ -177,6 +177,8 @@ pub(super) struct Reader<'a> {
     stored: Stored<'a>,
     /// Tensors of which numbers were read one by one: vectors.
     read: RefCell<BTreeSet<String>>,
+    /// What `weights` reads now.
+    at: Cell<Place>,
 }
 
 impl<'a> Reader<'a> {
@@ -190,7 +192,15 @@ impl<'a> Reader<'a> {
                     q.marks().any(|mark| has(&format!("{module}{mark}")))
                 })
         });
-        Reader { folder, checkpoint, spec, names, stored, read: RefCell::default() }
+        Reader {
+            folder,
+            checkpoint,
+            spec,
+            names,
+            stored,
+            read: RefCell::default(),
+            at: Cell::new(Place::Begin),
+        }
     }
 
     /// An error if there are tensors that are no weights of the model. After `plans`: these have found every weight, so
@@ -348,11 +358,17 @@ impl<'a> Reader<'a> {
             let place = Slice::whole(self.names.model(what), vec![n, s.hidden]);
             Source { parts: vec![(place, n)], k: s.hidden, interleaved: false, exact }
         };
+        self.at.set(if s.tied { Place::Both } else { Place::Begin });
         let embed = mat(whole("embed", s.vocab, false))?;
+        self.at.set(Place::Begin);
         let positions = s.positions.map(|n| mat(whole("positions", n, true))).transpose()?;
         let gemma = self.gemma(&row, &mut mat)?;
-        let layers = (0..s.layers.len()).map(|l| self.layer(l, &row, &mut mat));
+        let layers = (0..s.layers.len()).map(|l| {
+            self.at.set(Place::Layer(l));
+            self.layer(l, &row, &mut mat)
+        });
         let layers = layers.collect::<Result<_>>()?;
+        self.at.set(Place::End);
         let head = || mat(whole("head", s.vocab, false));
         let head = (!s.tied).then(head).transpose()?;
         let place = |what: &str, n| Slice::whole(self.names.model(what), vec![n]);

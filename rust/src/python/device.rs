@@ -1,7 +1,11 @@
 //! Which device a model is loaded onto, and what is said of it. Touches no driver unless CUDA is asked for.
 
-use crate::backend::cpu::Cpu;
-use crate::model::LoadOptions;
+use crate::backend::cpu::{self, Cpu};
+#[cfg(feature = "cuda")]
+use crate::backend::{Backend, cuda::Cuda};
+#[cfg(feature = "cuda")]
+use crate::model::{self, Offload, Planned};
+use crate::model::{GpuLayers, LoadOptions};
 use crate::{Error, Result};
 use pyo3::prelude::*;
 use std::path::Path;
@@ -31,20 +35,29 @@ impl Wanted {
         }
     }
 
-    /// The CUDA device to load onto; or why it is the CPU, where that was not asked for.
-    pub(super) fn on_cuda(
-        self,
-        folder: &Path,
-        load: &LoadOptions,
-    ) -> Result<std::result::Result<Option<usize>, String>> {
+    /// What the model in `folder` is loaded onto.
+    pub(super) fn target(self, asked: &Asked<'_>) -> Result<Target> {
         match self {
-            Wanted::Cpu => Ok(Err(String::new())),
-            Wanted::Cuda(ordinal) => available().map(|()| Ok(ordinal)),
-            Wanted::Auto => Ok(available()
-                .and_then(|()| fits(folder, load))
-                .map_or_else(|why| Err(why.to_string()), |()| Ok(None))),
+            Wanted::Cpu if asked.gpu_layers != GpuLayers::Auto => {
+                let found = "a number with device=\"cpu\"";
+                Err(Error::parameter("gpu_layers", found, "device=\"cuda\" or \"auto\" beside it"))
+            }
+            Wanted::Cpu => Ok(Target::Cpu(String::new())),
+            Wanted::Cuda(ordinal) => available().and_then(|()| on_cuda(ordinal, asked)),
+            Wanted::Auto => match available().and_then(|()| on_cuda(None, asked)) {
+                Err(error @ Error::InvalidParameter { .. }) => Err(error),
+                other => other.or_else(|why| Ok(Target::Cpu(why.to_string()))),
+            },
         }
     }
+}
+
+/// What a model is loaded onto.
+pub(super) enum Target {
+    /// Why, if that was not asked for.
+    Cpu(String),
+    #[cfg(feature = "cuda")]
+    Cuda(Box<Cuda>, Planned),
 }
 
 /// Whether CUDA can be had.
@@ -63,23 +76,45 @@ fn available() -> Result<()> {
     ))
 }
 
-/// Whether the model runs on CUDA, and its weights have room beside keys and values.
+/// What decides how much of a model goes onto a device.
+pub(super) struct Asked<'a> {
+    pub(super) folder: &'a Path,
+    pub(super) load: &'a LoadOptions,
+    pub(super) context_length: Option<usize>,
+    pub(super) kv_bytes: Option<u64>,
+    pub(super) gpu_layers: GpuLayers,
+}
+
+/// The device, and what goes onto it.
 #[cfg(feature = "cuda")]
-fn fits(folder: &Path, load: &LoadOptions) -> Result<()> {
-    let weights = crate::model::for_cuda(folder, load)?;
-    let memory = crate::backend::cuda::probe().map_or(0, |driver| driver.devices[0].memory);
-    if weights > memory / 10 * 9 {
-        return Err(Error::OutOfMemory {
-            what: "weights on the CUDA device".into(),
-            requested: weights,
-            available: memory,
-        });
-    }
-    Ok(())
+fn on_cuda(ordinal: Option<usize>, asked: &Asked<'_>) -> Result<Target> {
+    let offload = Offload::new(asked.folder, asked.load, asked.context_length, asked.kv_bytes)?;
+    let cuda = model::open_cuda(ordinal, asked.load)?;
+    let plan = offload.plan(asked.gpu_layers, room(cuda.memory()), cuda.info().integrated)?;
+    Ok(Target::Cuda(Box::new(cuda), plan))
 }
 #[cfg(not(feature = "cuda"))]
-fn fits(_: &Path, _: &LoadOptions) -> Result<()> {
-    Ok(())
+fn on_cuda(_: Option<usize>, _: &Asked<'_>) -> Result<Target> {
+    available().map(|()| Target::Cpu(String::new()))
+}
+
+/// Bytes of a device's memory that a model may take: some are left for activations and for others.
+#[cfg(feature = "cuda")]
+fn room((free, total): (u64, u64)) -> u64 {
+    free.saturating_sub((512 << 20).max(total / 20))
+}
+
+/// How many of the layers go onto a CUDA device, and of how many; or why none. For `ferrule plan`.
+pub(super) fn planned(
+    device: &str,
+    asked: &Asked<'_>,
+) -> Result<std::result::Result<(usize, usize), String>> {
+    Ok(match Wanted::parse(device)?.target(asked) {
+        #[cfg(feature = "cuda")]
+        Ok(Target::Cuda(_, plan)) => Ok((plan.gpu_layers, plan.layers)),
+        Ok(Target::Cpu(why)) => Err(why),
+        Err(error) => Err(error.to_string()),
+    })
 }
 
 /// What a loaded model says of its device.
@@ -89,6 +124,8 @@ pub(super) struct Machine {
     pub(super) threads: usize,
     /// Bytes that keys and values may take unless that is said; of the CPU the budget says it.
     pub(super) free: u64,
+    pub(super) gpu_layers: usize,
+    pub(super) notes: Vec<String>,
 }
 
 pub(super) fn cpu(cpu: &Cpu) -> Machine {
@@ -97,21 +134,31 @@ pub(super) fn cpu(cpu: &Cpu) -> Machine {
         isa: cpu.kernels().name().into(),
         threads: cpu.threads(),
         free: 0,
+        gpu_layers: 0,
+        notes: Vec::new(),
     }
 }
 
 #[cfg(feature = "cuda")]
-pub(super) fn cuda(cuda: &crate::backend::cuda::Cuda) -> Machine {
-    use crate::backend::Backend;
+pub(super) fn cuda(cuda: &Cuda, plan: &Planned) -> Machine {
     let info = cuda.info();
     let (major, minor) = info.capability;
-    let (free, total) = cuda.memory();
+    let room = room(cuda.memory());
+    // Memory that is the computer's is not all for keys and values.
+    let room = if info.integrated { room / 2 } else { room };
+    let device = format!("cuda:{}", info.ordinal);
+    let Planned { gpu_layers, layers, border, .. } = *plan;
+    let note = format!(
+        "{gpu_layers} of {layers} layers and the head are on {device}, {} on the CPU, as its memory holds no more",
+        if gpu_layers == layers { "the embedding is" } else { "the others are" },
+    );
     Machine {
-        device: format!("cuda:{}", info.ordinal),
         isa: format!("sm_{major}{minor}"),
         threads: cuda.packer().threads(),
-        // Room for activations and for others.
-        free: free.saturating_sub((512 << 20).max(total / 20)),
+        free: plan.kv_bytes(room, cpu::memory().available / 2),
+        gpu_layers,
+        notes: border.map(|_| note).into_iter().collect(),
+        device,
     }
 }
 
@@ -130,6 +177,22 @@ pub(super) fn cuda_devices() -> (Vec<(i32, String, String, u64)>, String) {
         return (driver.devices.iter().map(device).collect(), String::new());
     }
     (Vec::new(), String::new())
+}
+
+/// How many operations a CUDA device was asked for, and those whose results have not the CPU's bits.
+#[pyfunction]
+pub(super) fn cuda_check(py: Python<'_>, device: &str) -> PyResult<(usize, Vec<String>)> {
+    let check = || {
+        let wanted = Wanted::parse(device)?;
+        available()?;
+        #[cfg(feature = "cuda")]
+        if let Wanted::Cuda(ordinal) = wanted {
+            return Cuda::new(ordinal, Cpu::new(cpu::topology::auto().count, None)?)?.check();
+        }
+        let _ = wanted;
+        Err(Error::parameter("device", format!("{device:?}"), "\"cuda\" or \"cuda:0\""))
+    };
+    py.detach(check).map_err(super::raise(py))
 }
 
 /// Microseconds of samples of a product on a CUDA device, and the bytes of its matrix; with `form` "copy" of a copy of
@@ -153,7 +216,11 @@ pub(super) fn cuda_time(
         }
         use crate::backend::Form;
         let forms = [Form::Q4, Form::Q8, Form::Bf16, Form::F16, Form::F32];
-        let known = forms.into_iter().find(|known| known.name() == form);
+        let known = match form {
+            "q4_k" => Some(Form::Grouped(crate::quant::Grouped::Q4_K)),
+            "q6_k" => Some(Form::Grouped(crate::quant::Grouped::Q6_K)),
+            _ => forms.into_iter().find(|known| known.name() == form),
+        };
         let known =
             known.ok_or_else(|| Error::parameter("form", form, "a form that runs on CUDA"))?;
         if n == 0 || k == 0 || tokens == 0 || sets == 0 {

@@ -1,9 +1,9 @@
 //! What can be told without an engine: this machine, and what a model is by its headers. Never computes.
 
-use super::{KV_DTYPES, QUANTIZATIONS, named, raise};
+use super::{KV_DTYPES, QUANTIZATIONS, device, named, raise};
 use crate::backend::cpu::{self, topology};
 use crate::chat::ChatTemplate;
-use crate::model::{self, LoadOptions, Wish};
+use crate::model::{self, GpuLayers, LoadOptions, Wish};
 use crate::{file, kernels};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 
 /// What the model in `folder` is and will take, without loading it: `ferrule info` and `ferrule plan`.
 #[pyfunction]
-#[pyo3(signature = (folder, *, quantization, kv_cache_dtype, context_length, weight_cache, family))]
+#[pyo3(signature = (folder, *, quantization, kv_cache_dtype, context_length, weight_cache, family, device="cpu",
+    gpu_layers=None))]
 pub(super) fn describe<'py>(
     py: Python<'py>,
     folder: &str,
@@ -21,6 +22,8 @@ pub(super) fn describe<'py>(
     context_length: Option<usize>,
     weight_cache: bool,
     family: Option<String>,
+    device: &str,
+    gpu_layers: Option<usize>,
 ) -> PyResult<Bound<'py, PyDict>> {
     let describe = || {
         let options = LoadOptions {
@@ -32,9 +35,20 @@ pub(super) fn describe<'py>(
         let found = model::describe(Path::new(folder), &options)?;
         let wish = Wish { cache: weight_cache, context_length, kv_bytes: None, max_batch: 1 };
         let budget = found.budget(&wish, cpu::memory().available);
-        Ok((found, budget, ChatTemplate::open(Path::new(folder))?.is_some()))
+        let asked = device::Asked {
+            folder: Path::new(folder),
+            load: &options,
+            context_length,
+            kv_bytes: None,
+            gpu_layers: gpu_layers.map_or(GpuLayers::Auto, GpuLayers::Count),
+        };
+        let on_gpu = match device {
+            "cpu" => None,
+            _ => Some(device::planned(device, &asked)?),
+        };
+        Ok((found, budget, ChatTemplate::open(Path::new(folder))?.is_some(), on_gpu))
     };
-    let (found, budget, chat_template) = py.detach(describe).map_err(raise(py))?;
+    let (found, budget, chat_template, on_gpu) = py.detach(describe).map_err(raise(py))?;
     let dict = PyDict::new(py);
     dict.set_item("architecture", found.architecture)?;
     dict.set_item("family", found.family)?;
@@ -55,7 +69,17 @@ pub(super) fn describe<'py>(
     dict.set_item("kv_bytes_context", found.kv_bytes_context)?;
     dict.set_item("working_bytes", found.working)?;
     dict.set_item("available_bytes", cpu::memory().available)?;
-    dict.set_item("fits", budget.is_ok())?;
+    dict.set_item("fits", budget.is_ok() || on_gpu.as_ref().is_some_and(|on| on.is_ok()))?;
+    if let Some(on_gpu) = on_gpu {
+        dict.set_item("device", device)?;
+        match on_gpu {
+            Ok((count, _)) => dict.set_item("gpu_layers", count)?,
+            Err(why) => {
+                dict.set_item("gpu_layers", 0)?;
+                dict.set_item("gpu_because", why)?;
+            }
+        }
+    }
     match budget {
         Ok(budget) => {
             dict.set_item("weights_mapped", budget.mapped)?;

@@ -12,9 +12,11 @@ mod watch;
 
 use crate::backend::Backend;
 use crate::backend::cpu::{self, Tiles};
+#[cfg(feature = "cuda")]
+use crate::backend::cuda::{Cuda, Split};
 use crate::chat::{ChatTemplate, special_tokens};
 use crate::engine::{self, EngineConfig};
-use crate::model::{self, Forward, KvDtype, LoadOptions, Model, Quantization, Wish};
+use crate::model::{self, Forward, GpuLayers, KvDtype, LoadOptions, Model, Quantization, Wish};
 use crate::sample::Sampling;
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
@@ -68,6 +70,7 @@ struct Info {
     kv_cache_dtype: &'static str,
     kv_cache_bytes: u64,
     device: String,
+    gpu_layers: usize,
     device_because: String,
     isa: String,
     threads: usize,
@@ -95,13 +98,14 @@ struct Loaded {
 #[pymethods]
 impl Engine {
     #[new]
-    #[pyo3(signature = (folder, *, device="cpu", quantization="auto", threads=None, tile_tokens=None, claim_bytes=None, context_length=None,
+    #[pyo3(signature = (folder, *, device="cpu", gpu_layers=None, quantization="auto", threads=None, tile_tokens=None, claim_bytes=None, context_length=None,
         kv_cache_dtype="f16", kv_cache_bytes=None, max_batch=16, max_queue=256, prefix_cache=true, cache_dir=None,
-        chat_template=None, family=None, eos=Vec::new(), progress=None))]
+        chat_template=None, family=None, eos=Vec::new(), random=false, progress=None))]
     fn new(
         py: Python<'_>,
         folder: &str,
         device: &str,
+        gpu_layers: Option<i64>,
         quantization: &str,
         threads: Option<i64>,
         tile_tokens: Option<usize>,
@@ -116,6 +120,7 @@ impl Engine {
         chat_template: Option<String>,
         family: Option<String>,
         eos: Vec<u32>,
+        random: bool,
         progress: Option<Py<PyAny>>,
     ) -> PyResult<Engine> {
         let bytes = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
@@ -135,6 +140,7 @@ impl Engine {
                     kv_dtype: named("kv_cache_dtype", kv_cache_dtype, &KV_DTYPES)?,
                     cache_dir: cache_dir.map(PathBuf::from),
                     family,
+                    random,
                     progress: Some(Box::new(move |done, total| {
                         bytes[0].store(done, Ordering::Relaxed);
                         bytes[1].store(total, Ordering::Relaxed);
@@ -150,6 +156,8 @@ impl Engine {
                 },
                 kv_bytes: kv_cache_bytes,
                 context_length: count("context_length", context_length)?,
+                gpu_layers: count("gpu_layers", gpu_layers)?
+                    .map_or(GpuLayers::Auto, GpuLayers::Count),
                 chat_template,
                 eos,
             })
@@ -466,6 +474,7 @@ struct Options {
     engine: EngineConfig,
     kv_bytes: Option<u64>,
     context_length: Option<usize>,
+    gpu_layers: GpuLayers,
     chat_template: Option<String>,
     eos: Vec<u32>,
 }
@@ -477,15 +486,26 @@ fn load_and_drive(
     sender: &mpsc::Sender<Result<Loaded>>,
     inbox: &Inbox,
 ) {
-    let because = match options.device.on_cuda(folder, &options.load) {
+    let Options { load, context_length, kv_bytes, gpu_layers, .. } = &options;
+    let (context_length, kv_bytes, gpu_layers) = (*context_length, *kv_bytes, *gpu_layers);
+    let asked = device::Asked { folder, load, context_length, kv_bytes, gpu_layers };
+    let because = match options.device.target(&asked) {
+        Ok(device::Target::Cpu(because)) => because,
         #[cfg(feature = "cuda")]
-        Ok(Ok(ordinal)) => {
-            let load = |load| model::load_cuda(folder, ordinal, load);
-            return serve(folder, options, load, device::cuda, None, String::new(), sender, inbox);
+        Ok(device::Target::Cuda(cuda, plan)) => {
+            return match plan.border {
+                None => {
+                    let load = |load| model::load_onto(folder, *cuda, load);
+                    let machine = |cuda: &Cuda| device::cuda(cuda, &plan);
+                    serve(folder, options, load, machine, None, String::new(), sender, inbox);
+                }
+                Some(border) => {
+                    let load = |load| model::load_onto(folder, Split::new(*cuda, border), load);
+                    let machine = |split: &Split| device::cuda(split.cuda(), &plan);
+                    serve(folder, options, load, machine, None, String::new(), sender, inbox);
+                }
+            };
         }
-        #[cfg(not(feature = "cuda"))]
-        Ok(Ok(_)) => String::new(),
-        Ok(Err(because)) => because,
         Err(error) => return drop(sender.send(Err(error))),
     };
     let (load, available) = (|load| model::load(folder, load), Some(cpu::memory().available));
@@ -496,7 +516,7 @@ fn serve<B: Backend>(
     folder: &Path,
     options: Options,
     load: impl FnOnce(LoadOptions) -> Result<Model<B>>,
-    machine: fn(&B) -> device::Machine,
+    machine: impl FnOnce(&B) -> device::Machine,
     available: Option<u64>,
     because: String,
     sender: &mpsc::Sender<Result<Loaded>>,
@@ -516,7 +536,7 @@ fn open<B: Backend>(
     folder: &Path,
     options: Options,
     load_model: impl FnOnce(LoadOptions) -> Result<Model<B>>,
-    machine: fn(&B) -> device::Machine,
+    machine: impl FnOnce(&B) -> device::Machine,
     available: Option<u64>,
     device_because: String,
 ) -> Result<(engine::Engine<Model<B>>, Loaded)> {
@@ -536,7 +556,9 @@ fn open<B: Backend>(
         available.map(|available| model::describe(folder, &load)?.budget(&wish, available));
     let budget = budget.transpose()?;
     let model = Arc::new(load_model(load)?);
-    let device::Machine { device, isa, threads, free } = machine(&model.backend);
+    let device::Machine { device, isa, threads, free, gpu_layers, mut notes } =
+        machine(&model.backend);
+    notes.extend(budget.iter().flat_map(|budget| budget.notes.clone()));
     if eos.is_empty() {
         eos.extend(tokenizer.ends());
     }
@@ -558,10 +580,11 @@ fn open<B: Backend>(
         kv_cache_dtype: KV_DTYPES.iter().find(|(_, d)| *d == kv_dtype).map_or("", |(name, _)| name),
         kv_cache_bytes: pages.map(|(n, group)| (n.total * group.page_bytes) as u64).sum(),
         device,
+        gpu_layers,
         device_because,
         isa,
         threads,
-        notes: budget.map_or_else(Vec::new, |budget| budget.notes),
+        notes,
     };
     Ok((driven, Loaded { tokenizer, template, info }))
 }
@@ -589,6 +612,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(facts::threads, module)?)?;
     module.add_function(wrap_pyfunction!(device::cuda_devices, module)?)?;
     module.add_function(wrap_pyfunction!(device::cuda_time, module)?)?;
+    module.add_function(wrap_pyfunction!(device::cuda_check, module)?)?;
     module.add_function(wrap_pyfunction!(facts::memory, module)?)?;
     module.add_function(wrap_pyfunction!(facts::memory_bandwidth, module)?)?;
     module.add_function(wrap_pyfunction!(facts::describe, module)?)?;

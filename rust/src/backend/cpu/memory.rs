@@ -45,6 +45,19 @@ impl Bytes {
         }
     }
 
+    /// Gives the pages of a mapped file back to the system. They come back when they are read.
+    #[cfg(feature = "cuda")]
+    pub(super) fn release(&self) {
+        #[cfg(unix)]
+        if let Bytes::Mapped(map, range) = self {
+            // SAFETY: the map is of a file and read-only: dropped pages come back unchanged from it.
+            let _ = unsafe {
+                let advice = memmap2::UncheckedAdvice::DontNeed;
+                map.unchecked_advise_range(advice, range.start, range.len())
+            };
+        }
+    }
+
     /// The bytes as f32, if they are private memory.
     pub(super) fn floats_mut(&mut self) -> &mut [f32] {
         // SAFETY: any four bytes are an f32, and the memory starts at a page.
@@ -102,5 +115,37 @@ impl<'a, T> Disjoint<'a, T> {
         assert!(range.start <= range.end && range.end <= self.len);
         // SAFETY: the range is inside the slice; the caller promises that nobody writes it.
         unsafe { std::slice::from_raw_parts(self.start.add(range.start), range.len()) }
+    }
+}
+
+#[cfg(all(test, feature = "cuda", target_os = "linux"))]
+mod tests {
+    use super::Bytes;
+    use std::sync::Arc;
+
+    /// KiB of this process's memory that are pages of `name`.
+    fn resident(name: &str) -> u64 {
+        let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut lines = maps.lines().skip_while(|line| !line.ends_with(name));
+        let line = lines.find(|line| line.starts_with("Rss:")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
+    #[test]
+    fn released_pages_leave_memory_and_come_back() {
+        let name = format!("ferrule-released-{}", std::process::id());
+        let path = std::env::temp_dir().join(&name);
+        std::fs::write(&path, vec![7; 4 << 20]).unwrap();
+        let file = std::fs::File::open(&path).unwrap();
+        // SAFETY: nobody else writes the file.
+        let map = unsafe { memmap2::Mmap::map(&file) }.unwrap();
+        let bytes = Bytes::Mapped(Arc::new(map), 64..4 << 20);
+        let sum = || bytes.get().iter().map(|&b| u64::from(b)).sum::<u64>();
+        let before = sum();
+        assert!(resident(&name) >= 4096);
+        bytes.release();
+        assert!(resident(&name) <= 64);
+        assert_eq!(sum(), before);
+        std::fs::remove_file(path).unwrap();
     }
 }

@@ -78,6 +78,11 @@ impl Buf {
     fn values_mut(&mut self) -> &mut [f32] {
         &mut self.data[..self.rows * self.width]
     }
+    /// Numbers of a row.
+    #[cfg(feature = "cuda")]
+    pub(super) fn width(&self) -> usize {
+        self.width
+    }
     fn row(&self, r: usize) -> &[f32] {
         &self.data[r * self.width..][..self.width]
     }
@@ -113,6 +118,11 @@ impl Mat {
     /// The packed bytes.
     pub fn bytes(&self) -> &[u8] {
         self.bytes.get()
+    }
+    /// Says that the bytes are not needed any more: those of a mapped file leave this process's memory.
+    #[cfg(feature = "cuda")]
+    pub(super) fn release(self) {
+        self.bytes.release();
     }
     /// Row `r` as f32.
     pub fn unpack_row(&self, r: usize, out: &mut [f32]) {

@@ -6,12 +6,11 @@
 //! else decides what a graph stands for, so a replay cannot differ from the launches it replaces.
 
 use super::launch::Params;
-use super::modules::{MODULES, Module};
+use super::modules::Modules;
 use super::probe::{DeviceInfo, Unavailable, probe};
 use crate::{Error, Result};
 use cudarc::driver::{result, sys};
-use std::collections::HashMap;
-use std::ffi::{CString, c_void};
+use std::ffi::c_void;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 /// Graphs that are kept; the one longest unused goes first.
@@ -20,9 +19,8 @@ const GRAPHS: usize = 64;
 /// One device, shared by everything that lies on it.
 pub(super) struct Device {
     pub(super) info: DeviceInfo,
-    context: sys::CUcontext,
+    modules: Arc<Modules>,
     stream: sys::CUstream,
-    kernels: HashMap<&'static str, sys::CUfunction>,
     state: Mutex<State>,
 }
 
@@ -117,8 +115,6 @@ impl Drop for Device {
         // SAFETY: made by `open`; everything that lay on the device is gone, as it held this.
         unsafe {
             let _ = result::stream::destroy(self.stream);
-            let _ = result::device::get(self.info.ordinal)
-                .and_then(|d| result::primary_ctx::release(d));
         }
     }
 }
@@ -141,43 +137,12 @@ impl Device {
             let found = format!("cuda:{}", ordinal.unwrap_or(0));
             return Err(Error::parameter("device", found, known.join(" or ")));
         };
-        let failed = |what: &'static str| {
-            move |error: result::DriverError| Error::Device(format!("{what}: {}", text(error)))
-        };
-        let device = result::device::get(info.ordinal).map_err(failed("device"))?;
-        // SAFETY: `device` came from the driver.
-        let context = unsafe { result::primary_ctx::retain(device) }.map_err(failed("context"))?;
-        // SAFETY: `context` was retained above.
-        unsafe { result::ctx::set_current(context) }.map_err(failed("context"))?;
+        let modules = Modules::open(&info, driver.version)?;
+        // SAFETY: `modules` retains the context.
+        unsafe { result::ctx::set_current(modules.context) }.map_err(failed("context"))?;
         let kind = result::stream::StreamKind::NonBlocking;
         let stream = result::stream::create(kind).map_err(failed("stream"))?;
-        let mut kernels = HashMap::new();
-        for module in MODULES {
-            let Some(image) = module.image(info.capability) else {
-                let why = Unavailable::ArchUnsupported(info.name, info.capability);
-                return Err(Error::CudaUnavailable(why.to_string()));
-            };
-            let bytes =
-                CString::new(image).map_err(|_| Error::Internal("PTX with a zero".into()))?;
-            // SAFETY: `bytes` is PTX that ends with a zero, as the driver wants it.
-            let loaded = unsafe { result::module::load_data(bytes.as_ptr().cast::<c_void>()) };
-            let loaded = loaded.map_err(|error| match error.0 {
-                sys::CUresult::CUDA_ERROR_UNSUPPORTED_PTX_VERSION
-                | sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU => {
-                    Error::CudaUnavailable(Unavailable::DriverTooOld(driver.version).to_string())
-                }
-                _ => {
-                    Error::Device(format!("loading the kernels `{}`: {}", module.name, text(error)))
-                }
-            })?;
-            for (name, _) in Module::entries(image) {
-                let c_name = CString::new(name).map_err(|_| Error::Internal("a name".into()))?;
-                // SAFETY: `loaded` came from the driver, and is never unloaded.
-                let function = unsafe { result::module::get_function(loaded, c_name) };
-                kernels.insert(name, function.map_err(failed("kernel"))?);
-            }
-        }
-        Ok(Arc::new(Device { info, context, stream, kernels, state: Mutex::default() }))
+        Ok(Arc::new(Device { info, modules, stream, state: Mutex::default() }))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -187,7 +152,7 @@ impl Device {
     /// Makes the context current in this thread.
     fn enter(&self) -> std::result::Result<(), result::DriverError> {
         // SAFETY: the context is retained as long as `self` lives.
-        unsafe { result::ctx::set_current(self.context) }
+        unsafe { result::ctx::set_current(self.modules.context) }
     }
 
     /// Free bytes, and all.
@@ -336,7 +301,7 @@ impl Device {
         debug_assert!(P::KERNELS.contains(&kernel), "{kernel} takes other parameters");
         let mut state = self.state();
         let limits = grid[0] < 1 << 31 && grid[1] < 1 << 16 && grid[2] < 1 << 16;
-        let Some(&function) = self.kernels.get(kernel).filter(|_| limits) else {
+        let Some(&function) = self.modules.kernels.get(kernel).filter(|_| limits) else {
             return state.fail(Fault::Device(format!("{kernel}: no such launch, {grid:?}")));
         };
         if state.fault.is_some() || grid.contains(&0) {
@@ -509,8 +474,13 @@ fn destroy(graph: Graph) {
     }
 }
 
+/// A failure of the driver.
+pub(super) fn failed(what: &'static str) -> impl Fn(result::DriverError) -> Error {
+    move |error| Error::Device(format!("{what}: {}", text(error)))
+}
+
 /// A driver's error in words.
-fn text(error: result::DriverError) -> String {
+pub(super) fn text(error: result::DriverError) -> String {
     let known = |text: std::result::Result<&std::ffi::CStr, _>| {
         text.map(|t| t.to_string_lossy().into_owned())
     };

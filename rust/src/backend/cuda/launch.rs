@@ -44,9 +44,13 @@ params! {
     Spans [] { words: u64, tables: u32, of_row: u32 }
     /// A quantized matrix.
     Matrix [] { w: u64, groups: u32, blocks: u32 }
+    /// A grouped matrix.
+    Grouped [] {
+        m: Matrix, how: u32, header: u32, scales: u32, offsets: u32, scale_bytes: u32, offset_bytes: u32,
+    }
     /// What becomes of a product.
     Epilogue [] { bias: u64, out: u64, n: u32, width: u32, mode: u32, act: Act }
-    Embed ["embed"] { table: u64, ids: u64, out: u64, form: u32, width: u32, scale: f32, pad: u32 }
+    Embed ["embed"] { table: u64, ids: u64, out: u64, form: u32, width: u32, scale: f32, pad: u32, how: Grouped }
     Norm ["norm"] {
         x: u64, gain: u64, bias: u64, out: u64, acts: Acts, in_row: u32, out_row: u32, width: u32,
         gain_width: u32, eps: f32, centred: u32, blocks: u32, pad: u32,
@@ -55,6 +59,9 @@ params! {
     Each ["each"] {
         x: u64, y: u64, out: u64, width: u32, y_row: u32, y_first: u32, kind: u32, scale: f32,
         act: Act, rows: u32, pad: u32,
+    }
+    Draw ["draw_best", "draw_sums", "draw_pick"] {
+        logits: u64, how: u64, best: u64, sums: u64, out: u64, vocab: u32, parts: u32,
     }
     Select ["select_rows"] { x: u64, rows: u64, out: u64, width: u32, pad: u32 }
     MatchPower ["match_power"] { x: u64, to: u64, width: u32, least: f32 }
@@ -69,6 +76,10 @@ params! {
         "gemv_bf16_1", "gemv_bf16_4", "gemv_f16_1", "gemv_f16_4", "gemv_f32_1", "gemv_f32_4"
     ] { w: u64, x: u64, k: u32, tokens: u32, form: u32, pad: u32, e: Epilogue }
     Gemm ["gemm_q4", "gemm_q8"] { w: Matrix, acts: Acts, tokens: u32, pad: u32, e: Epilogue }
+    OfGrouped [
+        "gemv_g4_1", "gemv_g4_4", "gemv_g5_1", "gemv_g5_4", "gemv_g6_1", "gemv_g6_4", "gemv_gt_1",
+        "gemv_gt_4", "gemm_grouped"
+    ] { w: Grouped, acts: Acts, tokens: u32, pad: u32, e: Epilogue }
     Rope ["rope_store"] {
         qkv: u64, q_gain: u64, k_gain: u64, v_gain: u64, table: u64, pages: Pages, spans: Spans,
         row: u32, heads: u32, kv_heads: u32, d: u32, turned: u32, q_gains: u32, k_gains: u32,

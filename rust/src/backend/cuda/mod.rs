@@ -4,29 +4,35 @@
 
 mod attention;
 mod buf;
+mod check;
 mod device;
 mod kv;
 mod launch;
 mod modules;
 mod pack;
 mod probe;
+mod split;
 mod time;
 
 pub use buf::Buf;
 pub use kv::Kv;
 pub use probe::{DeviceInfo, DriverInfo, Unavailable, probe};
+pub use split::Split;
 
 use super::cpu::{self, Cpu};
 use super::{
-    Activation, Attention, Backend, Expert, Form, HeadRows, KvDtype, KvLayer, Latent, NotFinite,
-    Parts, QkNorm, Recurrent, Routing, Span,
+    Activation, Attention, Backend, Draw, Expert, Form, HeadRows, KvDtype, KvLayer, Latent,
+    NotFinite, Parts, Place, QkNorm, Recurrent, Routing, Span,
 };
+use crate::quant::Grouped;
 use crate::{Error, Result};
 use device::{Device, Memory};
 use std::sync::{Arc, Mutex};
 
 /// Tokens up to which a product reads weights token by token; beyond, tensor cores take 64 at once.
 const FEW: usize = 8;
+/// Bytes of tiles made at once on their way to the device, unless one is larger.
+const STAGE: usize = 16 << 20;
 /// Threads of the kernels in `rows.cu`.
 const THREADS: usize = 256;
 
@@ -37,6 +43,8 @@ pub struct Cuda {
     cpu: Cpu,
     /// Parts of attention that is split over chunks of keys.
     parts: Mutex<Memory>,
+    /// What drawing tokens keeps between its kernels, and the tokens.
+    drawn: Mutex<Memory>,
 }
 
 /// A matrix in tiles.
@@ -45,6 +53,25 @@ pub struct Mat {
     n: usize,
     k: usize,
     memory: Memory,
+}
+
+impl Mat {
+    fn matrix(&self) -> launch::Matrix {
+        let (groups, blocks) = pack::groups(self.k);
+        launch::Matrix { w: self.memory.at, groups: groups as u32, blocks: blocks as u32 }
+    }
+    fn grouped(&self, how: Grouped) -> launch::Grouped {
+        let head = pack::head(how);
+        launch::Grouped {
+            m: self.matrix(),
+            how: head.how,
+            header: head.words as u32,
+            scales: head.scales[0] as u32,
+            offsets: head.offsets[0] as u32,
+            scale_bytes: head.scales[1] as u32,
+            offset_bytes: head.offsets[1] as u32,
+        }
+    }
 }
 
 /// A vector.
@@ -65,23 +92,53 @@ enum Into {
 impl Cuda {
     /// Device `ordinal`, or the first that kernels run on; `cpu` packs weights.
     pub fn new(ordinal: Option<usize>, cpu: Cpu) -> Result<Cuda> {
-        let parts = Mutex::new(Memory::none());
-        Ok(Cuda { device: Device::open(ordinal)?, cpu, parts })
+        let (parts, drawn) = (Mutex::new(Memory::none()), Mutex::new(Memory::none()));
+        Ok(Cuda { device: Device::open(ordinal)?, cpu, parts, drawn })
     }
     /// The device in use.
     pub fn info(&self) -> &DeviceInfo {
         &self.device.info
     }
-    /// Free bytes on the device, and all.
+    /// Free bytes on the device, and all. Where its memory is the computer's, what the computer says: the driver does
+    /// not count what the system would give back, such as pages of files.
     pub fn memory(&self) -> (u64, u64) {
-        self.device.memory()
+        let (free, total) = self.device.memory();
+        let free = if self.info().integrated { cpu::memory().available } else { free };
+        (free.min(total), total)
     }
     /// Activations with these values.
     pub fn upload(&self, values: &[f32], width: usize) -> Buf {
         let mut buf = Buf::new(&self.device);
+        self.fill(&mut buf, values, width);
+        buf
+    }
+    /// The same in a buffer that is there.
+    fn fill(&self, buf: &mut Buf, values: &[f32], width: usize) {
         buf.shape(values.len() / width, width);
         self.device.upload(buf.at, values);
-        buf
+    }
+
+    /// The matrix in tiles on the device: by way of a buffer of a bounded size, so that it is never in memory twice.
+    fn copied(&self, packed: &cpu::Mat) -> Result<Mat> {
+        let (form, (n, k)) = (packed.form(), packed.shape());
+        let (Some(bytes), Some(tile)) = (pack::bytes(form, n, k), pack::bytes(form, 1, k)) else {
+            let what = format!(
+                "{} weights with quantization=\"none\" do not run on CUDA yet; use quantization=\"auto\"",
+                form.name()
+            );
+            return Err(Error::Unsupported(what));
+        };
+        let memory = self.device.alloc(bytes)?;
+        let tiles = (STAGE / tile).max(1);
+        let mut stage = vec![0; bytes.min(tiles * tile)];
+        let from = packed.bytes().chunks(tiles * pack::pair_bytes(form, k));
+        for (i, from) in from.enumerate() {
+            let at = i * tiles * tile;
+            let stage = &mut stage[..(bytes - at).min(tiles * tile)];
+            pack::tiles(form, k, from, stage);
+            self.device.upload(memory.at + at as u64, stage);
+        }
+        Ok(Mat { form, n, k, memory })
     }
 
     fn launch<P: launch::Params>(
@@ -199,10 +256,28 @@ impl Cuda {
             let params = launch::GemvFloat { w, x: x.at, k, tokens, form, pad: 0, e };
             return self.launch(kernel, [x.rows.div_ceil(each), tiles, 1], 32, &params);
         }
-        let (groups, blocks) = pack::groups(w.k);
-        let matrix =
-            launch::Matrix { w: w.memory.at, groups: groups as u32, blocks: blocks as u32 };
+        let blocks = pack::groups(w.k).1;
+        let matrix = w.matrix();
         let acts = self.quantized(x);
+        if let Form::Grouped(how) = w.form {
+            let params = launch::OfGrouped { w: w.grouped(how), acts, tokens, pad: 0, e };
+            if x.rows > FEW {
+                let grid = [x.rows.div_ceil(64), tiles.div_ceil(4), 1];
+                return self.launch("gemm_grouped", grid, 256, &params);
+            }
+            let (kernel, each) = match (how.table().is_some(), how.high(), x.rows) {
+                (true, _, 1) => ("gemv_gt_1", 1),
+                (true, ..) => ("gemv_gt_4", 4),
+                (_, 0, 1) => ("gemv_g4_1", 1),
+                (_, 0, _) => ("gemv_g4_4", 4),
+                (_, 1, 1) => ("gemv_g5_1", 1),
+                (_, 1, _) => ("gemv_g5_4", 4),
+                (.., 1) => ("gemv_g6_1", 1),
+                _ => ("gemv_g6_4", 4),
+            };
+            let warps = blocks.clamp(each, 16);
+            return self.launch(kernel, [x.rows.div_ceil(each), tiles, 1], 32 * warps, &params);
+        }
         let four = w.form == Form::Q4;
         if x.rows > FEW {
             let kernel = if four { "gemm_q4" } else { "gemm_q8" };
@@ -266,25 +341,22 @@ impl Backend for Cuda {
     }
 
     fn place(&self, packed: cpu::Mat) -> Result<Mat> {
-        let (form, (n, k)) = (packed.form(), packed.shape());
-        let Some(bytes) = pack::bytes(form, n, k) else {
-            let what = format!(
-                "{} weights do not run on CUDA yet; use quantization=\"int4\" or \"int8\"",
-                form.name()
-            );
-            return Err(Error::Unsupported(what));
-        };
-        let mut tiles = vec![0; bytes];
-        pack::tiles(form, k, packed.bytes(), &mut tiles);
-        let memory = self.device.alloc(bytes)?;
-        self.device.upload(memory.at, &tiles);
-        Ok(Mat { form, n, k, memory })
+        let mat = self.copied(&packed);
+        packed.release(); // where memory is one, it would be there twice
+        mat
     }
 
     fn stored(mat: &Mat) -> (Form, usize) {
         (mat.form, mat.memory.bytes)
     }
 
+    fn holds(&self, _: Place) -> bool {
+        self.device.info.integrated
+    }
+
+    fn random(&self, form: Form, n: usize, k: usize) -> Result<Mat> {
+        Cuda::random(self, form, n, k)
+    }
     fn finish(&self) -> Result<()> {
         self.device.finish()
     }
@@ -323,6 +395,10 @@ impl Backend for Cuda {
             width: table.k as u32,
             scale,
             pad: 0,
+            how: match table.form {
+                Form::Grouped(how) => table.grouped(how),
+                _ => launch::Grouped::default(),
+            },
         };
         self.launch("embed", [ids.len(), 1, 1], THREADS, &params);
     }
@@ -558,6 +634,41 @@ impl Backend for Cuda {
 
     fn softcap(&self, x: &mut Buf, cap: f32) {
         self.each(3, x.at, 0, x, launch::Each { scale: cap, ..launch::Each::default() });
+    }
+
+    fn draws(&self) -> bool {
+        true
+    }
+
+    fn draw(&self, logits: &Buf, how: &[Draw]) -> Vec<Option<u32>> {
+        let rows = logits.rows;
+        assert_eq!(rows, how.len());
+        // Blocks of a part of a row each: enough of them for one row to keep a device busy.
+        let parts = (logits.width / 2048).clamp(1, 64);
+        let halves = |x: u64| [x as u32, (x >> 32) as u32];
+        let words = how.iter().flat_map(|d| {
+            let numbers = [(1.0 / f64::from(d.temperature)).to_bits(), d.least, d.coin.to_bits()];
+            let greedy = (d.temperature == 0.0).into();
+            numbers.map(halves).into_iter().flatten().chain([greedy, 0])
+        });
+        let words: Vec<u32> = words.collect();
+        let mut memory = self.drawn.lock().unwrap_or_else(|e| e.into_inner());
+        self.device.grow(&mut memory, rows * (16 * parts + 4));
+        let (best, sums) = (memory.at, memory.at + 8 * (rows * parts) as u64);
+        let params = launch::Draw {
+            logits: logits.at,
+            how: self.device.input(&words),
+            best,
+            sums,
+            out: sums + 8 * (rows * parts) as u64,
+            vocab: logits.width as u32,
+            parts: parts as u32,
+        };
+        self.launch("draw_best", [rows, parts, 1], THREADS, &params);
+        self.launch("draw_sums", [rows, parts, 1], THREADS, &params);
+        self.launch("draw_pick", [rows, 1, 1], THREADS, &params);
+        let ids = self.device.download(params.out, rows);
+        ids.iter().map(|id| Some(id.to_bits()).filter(|&id| (id as usize) < logits.width)).collect()
     }
 
     fn read(&self, x: &Buf) -> Vec<f32> {

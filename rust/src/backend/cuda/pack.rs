@@ -7,7 +7,7 @@
 use crate::kernels::{Form, layout};
 #[cfg(test)]
 use crate::quant::BlockQ8;
-use crate::quant::{BLOCK, BlockQ4, GROUP, GROUPS};
+use crate::quant::{BLOCK, BlockGrouped, BlockQ4, Codes, GROUP, GROUPS, Grouped, Offset, Scales};
 use layout::{ROWS, ROWS_PADDED};
 
 /// Rows of a tile.
@@ -28,7 +28,54 @@ fn tile_bytes(form: Form, k: usize) -> Option<usize> {
         Form::Q8 => Some(4 * TILE * blocks + 2 * LINE * groups),
         Form::Bf16 | Form::F16 => Some(LINE * k.div_ceil(8)),
         Form::F32 => Some(LINE * k.div_ceil(4)),
-        Form::Grouped(_) | Form::GroupedFloat(_) => None,
+        Form::Grouped(how) => Some(128 * head(how).words * blocks + grouped_lines(how) * groups),
+        Form::GroupedFloat(_) => None,
+    }
+}
+
+/// Bytes of 32 inputs of a grouped matrix.
+fn grouped_lines(how: Grouped) -> usize {
+    LINE + 4 * TILE * how.high()
+}
+
+/// The header of a grouped row as `kernels/grouped.cuh` reads it.
+pub(super) struct Head {
+    /// What the kernels have to know of the form.
+    pub(super) how: u32,
+    /// Words.
+    pub(super) words: usize,
+    /// First byte of the scales, and bytes of each.
+    pub(super) scales: [usize; 2],
+    /// Likewise of the offsets.
+    pub(super) offsets: [usize; 2],
+}
+
+/// The header of rows of this form.
+pub(super) fn head(how: Grouped) -> Head {
+    let (scales, width) = match how.scales {
+        Scales::F16 => (0, 2),
+        Scales::Bf16 => (1, 2),
+        Scales::Integer => (2, 1),
+        Scales::Power => (3, 1),
+    };
+    let (offset, offset_width) = match how.offset() {
+        None => (0, 0),
+        Some(Offset::Signed) => (1, 0),
+        Some(Offset::Zero) => (2, 1),
+        Some(Offset::Min) => (3, width),
+    };
+    let table = match how.codes {
+        Codes::Uneven => 1,
+        Codes::Fp4 => 2,
+        Codes::Linear(_) | Codes::Linear5(_) | Codes::Linear6(_) => 0,
+    };
+    let start = if how.scales == Scales::Integer { 4 } else { 0 };
+    let offsets = start + how.groups() * width;
+    Head {
+        how: how.high() as u32 | table << 2 | offset << 4 | scales << 6 | how.group.ilog2() << 8,
+        words: (offsets + how.groups() * offset_width).div_ceil(4),
+        scales: [start, width],
+        offsets: [offsets, offset_width],
     }
 }
 
@@ -39,7 +86,8 @@ pub(super) fn code(form: Form) -> u32 {
         Form::Q8 => 1,
         Form::Bf16 => 2,
         Form::F16 => 3,
-        Form::F32 | Form::Grouped(_) | Form::GroupedFloat(_) => 4,
+        Form::F32 => 4,
+        Form::Grouped(_) | Form::GroupedFloat(_) => 5,
     }
 }
 
@@ -50,7 +98,12 @@ pub(super) fn bytes(form: Form, n: usize, k: usize) -> Option<usize> {
 
 /// Turns the packed matrix `from` into tiles, by several threads.
 pub(super) fn tiles(form: Form, k: usize, from: &[u8], out: &mut [u8]) {
-    each(form, k, from.chunks_exact(2 * form.row_block_bytes(k)), out, tile);
+    each(form, k, from.chunks_exact(pair_bytes(form, k)), out, tile);
+}
+
+/// Bytes of the two row blocks of the packed matrix that become a tile.
+pub(super) fn pair_bytes(form: Form, k: usize) -> usize {
+    2 * form.row_block_bytes(k)
 }
 
 /// The packed matrix that gave the tiles.
@@ -108,6 +161,15 @@ fn tile(form: Form, k: usize, pair: &[u8], out: &mut [u8]) {
                         }
                     }
                 }
+                Form::Grouped(how) => {
+                    let mut at = 0;
+                    for (b, block) in layout::blocks(form, block).enumerate() {
+                        let count = groups(k - b * BLOCK).0.min(GROUPS);
+                        let row = layout::unpack_grouped(how, block, r);
+                        put_grouped(how, &row, count, lane, &mut out[at..]);
+                        at += 128 * head(how).words + grouped_lines(how) * count;
+                    }
+                }
                 _ => {
                     let width = if form == Form::F32 { 4 } else { 2 };
                     for (i, lanes) in block.chunks_exact(ROWS * width).enumerate() {
@@ -131,6 +193,42 @@ fn put_q4(row: &BlockQ4, groups: usize, lane: usize, out: &mut [u8]) {
         let line = &mut out[(1 + g) * LINE + 16 * lane..][..16];
         for (i, byte) in line.iter_mut().enumerate() {
             *byte = codes[i] | codes[i + 16] << 4;
+        }
+    }
+}
+
+fn put_grouped(how: Grouped, row: &BlockGrouped, groups: usize, lane: usize, out: &mut [u8]) {
+    let Head { words, scales, offsets, .. } = head(how);
+    let (header, rest) = out.split_at_mut(4 * TILE * words);
+    let mut put = |at: usize, bytes: &[u8]| {
+        for (i, &byte) in (at..).zip(bytes) {
+            header[i / 4 * 4 * TILE + 4 * lane + i % 4] = byte;
+        }
+    };
+    if how.scales == Scales::Integer {
+        put(0, &row.d.to_le_bytes());
+        put(2, &row.e.to_le_bytes());
+    }
+    for g in 0..how.groups() {
+        let u = g * how.group / how.unit();
+        for ([at, width], value) in [(scales, row.s[u]), (offsets, row.o[u])] {
+            put(at + g * width, &value.to_le_bytes()[..width]);
+        }
+    }
+    let (lines, more) = rest.split_at_mut(LINE * groups);
+    for (g, codes) in row.q.as_chunks::<GROUP>().0.iter().enumerate().take(groups) {
+        for (i, byte) in lines[g * LINE + 16 * lane..][..16].iter_mut().enumerate() {
+            *byte = codes[i] & 15 | (codes[i + 16] & 15) << 4;
+        }
+        for (k, code) in codes.iter().enumerate() {
+            let (half, j, byte) = (k / 16, k % 16 / 4, k % 4);
+            let (word, bit) = match how.high() {
+                0 => break,
+                1 => (0, 4 * half + j),
+                _ => (half, 2 * j),
+            };
+            let word = g * how.high() + word;
+            more[4 * TILE * word + 4 * lane + byte] |= (code >> 4) << bit;
         }
     }
 }

@@ -5,6 +5,7 @@ use super::modules::{MODULES, Module};
 use super::{launch, pack};
 use crate::backend::cpu::Cpu;
 use crate::backend::{Backend, Form, Part, Parts};
+use crate::quant::Grouped;
 use std::collections::BTreeMap;
 
 #[test]
@@ -54,7 +55,11 @@ fn weights_come_back_from_their_tiles() {
             assert!(back == mat.bytes(), "{form:?} [{n}, {k}]");
         }
     }
-    assert_eq!(pack::bytes(Form::MXFP4, 32, 32), None);
+    assert_eq!(pack::bytes(Form::GroupedFloat(Grouped::MXFP4), 32, 32), None);
+    // ggml's own bits a weight, but for the minima of Q4_K and Q5_K, which have 8 bits and not 6.
+    let bits = |how| pack::bytes(Form::Grouped(how), 4096, 4096).unwrap() as f64 / 2048.0 / 1024.0;
+    let found = [Grouped::Q4_0, Grouped::Q4_K, Grouped::Q5_K, Grouped::Q6_K, Grouped::MXFP4];
+    assert_eq!(found.map(bits), [4.5, 4.625, 5.625, 6.625, 4.25]);
     // 4.5 bits a weight.
     assert_eq!(pack::bytes(Form::Q4, 4096, 4096).unwrap() * 8, 4096 * 4096 * 9 / 2);
 }

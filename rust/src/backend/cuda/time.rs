@@ -2,8 +2,8 @@
 
 use super::device::Memory;
 use super::{Buf, Cuda, Into, Mat, pack};
-use crate::Result;
-use crate::backend::Form;
+use crate::backend::{Backend, Form, Part, Parts};
+use crate::{Error, Result};
 
 impl Cuda {
     /// Microseconds of one product of `tokens` rows with an `[n, k]` matrix, and the bytes of the matrix: for each of
@@ -16,21 +16,15 @@ impl Cuda {
         sets: usize,
         samples: usize,
     ) -> Result<(Vec<f32>, usize)> {
-        let bytes = pack::bytes(form, n, k).unwrap_or(0);
         let mut state = 1u32;
         let mut next = || {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             (state >> 24) as u8
         };
-        let numbers: Vec<u8> = (0..bytes).map(|_| next()).collect();
         let x: Vec<f32> = (0..tokens * k).map(|_| f32::from(next()) / 128.0 - 1.0).collect();
         let x = self.upload(&x, k);
-        let mut mats = Vec::with_capacity(sets);
-        for _ in 0..sets {
-            let memory = self.device.alloc(bytes)?;
-            self.device.upload(memory.at, &numbers);
-            mats.push(Mat { form, n, k, memory });
-        }
+        let mats: Vec<Mat> = (0..sets).map(|_| self.random(form, n, k)).collect::<Result<_>>()?;
+        let bytes = mats[0].memory.bytes;
         let mut out = Buf::new(&self.device);
         let mut all = || {
             for w in &mats {
@@ -47,6 +41,37 @@ impl Cuda {
             times.push(self.device.timed(&mut all)? * 1000.0 / sets as f32);
         }
         Ok((times, bytes))
+    }
+
+    /// A random matrix made on the device: 32 rows that come again and again.
+    pub(super) fn random(&self, form: Form, n: usize, k: usize) -> Result<Mat> {
+        let (n, mut state) = (n.max(1), (n + k) as u32);
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            // About 0.02, as weights are.
+            ((state >> 8) as f32 / (1 << 23) as f32 - 1.0) * 0.035
+        };
+        let rows: Vec<u8> = (0..32 * k).flat_map(|_| next().to_le_bytes()).collect();
+        let parts = vec![Part::floats(Form::F32, 32, k, &rows)];
+        let parts = Parts { parts, k, interleaved: false };
+        // Of a grouped form any numbers of int4 do: the time does not depend on them.
+        let stored = if matches!(form, Form::Grouped(_)) { Form::Q4 } else { form };
+        let packed = self.packer().pack(stored, &parts)?;
+        let packed = packed.map_err(|_| Error::Internal("random numbers".into()))?;
+        let mut tile = vec![0; pack::bytes(stored, 32, k).unwrap_or(0)];
+        pack::tiles(stored, k, packed.bytes(), &mut tile);
+        let bytes = pack::bytes(form, n, k).ok_or_else(|| {
+            Error::Unsupported(format!("{} weights do not run on CUDA yet", form.name()))
+        })?;
+        let memory = self.device.alloc(bytes)?;
+        let mut done = tile.len().min(bytes);
+        self.device.upload(memory.at, &tile[..done]);
+        while done < bytes {
+            let more = done.min(bytes - done);
+            self.device.copy(memory.at + done as u64, memory.at, more);
+            done += more;
+        }
+        Ok(Mat { form, n, k, memory })
     }
 
     /// Microseconds of copies of `bytes` on the device, each of which reads and writes them.

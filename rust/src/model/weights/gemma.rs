@@ -1,7 +1,7 @@
 //! The weights that only Gemma 3n and 4 have. Never packs.
 
 use super::{Dense, Moe, Reader, Source};
-use crate::backend::Activation;
+use crate::backend::{Activation, Place};
 use crate::model::spec::{self, Slice};
 use crate::{Error, Result};
 
@@ -116,7 +116,13 @@ impl Reader<'_> {
             };
             mat(source(place, n, n, false))
         };
-        let streams = (0..streams).map(|i| Ok((one(i, "altup_in")?, one(i, "altup_out")?)));
+        let streams = (0..streams).map(|i| {
+            let into = one(i, "altup_in")?;
+            self.at.set(Place::End);
+            let out = one(i, "altup_out")?;
+            self.at.set(Place::Begin);
+            Ok((into, out))
+        });
         Ok(Some(Gemma { inputs, streams: streams.collect::<Result<_>>()? }))
     }
 

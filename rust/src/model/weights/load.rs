@@ -2,7 +2,7 @@
 
 use super::{Reader, Source, Weights};
 use crate::backend::cpu::{Bytes, Cpu, Mat};
-use crate::backend::{Backend, Blocks, Encoded, Form, Kept, NotFinite, Part, Parts};
+use crate::backend::{Backend, Blocks, Encoded, Form, Kept, NotFinite, Part, Parts, Place};
 use crate::file::Checkpoint;
 use crate::model::spec::{Slice, Spec};
 use crate::model::{LoadOptions, Quantization, cache};
@@ -19,6 +19,8 @@ pub(in crate::model) struct Plan {
     interleaved: bool,
     /// The tensor that holds it packed, where the checkpoint does.
     stored: Option<String>,
+    /// Where it is used.
+    pub(in crate::model) at: Place,
 }
 
 impl Plan {
@@ -104,7 +106,8 @@ impl Reader<'_> {
         let n = parts.iter().map(|(_, n)| n).sum::<usize>();
         let n = if interleaved { 2 * (n / 2).next_multiple_of(16) } else { n };
         let stored = stored.map(|(name, _)| name);
-        Ok(Plan { parts, n, k, form: form.unwrap_or(Form::F32), interleaved, stored })
+        let form = form.unwrap_or(Form::F32);
+        Ok(Plan { parts, n, k, form, interleaved, stored, at: self.at.get() })
     }
 
     /// A plan to read rows as they are stored.
@@ -164,6 +167,8 @@ pub(in crate::model) struct Sizes {
     pub(in crate::model) largest: u64,
     /// Most outputs of a matrix, those over the vocabulary left out, and most inputs.
     pub(in crate::model) widest: (usize, usize),
+    /// The bytes of each, and where it is used.
+    pub(in crate::model) places: Vec<(Place, u64)>,
 }
 
 /// What the matrices will take in memory.
@@ -176,7 +181,8 @@ pub(in crate::model) fn sizes(
     let reader = Reader::new(folder, checkpoint, spec);
     let plans = reader.plans(quantization)?;
     reader.refuse_unused(&plans)?;
-    let mut sizes = Sizes { forms: Vec::new(), largest: 0, widest: (0, 0) };
+    let places = plans.iter().map(|plan| (plan.at, plan.bytes() as u64)).collect();
+    let mut sizes = Sizes { forms: Vec::new(), largest: 0, widest: (0, 0), places };
     for plan in plans {
         let (form, bytes) = (plan.form.name(), plan.bytes() as u64);
         match sizes.forms.iter_mut().find(|(name, _)| *name == form) {
@@ -214,7 +220,10 @@ impl Reader<'_> {
         mats: Vec<B::Mat>,
     ) -> Result<Weights<B::Mat, B::Row>> {
         let mut mats = mats.into_iter();
-        self.weights(|values| backend.row(values), |_| mats.next().ok_or(Error::Closed))
+        self.weights(
+            |values| backend.row_at(self.at.get(), values),
+            |_| mats.next().ok_or(Error::Closed),
+        )
     }
 
     /// The matrices of `plans`.
@@ -224,8 +233,14 @@ impl Reader<'_> {
         backend: &B,
         options: &mut LoadOptions,
     ) -> Result<Vec<B::Mat>> {
+        if options.random {
+            return plans.iter().map(|p| backend.random(p.form, p.n, p.k)).collect();
+        }
         let cpu = backend.packer();
-        let placed = |mats: Vec<Mat>| mats.into_iter().map(|mat| backend.place(mat)).collect();
+        let placed = |mats: Vec<Mat>| {
+            let mats = mats.into_iter().zip(plans);
+            mats.map(|(mat, plan)| backend.place_at(plan.at, mat)).collect()
+        };
         let total: u64 = plans.iter().map(|p| p.bytes() as u64).sum();
         let mut cache = match &options.cache_dir {
             Some(dir) if total >= cache::WORTH && plans.iter().all(|p| p.stored.is_none()) => {
@@ -259,7 +274,8 @@ impl Reader<'_> {
             }
         }
         let available = crate::backend::cpu::memory().available;
-        let owned = plans.iter().filter(|p| p.stored.is_none()).map(|p| p.bytes() as u64).sum();
+        let held = |p: &&Plan| p.stored.is_none() && backend.holds(p.at);
+        let owned = plans.iter().filter(held).map(|p| p.bytes() as u64).sum();
         if owned > available {
             let what = format!(
                 "packed weights, {}: give weight_cache a folder on a disk with room for them, from which they \
@@ -283,7 +299,7 @@ impl Reader<'_> {
                     Mat::new(plan.form, plan.n, plan.k, bytes)?
                 }
             };
-            mats.push(backend.place(mat)?);
+            mats.push(backend.place_at(plan.at, mat)?);
             done += plan.bytes() as u64;
             options.report(done, total);
         }

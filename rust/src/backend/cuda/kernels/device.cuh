@@ -68,8 +68,17 @@ DEVICE float stream_f32(const float* at) {
 }
 /// What every lane reads alike, and other blocks too.
 DEVICE uint4 read16(const void* at) { return __ldg((const uint4*)at); }
+DEVICE u32 read4(const void* at) { return __ldg((const u32*)at); }
+/// Four of the bytes of b and a, those of a first, as the low three bits of the nibbles of `which` say.
+DEVICE u32 permute(u32 a, u32 b, u32 which) {
+    u32 d;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(which));
+    return d;
+}
 DEVICE float as_float(u32 x) { return __uint_as_float(x); }
 DEVICE u32 as_bits(float x) { return __float_as_uint(x); }
+DEVICE double as_double(u64 x) { return __longlong_as_double((long long)x); }
+DEVICE u64 as_word(double x) { return (u64)__double_as_longlong(x); }
 DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(ALL, x, lanes); }
 DEVICE int shuffle_xor(int x, int lanes) { return __shfl_xor_sync(ALL, x, lanes); }
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(ALL, x, lane); }

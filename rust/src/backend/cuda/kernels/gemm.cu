@@ -2,7 +2,7 @@
 // Matrix times many tokens on int8 tensor cores: 128 rows by 64 tokens a thread block, 32 by 32 a warp. The integers of
 // 256 inputs are exact whatever the order of their sum, and meet the scales in one fused multiply-add, blocks ascending:
 // the bits of gemv.cu. Formula: rust/src/kernels/scalar.rs.
-#include "product.cuh"
+#include "grouped.cuh"
 
 struct Gemm {
     Matrix w;
@@ -69,22 +69,55 @@ DEVICE void stage_q8(const Matrix& w, u32 row_tile, u32 tiles, u32 block, u32 fi
         store16(out + 16, high);
     }
 }
-/// The same inputs of the tokens, zeros beyond the last, and their scales.
-DEVICE void stage_acts(const Gemm& p, u32 token, u32 block, u32 first, u8* to, float* s) {
+/// The same inputs of the tokens, zeros beyond the last, their scales, and if asked for the sums of each 16.
+template <class Params>
+DEVICE void stage_acts(const Params& p, u32 blocks, u32 token, u32 block, u32 first, u8* to, float* s, int* sums) {
 #pragma unroll
     for (int i = 0; i < TOKENS * INPUTS / 16 / THREADS; i++) {
         u32 unit = threadIdx.x + i * THREADS;
         u32 t = unit / (INPUTS / 16), part = unit % (INPUTS / 16);
         uint4 v = make_uint4(0, 0, 0, 0);
         if (token + t < p.tokens) {
-            u64 at = (u64)(token + t) * p.w.blocks + block;
+            u64 at = (u64)(token + t) * blocks + block;
             v = read16((const void*)(p.acts.q + at * 256 + first * 32 + part * 16));
         }
         store16(to + t * LINE + part * 16, v);
+        if (sums) {
+            int sum = 0;
+#pragma unroll
+            for (int j = 0; j < 4; j++) sum = dp4a(word(v, j), 0x01010101u, sum);
+            sums[part * TOKENS + t] = sum;
+        }
     }
     if (threadIdx.x < TOKENS) {
         u32 t = token + threadIdx.x;
-        s[threadIdx.x] = t < p.tokens ? ((const float*)p.acts.s)[(u64)t * p.w.blocks + block] : 0.0f;
+        s[threadIdx.x] = t < p.tokens ? ((const float*)p.acts.s)[(u64)t * blocks + block] : 0.0f;
+    }
+}
+
+/// The finished products of a thread block. `sums`: [16 tokens][ROWS].
+DEVICE void store(const Epilogue& e, u32 tokens, u32 row_tile, u32 token, float (&acc)[2][4][4], float* sums) {
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp % 4 * 32;
+    // Eight tokens of each warp at a time by way of shared memory, so that neighbours store neighbours and the code of
+    // the activations is here once.
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        sync_block();
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) {
+                u32 t = warp / 4 * 8 + lane % 4 * 2 + c % 2, r = row + i * 16 + lane / 4 + c / 2 * 8;
+                sums[t * ROWS + r] = acc[i][j][c];
+            }
+        sync_block();
+#pragma unroll 1
+        for (u32 i = threadIdx.x; i < 16 * ROWS; i += THREADS) {
+            u32 r = i % ROWS, t = i / ROWS, at = token + t / 8 * 32 + j * 8 + t % 8;
+            if (at >= tokens || (e.mode == 3 && r / 16 % 2 == 1)) continue;
+            float up = r + 16 < ROWS ? sums[i + 16] : 0.0f;
+            finish(e, row_tile * 32 + r, at, sums[i], up);
+        }
     }
 }
 
@@ -113,7 +146,7 @@ DEVICE void gemm(const Gemm& p, u8* w, u8* a, float* d, float* s) {
             sync_block();
             if (FOUR) stage_q4(p.w, row_tile, tiles, block, first, w, d);
             else stage_q8(p.w, row_tile, tiles, block, first, w, d);
-            stage_acts(p, token, block, first, a, s);
+            stage_acts(p, p.w.blocks, token, block, first, a, s, nullptr);
             sync_block();
 #pragma unroll
             for (int k = 0; k < INPUTS / 32; k++) {
@@ -149,28 +182,7 @@ DEVICE void gemm(const Gemm& p, u8* w, u8* a, float* d, float* s) {
                     acc[i][j][c] = fmaf((float)sum[i][j][c], scale, acc[i][j][c]);
                 }
     }
-    // Eight tokens of each warp at a time by way of shared memory, so that neighbours store neighbours and the code of
-    // the activations is here once.
-    float* sums = (float*)w; // [16 tokens][ROWS]
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        sync_block();
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                u32 t = warp / 4 * 8 + lane % 4 * 2 + c % 2, r = row + i * 16 + lane / 4 + c / 2 * 8;
-                sums[t * ROWS + r] = acc[i][j][c];
-            }
-        sync_block();
-#pragma unroll 1
-        for (u32 i = threadIdx.x; i < 16 * ROWS; i += THREADS) {
-            u32 r = i % ROWS, t = i / ROWS, at = token + t / 8 * 32 + j * 8 + t % 8;
-            if (at >= p.tokens || (p.e.mode == 3 && r / 16 % 2 == 1)) continue;
-            float up = r + 16 < ROWS ? sums[i + 16] : 0.0f;
-            finish(p.e, row_tile * 32 + r, at, sums[i], up);
-        }
-    }
+    store(p.e, p.tokens, row_tile, token, acc, (float*)w);
 }
 
 #define GEMM(name, FOUR)                                   \
@@ -181,3 +193,128 @@ DEVICE void gemm(const Gemm& p, u8* w, u8* a, float* d, float* s) {
     }
 GEMM(gemm_q4, true)
 GEMM(gemm_q8, false)
+
+struct GemmGrouped {
+    Grouped w;
+    Acts acts;
+    u32 tokens, pad;
+    Epilogue e;
+};
+
+/// As `stage_q4`, of a grouped matrix: what the codes stand for, and for each 16 inputs (each 32, in every second place)
+/// the scale and the offset of each row.
+DEVICE void stage_grouped(const Grouped& w, u32 row_tile, u32 tiles, u32 block, u32 first, u8* to, Step* steps) {
+    u32 lane = threadIdx.x % 32, groups = groups_of(w.m, block), high = HIGH(w.how), table = TABLE(w.how);
+    u32 unit = GROUP(w.how) == 16 ? 16 : 32;
+#pragma unroll 1
+    for (int i = 0; i < 2; i++) {
+        u32 part = threadIdx.x / 32 + 8 * i; // 4 tiles of 32 rows by 4 groups
+        u32 tile = part / 4, g = first + part % 4;
+        u8* out = to + (tile * 32 + lane) * LINE + (part % 4) * 32;
+        Step* step = steps + part % 4 * 2 * ROWS + tile * 32 + lane;
+        if (row_tile + tile >= tiles || g >= groups) {
+            store16(out, make_uint4(0, 0, 0, 0));
+            store16(out + 16, make_uint4(0, 0, 0, 0));
+            step[0] = step[ROWS] = Step{0.0f, 0.0f};
+        } else {
+            u64 header = block_grouped(w, row_tile + tile, block) + lane * 4, lines = header + 128 * w.header;
+            u64 more = lines + (u64)groups * 512 + (u64)g * high * 128;
+            u32 a = high > 0 ? read4((const void*)more) : 0, b = high > 1 ? read4((const void*)(more + 128)) : 0;
+            uint4 q = stream((const void*)(lines + lane * 12 + (u64)g * 512)), low, top;
+            values(high, table, q.x, a, b, 0, low.x, top.x);
+            values(high, table, q.y, a, b, 1, low.y, top.y);
+            values(high, table, q.z, a, b, 2, low.z, top.z);
+            values(high, table, q.w, a, b, 3, low.w, top.w);
+            store16(out, low);
+            store16(out + 16, top);
+            step[0] = step_of(w, header, g * 32 / unit, unit);
+            step[ROWS] = unit == 16 ? step_of(w, header, 2 * g + 1, unit) : Step{0.0f, 0.0f};
+        }
+    }
+}
+
+/// As `gemm`, with a float step for each unit: a product of 16 by 8 by 32 on the tensor cores is just one, or two, with
+/// zeros in the place of the other half of the weights.
+DEVICE void gemm_units(const GemmGrouped& p, u8* w, u8* a, Step* steps, float* s, int* sums) {
+    u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u32 tiles = (p.e.n + 31) / 32, row_tile = blockIdx.y * (ROWS / 32), token = blockIdx.x * TOKENS;
+    u32 row = warp % 4 * 32, column = warp / 4 * 32;
+    bool short_units = GROUP(p.w.how) == 16, offsets = OFFSET(p.w.how) != 0;
+    float acc[2][4][4];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) acc[i][j][c] = 0.0f;
+#pragma unroll 1
+    for (u32 block = 0; block < p.w.m.blocks; block++) {
+        float chain[2][4][4];
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) chain[i][j][c] = 0.0f;
+        u32 groups = groups_of(p.w.m, block);
+#pragma unroll 1
+        for (u32 first = 0; first < groups; first += INPUTS / 32) {
+            sync_block();
+            stage_grouped(p.w, row_tile, tiles, block, first, w, steps);
+            stage_acts(p, p.w.m.blocks, token, block, first, a, s, sums);
+            sync_block();
+#pragma unroll 1
+            for (u32 unit = 0; unit < INPUTS / 16; unit += short_units ? 1 : 2) {
+                u32 at = unit / 2 * 32 + lane % 4 * 4, line = lane / 4;
+                u32 wf[2][4];
+                Step here[2][2];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const u8* from = w + (row + i * 16 + line) * LINE + at;
+                    bool first_half = !short_units || unit % 2 == 0, second_half = !short_units || unit % 2 == 1;
+                    wf[i][0] = first_half ? *(const u32*)from : 0;
+                    wf[i][1] = first_half ? *(const u32*)(from + 8 * LINE) : 0;
+                    wf[i][2] = second_half ? *(const u32*)(from + 16) : 0;
+                    wf[i][3] = second_half ? *(const u32*)(from + 8 * LINE + 16) : 0;
+                    here[i][0] = steps[unit * ROWS + row + i * 16 + line];
+                    here[i][1] = steps[unit * ROWS + row + i * 16 + line + 8];
+                }
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const u8* tokens = a + (column + j * 8 + line) * LINE + at;
+                    u32 af[2] = {*(const u32*)tokens, *(const u32*)(tokens + 16)};
+                    const int* all = sums + unit * TOKENS + column + j * 8 + lane % 4 * 2;
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        int dot[4] = {0, 0, 0, 0};
+                        mma_i8(dot, wf[i], af);
+#pragma unroll
+                        for (int c = 0; c < 4; c++) {
+                            chain[i][j][c] = fmaf((float)dot[c], here[i][c / 2].s, chain[i][j][c]);
+                            if (offsets) {
+                                int sum = all[c % 2] + (short_units ? 0 : all[TOKENS + c % 2]);
+                                chain[i][j][c] = fmaf((float)sum, here[i][c / 2].o, chain[i][j][c]);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    acc[i][j][c] = fmaf(chain[i][j][c], s[column + j * 8 + lane % 4 * 2 + c % 2], acc[i][j][c]);
+                }
+    }
+    store(p.e, p.tokens, row_tile, token, acc, (float*)w);
+}
+KERNEL_BLOCKS(THREADS, 2, gemm_grouped, GemmGrouped) {
+    SHARED uint4 w[ROWS * LINE / 16], a[TOKENS * LINE / 16];
+    SHARED Step steps[INPUTS / 16 * ROWS];
+    SHARED float s[TOKENS];
+    SHARED int sums[INPUTS / 16 * TOKENS];
+    gemm_units(p, (u8*)w, (u8*)a, steps, s, sums);
+}

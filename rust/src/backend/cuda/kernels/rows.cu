@@ -1,10 +1,10 @@
 // variants: sm80
 // Operations on the rows of activations: embedding, norms, quantization, sums, gates. A row is a block's; blocks have
 // 256 threads. Formulas: `Backend` in rust/src/backend/mod.rs.
-#include "device.cuh"
+#include "grouped.cuh"
 
 /// Element k of row n of a packed matrix (pack.rs), as f32.
-DEVICE float weight(u64 w, u32 form, u32 k_all, u32 n, u32 k) {
+DEVICE float weight(u64 w, u32 form, const Grouped& how, u32 k_all, u32 n, u32 k) {
     u32 lane = n % 32, b = k / 256, i = k % 256;
     u32 groups = (k_all + 31) / 32, blocks = (k_all + 255) / 256;
     if (form == 0) {
@@ -22,6 +22,18 @@ DEVICE float weight(u64 w, u32 form, u32 k_all, u32 n, u32 k) {
         float d = *(const float*)(tile + lane * 4);
         return d * (float)*(const i8*)(tile + 128 + (i / 16) * 512 + lane * 16 + i % 16);
     }
+    if (form == 5) {
+        u64 header = block_grouped(how, n / 32, b) + lane * 4, lines = header + 128 * how.header;
+        u32 left = groups - b * 8, count = left < 8 ? left : 8, g = i / 32, j = i % 16, top = i % 32 / 16;
+        u32 high = HIGH(how.how), table = TABLE(how.how);
+        const u32 q = read4((const void*)(lines + lane * 12 + (u64)g * 512 + j / 4 * 4));
+        u64 more = lines + (u64)count * 512 + (u64)g * high * 128;
+        u32 first = high > 0 ? read4((const void*)more) : 0, second = high > 1 ? read4((const void*)(more + 128)) : 0;
+        u32 unit = GROUP(how.how) == 16 ? 16 : 32, v[2];
+        values(high, table, q, first, second, j / 4, v[0], v[1]);
+        Step step = step_of(how, header, i / unit, unit);
+        return step.s * (float)(int)(i8)((top ? v[1] : v[0]) >> (8 * (j % 4))) + step.o;
+    }
     if (form == 4) {
         u64 tile = w + (u64)(n / 32) * 512 * ((k_all + 3) / 4);
         return *(const float*)(tile + (u64)(k / 4) * 512 + lane * 16 + (k % 4) * 4);
@@ -36,13 +48,14 @@ struct Embed {
     u32 form, width;
     float scale;
     u32 pad;
+    Grouped how;
 };
 /// out[r] = scale * table[ids[r]].
 KERNEL(256, embed, Embed) {
     u32 id = ((const u32*)p.ids)[blockIdx.x];
     float* out = (float*)p.out + (u64)blockIdx.x * p.width;
     for (u32 k = threadIdx.x; k < p.width; k += 256) {
-        out[k] = weight(p.table, p.form, p.width, id, k) * p.scale;
+        out[k] = weight(p.table, p.form, p.how, p.width, id, k) * p.scale;
     }
 }
 

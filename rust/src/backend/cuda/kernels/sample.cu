@@ -1,0 +1,142 @@
+// variants: sm80
+// A token from each row of logits: rust/src/sample.rs without filters that need an order. Weights are integers, so that
+// their sums are exact in any order, and every operation on doubles is the one that stands there.
+#include "device.cuh"
+
+struct Draw {
+    /// `how`: 8 words for each row: 1 / temperature, the least weight and the coin, low word first; 1 if greedy.
+    u64 logits, how, best, sums, out;
+    /// Rows are cut into `parts`, a thread block each.
+    u32 vocab, parts;
+};
+#define THREADS 256
+/// Answers that are no ids: a logit is not a number or infinite; all are minus infinity.
+#define NOT_FINITE 0xffffffffu
+#define NOTHING 0xfffffffeu
+
+/// Larger for a larger logit, and of equals for a lower id; all ones for what is no number.
+DEVICE u64 key_of(float x, u32 id) {
+    if (!(x < INFINITE)) return ~0ull;
+    u32 bits = as_bits(x + 0.0f); // -0 ties with 0
+    u32 ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return (u64)ordered << 32 | (u32)~id;
+}
+DEVICE float logit_of(u64 key) {
+    u32 ordered = (u32)(key >> 32);
+    return as_float(ordered >> 31 ? ordered & 0x7fffffffu : ~ordered);
+}
+DEVICE u64 pair(const u32* words) { return (u64)words[1] << 32 | words[0]; }
+DEVICE u32 part_length(const Draw& p) { return (p.vocab + p.parts - 1) / p.parts; }
+
+/// round(2^38 exp(x)), x = (logit - max) / temperature, and 0 below `least`.
+DEVICE u64 weight_of(float logit, double max, double per_temperature, u64 least) {
+    double x = ((double)logit - max) * per_temperature;
+    x = x > 0.0 ? 0.0 : x;
+    x = x > -60.0 ? x : -60.0;
+    double t = x * 1.44269504088896340735992468100189214 + 6755399441055744.0;
+    double k = t - 6755399441055744.0;
+    double r = (x - k * 0.6931471803691238) - k * 1.9082149292705877e-10;
+    double sum = 1.0 / 40320.0;
+    sum = sum * r + 1.0 / 5040.0;
+    sum = sum * r + 1.0 / 720.0;
+    sum = sum * r + 1.0 / 120.0;
+    sum = sum * r + 1.0 / 24.0;
+    sum = sum * r + 1.0 / 6.0;
+    sum = sum * r + 0.5;
+    sum = sum * r + 1.0;
+    sum = sum * r + 1.0;
+    double e = as_double(as_word(sum) + (as_word(t) << 52));
+    u64 weight = as_word(e * 274877906944.0 + 4503599627370496.0) & ((1ull << 52) - 1);
+    return weight >= least ? weight : 0;
+}
+
+/// The best of each part.
+KERNEL(THREADS, draw_best, Draw) {
+    SHARED u64 best[THREADS];
+    const float* logits = (const float*)p.logits + (u64)blockIdx.x * p.vocab;
+    u32 length = part_length(p), first = blockIdx.y * length;
+    u64 found = 0;
+#pragma unroll 4
+    for (u32 i = threadIdx.x; i < length; i += THREADS) {
+        u32 id = first + i;
+        u64 key = id < p.vocab ? key_of(logits[id], id) : 0;
+        found = key > found ? key : found;
+    }
+    best[threadIdx.x] = found;
+#pragma unroll 1
+    for (u32 n = THREADS / 2; n > 0; n /= 2) {
+        sync_block();
+        if (threadIdx.x < n && best[threadIdx.x + n] > best[threadIdx.x]) best[threadIdx.x] = best[threadIdx.x + n];
+    }
+    if (threadIdx.x == 0) ((u64*)p.best)[blockIdx.x * p.parts + blockIdx.y] = best[0];
+}
+
+/// The best of a row.
+DEVICE u64 best_of(const Draw& p) {
+    const u64* all = (const u64*)p.best + blockIdx.x * p.parts;
+    u64 best = 0;
+    for (u32 i = 0; i < p.parts; i++) best = all[i] > best ? all[i] : best;
+    return best;
+}
+
+/// The sum of the weights of each part.
+KERNEL(THREADS, draw_sums, Draw) {
+    SHARED u64 sums[THREADS];
+    const u32* how = (const u32*)p.how + blockIdx.x * 8;
+    if (how[6]) return;
+    const float* logits = (const float*)p.logits + (u64)blockIdx.x * p.vocab;
+    double max = (double)logit_of(best_of(p)), per_temperature = as_double(pair(how));
+    u64 least = pair(how + 2), sum = 0;
+    u32 length = part_length(p), first = blockIdx.y * length;
+    for (u32 i = threadIdx.x; i < length; i += THREADS) {
+        if (first + i < p.vocab) sum += weight_of(logits[first + i], max, per_temperature, least);
+    }
+    sums[threadIdx.x] = sum;
+#pragma unroll 1
+    for (u32 n = THREADS / 2; n > 0; n /= 2) {
+        sync_block();
+        if (threadIdx.x < n) sums[threadIdx.x] += sums[threadIdx.x + n];
+    }
+    if (threadIdx.x == 0) ((u64*)p.sums)[blockIdx.x * p.parts + blockIdx.y] = sums[0];
+}
+
+/// The token at which the sum of weights, by ascending id, exceeds the coin times their total.
+KERNEL(THREADS, draw_pick, Draw) {
+    SHARED u64 sums[THREADS];
+    const u32* how = (const u32*)p.how + blockIdx.x * 8;
+    u32* out = (u32*)p.out + blockIdx.x;
+    u64 best = best_of(p);
+    bool nothing = logit_of(best) == -INFINITE;
+    if (best == ~0ull || nothing || how[6]) {
+        if (threadIdx.x == 0) *out = best == ~0ull ? NOT_FINITE : nothing ? NOTHING : ~(u32)best;
+        return;
+    }
+    const u64* parts = (const u64*)p.sums + blockIdx.x * p.parts;
+    u64 total = 0;
+    for (u32 i = 0; i < p.parts; i++) total += parts[i];
+    u64 left = (u64)(as_double(pair(how + 4)) * (double)total);
+    left = left < total - 1 ? left : total - 1;
+    u32 part = 0;
+    while (left >= parts[part]) left -= parts[part++];
+    // Neighbours in this part to each thread.
+    const float* logits = (const float*)p.logits + (u64)blockIdx.x * p.vocab;
+    double max = (double)logit_of(best), per_temperature = as_double(pair(how));
+    u32 length = part_length(p), each = (length + THREADS - 1) / THREADS;
+    u32 end = (part + 1) * length < p.vocab ? (part + 1) * length : p.vocab;
+    u32 id = part * length + threadIdx.x * each, last = id + each < end ? id + each : end;
+    u64 least = pair(how + 2), sum = 0;
+    for (u32 i = id; i < last; i++) sum += weight_of(logits[i], max, per_temperature, least);
+    sums[threadIdx.x] = sum;
+    sync_block();
+    if (threadIdx.x) return;
+    u32 thread = 0;
+    while (left >= sums[thread]) left -= sums[thread++];
+    id = part * length + thread * each;
+    for (;;) {
+        u64 weight = weight_of(logits[id], max, per_temperature, least);
+        if (left < weight) break;
+        left -= weight;
+        id++;
+    }
+    *out = id;
+}
