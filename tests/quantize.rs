@@ -49,7 +49,7 @@ fn options(quantization: Quantization) -> LoadOptions {
 
 fn how(format: Quantization) -> Quantize {
     let load = options(Quantization::Auto);
-    Quantize { format, rules: Vec::new(), calibration: Vec::new(), load }
+    Quantize { format, bits: None, rules: Vec::new(), calibration: Vec::new(), load }
 }
 
 fn write(folder: &Path, out: &Path, how: Quantize) -> ferrule::Result<Written> {
@@ -83,7 +83,9 @@ fn same_bits_as_the_source_in_that_form() {
     for folder in families() {
         let name = folder.file_name().unwrap().to_string_lossy().into_owned();
         let place = Folder::new();
-        for format in [Quantization::Int4, Quantization::Int8] {
+        for format in
+            [Quantization::Int4, Quantization::Int5, Quantization::Int6, Quantization::Int8]
+        {
             // A checkpoint that mixes types says so with its source, too.
             let Ok(source) = load(&folder, options(format)) else { continue };
             let out = place.0.join(format!("{format:?}"));
@@ -159,6 +161,63 @@ fn calibration_lessens_the_error() {
     assert!(knowing < 0.7 * plain, "{knowing} is not clearly less than {plain}");
 }
 
+/// Text of the trained models as contexts of 256, from a byte on.
+fn contexts(from: usize, count: usize) -> Vec<Vec<u32>> {
+    let model = root("models/tales-1m");
+    let tokenizer = ferrule::tokenizer::Tokenizer::open(&model).unwrap();
+    let text = fs::read_to_string(root("models/training/heldout_stories.txt")).unwrap();
+    let ids = tokenizer.encode(&text[from..from + 2000 * count], true, false).unwrap();
+    ids.chunks_exact(256).take(count).map(<[u32]>::to_vec).collect()
+}
+
+#[test]
+fn bits_go_where_they_lessen_the_divergence() {
+    let (model, place) = (root("models/tales-1m"), Folder::new());
+    let exact = load(&model, options(Quantization::None)).unwrap();
+    let mixed = |bits, rules| {
+        let calibration = contexts(0, 4);
+        Quantize { bits: Some(bits), calibration, rules, ..how(Quantization::Int4) }
+    };
+    let kl = |name: &str, how: Quantize| {
+        let out = place.0.join(name);
+        let written = write(&model, &out, how).unwrap();
+        let model = load(&out, options(Quantization::Auto)).unwrap();
+        let windows = contexts(50_000, 4);
+        let windows: Vec<_> =
+            windows.into_iter().filter_map(|ids| ferrule::evaluate::document(ids, 256)).collect();
+        let stop = AtomicBool::new(false);
+        let found =
+            ferrule::evaluate::evaluate(&model, Some(&exact), &windows, 2, &stop, &mut |_| {});
+        (found.unwrap().distance.unwrap().kl.value, written)
+    };
+    let (five, written) =
+        kl("five", Quantize { calibration: contexts(0, 4), ..how(Quantization::Int5) });
+    let bits = written.bits_per_weight;
+    let (found, written) = kl("mixed", mixed(bits, Vec::new()));
+    assert!(written.bits_per_weight <= bits && written.bits_per_weight > bits - 0.3);
+    assert!(written.forms.len() > 1, "{:?}", written.forms);
+    assert!(found < 0.9 * five, "{found} is not less than {five}, that of int5");
+
+    // What a rule says stays.
+    let rule = |form| vec![Rule { pattern: "*embed*".into(), form }];
+    let (_, written) = kl("rule", mixed(6.0, rule(Quantization::Int5)));
+    let embed = Checkpoint::open(&place.0.join("rule")).unwrap();
+    assert!(embed.get("model.embed_tokens.weight:int5").is_some());
+    assert!(written.bits_per_weight <= 6.0);
+
+    let out = place.0.join("no");
+    for (how, expected) in [
+        (mixed(3.0, Vec::new()), "bits: found 3, expected 4.9"),
+        (mixed(f64::NAN, Vec::new()), "bits: found NaN, expected 4.9"),
+        (Quantize { calibration: Vec::new(), ..mixed(5.0, Vec::new()) }, "a calibration text"),
+        (Quantize { format: Quantization::Int5, ..mixed(6.0, Vec::new()) }, "format \"int4\""),
+    ] {
+        let error = write(&model, &out, how).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
+    }
+    assert!(!out.exists());
+}
+
 #[test]
 fn what_is_beside_the_weights_comes_along() {
     let place = Folder::new();
@@ -219,6 +278,8 @@ fn damage_is_found() {
         (Quantization::Int4, 3, 0x7f),     // a scale that is not a number
         (Quantization::Int8, 200, 0x80),   // a weight of -128
         (Quantization::Int8, 3, 0xff),
+        (Quantization::Int5, 3, 0x7c), // the second row's scale is infinite
+        (Quantization::Int6, 3, 0x7e), // not a number
     ] {
         let out = place.0.join(format!("{format:?}{at}"));
         write(&root("models/tales-1m"), &out, how(format)).unwrap();

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -83,6 +85,61 @@ def test_the_packed_layout_is_the_documented_one(tmp_path: Path) -> None:
         assert error < (0.0002 if form == "int8" else 0.01)
 
 
+@pytest.mark.parametrize(("form", "h", "group"), [("int5", 1, 32), ("int6", 2, 16)])
+def test_the_packed_layout_of_int5_and_int6(
+    tmp_path: Path, form: Literal["int5", "int6"], h: int, group: int
+) -> None:
+    quantize(MODEL, tmp_path / "out", format=form)
+    data = (tmp_path / "out" / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    name = "model.layers.2.mlp.down_proj.weight"
+    entry = header[f"{name}:{form}"]
+    a, b = entry["data_offsets"]
+    blocks = np.frombuffer(data[start + a : start + b], np.uint8).reshape(entry["shape"])
+    d = blocks[:, :32].copy().view(np.float16).astype(np.float32)  # [row blocks, 16]
+    end = 64 + 256 // group * 16
+    s = blocks[:, 64:end].view(np.int8).reshape(-1, 256 // group, 16)
+    lines = blocks[:, end:].reshape(-1, 4, 8 + 2 * h, 16, 4)  # t, line, row, byte
+    found = np.zeros((len(blocks), 16, 256), np.float32)
+    for t, j, high in itertools.product(range(4), range(8), range(2)):
+        q = lines[:, t, j] >> (4 * high) & 15
+        beyond = lines[:, t, 8 + j * h // 4] >> (2 * h * (j % (4 // h)) + h * high)
+        q = (q | (beyond & (1 << h) - 1) << 4).astype(np.float32) - (8 << h)
+        k = 64 * t + (32 * high + 4 * j if group == 32 else 32 * (j // 4) + 4 * (j % 4) + 16 * high)
+        found[:, :, k : k + 4] = q * (d * s[:, k // group])[:, :, None]
+    stored = (ROOT / "models/tales-1m/model.safetensors").read_bytes()
+    begin = 8 + int.from_bytes(stored[:8], "little")
+    original = json.loads(stored[8:begin])[name]
+    at = [begin + i for i in original["data_offsets"]]
+    raw = np.frombuffer(stored[at[0] : at[1]], np.uint16).astype(np.uint32) << 16
+    expected = raw.view(np.float32).reshape(original["shape"])
+    error = np.square(found.reshape(-1, 256) - expected).sum() / np.square(expected).sum()
+    assert error < (0.003 if form == "int5" else 0.0008)
+
+
+def test_bits(tmp_path: Path) -> None:
+    text, out = tmp_path / "text", tmp_path / "out"
+    text.write_text(TEXT[:12_000])
+    more = ["--calibrate", str(text), "--chunks", "3", "--bits", "5.6", "--json"]
+    done = cli("quantize", MODEL, "-o", str(out), *more)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert 5.3 < found["bits_per_weight"] <= 5.6
+    assert len(found["forms"]) > 1
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert (config["format"], config["bits"]) == ("mixed", 5.6)
+    with LLM(out) as llm:
+        assert llm.generate("Once upon a time", max_tokens=4, temperature=0).text
+    done = cli("quantize", MODEL, "-o", str(tmp_path / "b"), "--bits", "5.6")
+    assert done.returncode == 1
+    assert "bits: found 5.6, expected a calibration text beside it" in done.stderr
+    for arguments in (["-f", "int3"], ["--rule", "*=int3"]):
+        done = cli("quantize", MODEL, "-o", str(tmp_path / "b"), *arguments)
+        assert done.returncode == 2
+        assert all(form in done.stderr for form in ("int4", "int5", "int6", "int8", "none"))
+
+
 def test_calibration_lessens_the_distance(tmp_path: Path) -> None:
     quantize(MODEL, tmp_path / "a", format="int4")
     quantize(MODEL, tmp_path / "b", format="int4", calibrate=TEXT[:40_000], chunks=10)
@@ -100,6 +157,8 @@ def test_errors(tmp_path: Path) -> None:
         quantize(MODEL, out, calibrate="too short")
     with pytest.raises(InvalidParameterError, match="rules: found"):
         quantize(MODEL, out, rules={"*no-such*": "int8"})
+    with pytest.raises(InvalidParameterError, match=r"format: found .*int3.*int5.*int6"):
+        quantize(MODEL, out, format="int3")  # type: ignore[arg-type]
     with pytest.raises(ModelNotFoundError):
         quantize(tmp_path / "nothing", out)
     gguf = next((ROOT / "tests/golden/gguf").rglob("*.gguf"))

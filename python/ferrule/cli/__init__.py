@@ -175,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         "--bits",
         type=float,
         metavar="N",
-        help="with --calibrate: matrices that matter most get more than int4, up to N bits a weight",
+        help="with --calibrate: more than int4 where it matters most, up to N bits a weight",
     )
     quantize.add_argument(
         "--calibrate", metavar="TEXT", help='UTF-8; of .jsonl each "text" is a document'

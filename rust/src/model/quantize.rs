@@ -240,8 +240,8 @@ impl Packer<'_> {
         }
         let plan = &plans[wanted[0]];
         let sums = match observer {
-            Some(observer) => observer.sums(wanted, plans)?,
-            None => None,
+            Some(observer) if mixed::rounds(plan.form) => observer.sums(wanted, plans)?,
+            _ => None,
         };
         let mut bytes = Bytes::zeroed(plan.bytes(), "a packed matrix")?;
         match sums {

@@ -14,7 +14,7 @@
 //!
 //! The third, [`BlockGrouped`], keeps the formats of checkpoints in 4 to 6 bits as they are: no integers of a block
 //! could stand for a scale and an offset of each group. A dot product is an exact integer and a float step for each 32
-//! or 16 inputs.
+//! or 16 inputs. Two of its forms, `int5` and `int6`, are made from floats, too.
 
 mod awq;
 mod bitsandbytes;

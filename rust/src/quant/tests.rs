@@ -67,14 +67,17 @@ fn relative_noise(x: &[f32], y: impl Iterator<Item = f32>) -> f64 {
     error / signal
 }
 
+/// Box and Muller's normal numbers.
+fn normal(n: usize) -> Vec<f32> {
+    let normal = |(u, v): (f32, &f32)| {
+        (-2.0 * (0.5 + 0.5 * u).max(1e-9).ln()).sqrt() * (std::f32::consts::PI * v).cos()
+    };
+    noise(n, 7).into_iter().zip(&noise(n, 1234)).map(normal).collect()
+}
+
 #[test]
 fn q4_has_a_fifth_less_noise_than_q4_0() {
-    // Box and Muller's normal numbers.
-    let normal = |c: &[f32]| {
-        (-2.0 * (0.5 + 0.5 * c[0]).max(1e-9).ln()).sqrt() * (std::f32::consts::PI * c[1]).cos()
-    };
-    let (u, v) = (noise(256 * BLOCK, 7), noise(256 * BLOCK, 1234));
-    let x: Vec<f32> = u.iter().zip(&v).map(|(&u, &v)| normal(&[u, v])).collect();
+    let x = normal(256 * BLOCK);
     let ours = x.chunks(BLOCK).flat_map(|x| BlockQ4::quantize(x).dequantize());
     let ours = relative_noise(&x, ours);
     // ggml's Q4_0, also 4.5 bits: one scale for 32 weights, the largest magnitude becomes -8.
@@ -95,72 +98,27 @@ fn zeros_stay_zeros() {
     assert_eq!(BlockQ4::ZERO.dequantize(), [0.0; BLOCK]);
 }
 
-/// Inputs whose first half moves together, and the sums over them.
-fn inputs(k: usize, seed: u32) -> (Vec<Vec<f32>>, Vec<f32>) {
-    let all: Vec<Vec<f32>> = (0..64)
-        .map(|t| {
-            let (own, common) = (noise(k, seed + 2 * t), noise(1, seed + 2 * t + 1)[0]);
-            let mix = |(i, x): (usize, f32)| if i < k / 2 { 0.2 * x + 2.0 * common } else { x };
-            own.into_iter().enumerate().map(mix).collect()
-        })
-        .collect();
-    let mut sums = vec![0.0; k.div_ceil(BLOCK) * BLOCK * BLOCK];
-    for x in &all {
-        for (b, x) in x.chunks(BLOCK).enumerate() {
-            for (i, xi) in x.iter().enumerate() {
-                for (j, xj) in x.iter().enumerate() {
-                    sums[(b * BLOCK + i) * BLOCK + j] += xi * xj;
-                }
-            }
-        }
-    }
-    (all, sums)
-}
-
-/// Mean square of the error of the products with `inputs`.
-fn product_error(w: &[f32], quantized: &[f32], inputs: &[Vec<f32>]) -> f64 {
-    let error = |x: &Vec<f32>| -> f64 {
-        let each = w.iter().zip(quantized).zip(x);
-        each.map(|((w, q), x)| f64::from(w - q) * f64::from(*x)).sum()
-    };
-    inputs.iter().map(|x| error(x).powi(2)).sum::<f64>() / inputs.len() as f64
-}
-
 #[test]
-fn feedback_lessens_the_error_of_products() {
-    let (inputs, sums) = inputs(BLOCK, 7);
-    let feedback = Feedback::new(&sums, BLOCK);
-    let (mut q4, mut q8) = ([0.0, 0.0], [0.0, 0.0]);
-    for seed in 0..16 {
-        let w = noise(BLOCK, 1000 + seed);
-        let error = |quantized: [f32; BLOCK]| product_error(&w, &quantized, &inputs);
-        q4[0] += error(BlockQ4::quantize(&w).dequantize());
-        q4[1] += error(feedback.q4(0, &w).dequantize());
-        q8[0] += error(BlockQ8::quantize(&w).dequantize());
-        q8[1] += error(feedback.q8(0, &w).dequantize());
+fn more_bits_have_less_noise() {
+    // The steps that `--bits` counts with (`model/quantize/mixed.rs`).
+    let x = normal(256 * BLOCK);
+    let noise =
+        |each: &dyn Fn(&[f32]) -> [f32; BLOCK]| relative_noise(&x, x.chunks(BLOCK).flat_map(each));
+    let int4 = noise(&|x| BlockQ4::quantize(x).dequantize());
+    for (how, range) in [(Grouped::INT5, 0.28..0.36), (Grouped::INT6, 0.05..0.09)] {
+        let found = noise(&|x| BlockGrouped::quantize(how, x).dequantize(how)) / int4;
+        assert!(range.contains(&found), "{how:?}: {found}");
     }
-    println!("mean square error of products: int4 {q4:?}, int8 {q8:?}");
-    assert!(q4[1] < 0.2 * q4[0] && q8[1] < 0.2 * q8[0]);
+    assert!(noise(&|x| BlockQ8::quantize(x).dequantize()) < 0.01 * int4);
 }
 
-#[test]
-fn feedback_without_inputs_is_rounding() {
-    let feedback = Feedback::new(&vec![0.0; 2 * BLOCK * BLOCK], 300);
-    let w = noise(300, 3);
-    assert_eq!(feedback.q8(1, &w[BLOCK..]), BlockQ8::quantize(&w[BLOCK..]));
-    let (mut own, mut plain) = (0.0, 0.0);
-    for (x, y, z) in feedback
-        .q4(0, &w[..BLOCK])
-        .dequantize()
-        .iter()
-        .zip(&w)
-        .zip(BlockQ4::quantize(&w[..BLOCK]).dequantize())
-        .map(|((x, y), z)| (x, y, z))
-    {
-        own += (x - y).powi(2);
-        plain += (z - y).powi(2);
+/// The factor of sums over inputs that have much in common.
+fn factor(k: usize, seed: u32) -> Vec<f32> {
+    let mut m = noise(k * k, seed);
+    for i in 0..k {
+        m[i * k + i] = 4.0 + m[i * k + i];
     }
-    assert!(own <= 1.02 * plain, "{own} {plain}");
+    m
 }
 
 proptest! {
@@ -168,26 +126,70 @@ proptest! {
 
     #[test]
     fn zeros_stay_zero_in_every_form(x in weights(), seed in 0u32..100) {
-        let (_, sums) = inputs(BLOCK, seed);
-        let feedback = Feedback::new(&sums, BLOCK);
+        let feedback = Feedback::new(&factor(BLOCK, seed), BLOCK);
         let x = if x.is_empty() { vec![1.0] } else { x };
-        let rows = [
+        let v: Vec<f32> = x.iter().zip(noise(BLOCK, seed)).map(|(x, e)| x * (1.0 + 0.1 * e)).collect();
+        let mut rows = vec![
             BlockQ4::quantize(&x).dequantize(),
             BlockQ8::quantize(&x).dequantize(),
-            feedback.q4(0, &x).dequantize(),
-            feedback.q8(0, &x).dequantize(),
+            feedback.q4(0, &x, &v).dequantize(),
+            feedback.q8(0, &x, &v).dequantize(),
         ];
+        for how in [Grouped::INT5, Grouped::INT6] {
+            for block in [BlockGrouped::quantize(how, &x), feedback.grouped(how, 0, &x, &v)] {
+                // An f16 times 127 times the largest code holds this much.
+                let fits = amax(&x) <= 65504.0 * 127.0 * 16.0;
+                prop_assert!(block.not_finite(how).is_none() || !fits);
+                prop_assert!(block.q.iter().all(|&q| q < 16 << how.high()));
+                if fits {
+                    rows.push(block.dequantize(how));
+                }
+            }
+        }
         for row in rows {
             prop_assert!(x.iter().zip(row).all(|(&x, y)| x != 0.0 || y == 0.0));
         }
-        let b = feedback.q4(0, &x);
+        let b = feedback.q4(0, &x, &v);
         prop_assert!(b.d.is_finite());
         for g in 0..GROUPS {
             let (sc, mn) = (i32::from(b.sc[g]), i32::from(b.mn[g]));
             prop_assert!((1..=16).contains(&sc) && (-127..=127).contains(&mn) && 15 * sc - mn <= 127);
         }
         prop_assert!(b.q.iter().all(|&q| q < 16));
-        prop_assert!(feedback.q8(0, &x).q.iter().all(|&q| q != -128));
+        prop_assert!(feedback.q8(0, &x, &v).q.iter().all(|&q| q != -128));
+    }
+
+    #[test]
+    fn int5_and_int6_are_near(x in weights()) {
+        let x: Vec<f32> = x.into_iter().map(|x| x.clamp(-1e6, 1e6)).collect();
+        for how in [Grouped::INT5, Grouped::INT6] {
+            let block = BlockGrouped::quantize(how, &x);
+            let (y, d) = (block.dequantize(how), half::f16::from_bits(block.d).to_f32());
+            for (u, x) in x.chunks(how.unit()).enumerate() {
+                // A step that holds the largest weight, rounded to the grid of scales, clipped by one at most.
+                let step = amax(x) / -f32::from(how.signed()) + d;
+                let square: f32 = x.iter().zip(&y[u * how.unit()..]).map(|(x, y)| (x - y).powi(2)).sum();
+                let most = x.len() as f32 * (step + TINY).powi(2);
+                prop_assert!(square <= 1.01 * most, "{square} {most}");
+            }
+        }
+    }
+}
+
+#[test]
+fn corners_of_int5_and_int6() {
+    for how in [Grouped::INT5, Grouped::INT6] {
+        assert_eq!(BlockGrouped::quantize(how, &[0.0; BLOCK]).dequantize(how), [0.0; BLOCK]);
+        assert_eq!(BlockGrouped::quantize(how, &[]).dequantize(how), [0.0; BLOCK]);
+        // Larger than an f16 can scale: said, not clipped.
+        assert!(BlockGrouped::quantize(how, &[1e30; 3]).not_finite(how).is_some());
+        // Smaller than the smallest f16 times one.
+        let small = BlockGrouped::quantize(how, &[1e-9, -1e-6, 3e-6]).dequantize(how);
+        assert!(
+            small[0].abs() < 1e-7
+                && (small[1] + 1e-6).abs() < 1e-7
+                && (small[2] - 3e-6).abs() < 2e-7
+        );
     }
 }
 

@@ -194,3 +194,6 @@ impl Cpu {
         true
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,7 @@
 //! Runs the unquantized model over a text: what its matrices are multiplied by, and what it costs to round one of them.
 
 use super::super::weights::{Plan, Reader};
+use super::mixed;
 use super::super::{Forward, LoadOptions, Model, Quantization, Sequence, Wanted, forward};
 use crate::backend::cpu::{Cpu, Inputs, Mat, topology};
 use crate::model::spec::Spec;
@@ -64,7 +65,8 @@ impl<'a> Observer<'a> {
                 i == wanted[0] || fits
             };
             self.model.weights = self.reader.join(&self.model.backend, self.mats.clone())?;
-            self.seen = wanted.iter().take_while(fits).copied().collect();
+            let wanted = wanted.iter().filter(|&&i| mixed::rounds(plans[i].form));
+            self.seen = wanted.take_while(fits).copied().collect();
             self.model.backend.watch_inputs(self.seen.iter().map(|&i| self.mats[i].id()));
             let report = |done| (self.progress)("calibrating", done, self.contexts.len() as u64);
             read(&self.model, self.contexts, self.stop, |done, _, _| {

@@ -13,6 +13,11 @@ const LADDER: [(Form, f64); 4] =
 /// Most groups of matrices whose cost is measured by itself.
 const MOST: usize = 1024;
 
+/// Whether weights are rounded to get this form.
+pub(super) fn rounds(form: Form) -> bool {
+    LADDER.iter().any(|(known, _)| *known == form)
+}
+
 /// An error if these bits cannot be had.
 pub(super) fn check(
     bits: f64,
@@ -71,7 +76,7 @@ impl Packer<'_> {
         let sizes: Vec<_> =
             groups.iter().map(|group| LADDER.map(|(form, _)| bytes(group, form))).collect();
         let all: u64 = plans.iter().map(|plan| plan.bytes() as u64).sum();
-        let room = (bits / 8.0 * parameters as f64) as u64 - all;
+        let room = ((bits / 8.0 * parameters as f64) as u64).saturating_sub(all);
         for (group, step) in groups.iter().zip(choose(&sizes, &costs, room)) {
             for &i in group.iter().filter(|_| step > 0) {
                 plans[i].form = LADDER[step].0;
@@ -99,5 +104,24 @@ fn choose(sizes: &[[u64; LADDER.len()]], costs: &[f64], mut room: u64) -> Vec<us
         let Some((_, g, more)) = best else { return steps };
         steps[g] += 1;
         room -= more;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_go_where_they_save_most_for_their_bytes() {
+        let size = |n: u64| [4 * n, 5 * n, 6 * n, 8 * n];
+        let sizes = [size(100), size(1000), size(10)];
+        let costs = [1.0, 1.0, 0.0];
+        // A byte of the first saves ten times what one of the second does; the third saves nothing, but bits are for use.
+        assert_eq!(choose(&sizes, &costs, 0), [0, 0, 0]);
+        assert_eq!(choose(&sizes, &costs, 99), [0, 0, 3]);
+        assert_eq!(choose(&sizes, &costs, 100), [1, 0, 0]);
+        assert_eq!(choose(&sizes, &costs, 200), [2, 0, 0]);
+        assert_eq!(choose(&sizes, &costs, 1100), [1, 1, 0]);
+        assert_eq!(choose(&sizes, &costs, u64::MAX), [3, 3, 3]);
     }
 }
