@@ -4,6 +4,7 @@
 use super::spec::{Mixer, Names, Said, Slice, Spec, gguf};
 use super::weights::Reader;
 use super::{LoadOptions, MAX_CONFIG, Written, quantize};
+use crate::backend::Core;
 use crate::backend::cpu::{Cpu, topology};
 use crate::file::gguf_writer::{Announced, Datum, GgufWriter};
 use crate::file::{self, Checkpoint, Dtype};
@@ -303,7 +304,10 @@ fn tensors<'r>(
                         // Dimensions of 1 inside are none there.
                         let mut shape = place.shape.clone();
                         shape.retain(|n| *n != 1 || place.shape.len() < 3);
-                        if shape.is_empty() {
+                        let mamba = matches!(l.map(|l| &spec.layers[l].mixer), Some(Mixer::Recurrent(r))
+                            if matches!(r.shape.core, Core::Mamba2(_)));
+                        // One number for each head, as columns; a single number.
+                        if shape.is_empty() || mamba && ["a_log", "skip"].contains(&what) {
                             shape.push(1);
                         }
                         let announced = (place.tensor.clone(), Dtype::F32, shape);

@@ -268,6 +268,7 @@ impl Source<'_> {
                 json!(attention.map(|a| a.kv_heads).or(latent.map(|a| a.heads))?)
             }
             "head_dim" if spec.gemma.is_none() && latent.is_none() => json!(attention?.head_dim),
+            "expert_ffn" => json!(spec.layers.iter().find_map(|l| l.ffn.moe())?.width),
             "latent_value" => json!(latent?.value),
             "latent_nope" => json!(latent?.nope),
             "rotary_dim" if spec.gemma.is_none() => json!(2 * spec.ropes.first()?.inv_freq.len()),
@@ -444,7 +445,11 @@ impl Source<'_> {
             };
             add(key, datum(value).ok_or_else(|| self.unsaid(key, value))?);
             if let Some(end) = key.strip_prefix("attention.key_length") {
-                add(&format!("attention.value_length{end}"), datum(value).ok_or(Error::Closed)?);
+                let length = || datum(value).ok_or(Error::Closed);
+                add(&format!("attention.value_length{end}"), length()?);
+                if facts.contains_key("attention.key_length_swa") {
+                    add(&format!("rope.dimension_count{end}"), length()?); // all of both kinds turns
+                }
             }
         }
         if let (Some(nope), Some(turned)) =
