@@ -8,7 +8,7 @@ export PATH := venv / "bin:" + env("PATH")
 export VIRTUAL_ENV := venv
 
 # All that CI runs.
-all: lint test-rust test-python isa cuda wheel emulated
+all: lint test-rust test-python isa cuda wheel emulated fuzz
 
 # Formatting, lints and types, nothing changed.
 lint:

@@ -211,3 +211,62 @@ def test_interrupt_leaves_nothing(tmp_path: Path) -> None:
     process.communicate(timeout=120)
     assert process.returncode == 130
     assert list((tmp_path / "place").iterdir()) == []
+
+
+def test_gguf_is_the_model(tmp_path: Path) -> None:
+    out = tmp_path / "m.gguf"
+    written = quantize(MODEL, out, format="bf16", progress=False)
+    assert written.bytes == out.stat().st_size
+    assert set(written.forms) == {"BF16"}
+    prompt = "Once upon a time"
+    chat = [{"role": "user", "content": "Tell me a story."}]
+    with LLM(out, quantization="none") as copy, LLM(MODEL, quantization="none") as source:
+        ids = source.tokenize(prompt)
+        assert copy.tokenize(prompt) == ids
+        assert np.allclose(copy.logits(ids), source.logits(ids), atol=1e-4)
+        greedy = [llm.generate(prompt, max_tokens=24, temperature=0) for llm in (copy, source)]
+        assert greedy[0].text == greedy[1].text
+        answers = [llm.chat(chat, max_tokens=24, temperature=0) for llm in (copy, source)]
+        assert answers[0].text == answers[1].text
+        assert answers[0].finish_reason == answers[1].finish_reason
+    with pytest.raises(InvalidParameterError, match="a path where nothing is"):
+        quantize(MODEL, out, format="bf16")
+    with pytest.raises(InvalidParameterError, match="q4_k"):
+        quantize(MODEL, tmp_path / "n.gguf", format="int4")
+    with pytest.raises(InvalidParameterError, match="calibrat"):
+        quantize(MODEL, tmp_path / "n.gguf", calibrate=TEXT)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf"]
+
+
+def test_gguf_from_the_command_line(tmp_path: Path) -> None:
+    out = tmp_path / "m.gguf"
+    done = cli("quantize", MODEL, "-o", str(out), "-f", "q8_0", "--rule", "*embed*=f16", "--json")
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)["forms"]) == {"Q8_0", "F16"}
+    shown = cli("inspect", str(out))
+    assert "general.architecture" in shown.stdout
+    done = cli("quantize", MODEL, "-o", str(tmp_path / "n.gguf"), "-f", "q3_k")
+    assert done.returncode == 2
+    window = ROOT / "tests/golden/granite-swa-a"
+    done = cli("quantize", str(window), "-o", str(tmp_path / "n.gguf"), "-f", "f32")
+    assert done.returncode == 1
+    assert "GGUF has no words" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.gguf"]
+
+
+def test_inspect_of_a_packed_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(MODEL, out, format="int8", progress=False)
+    done = cli("inspect", str(out))
+    assert done.returncode == 0
+    assert "model.safetensors: safetensors" in done.stdout
+    assert "v_proj.weight:int8" in done.stdout
+    name = json.dumps("\x1b[2J\x9b1mevil\n" + "n" * 300)
+    header = ('{"__metadata__":{"\\u001b[0m":"\\u009b31m"},' + name).encode()
+    header += b':{"dtype":"F32","shape":[0,4294967295],"data_offsets":[0,0]}}'
+    evil = tmp_path / "model.safetensors"
+    evil.write_bytes(len(header).to_bytes(8, "little") + header)
+    done = cli("inspect", str(evil))
+    assert done.returncode == 0
+    assert not any(c in done.stdout for c in "\x1b\x9b")
+    assert max(map(len, done.stdout.split("\n"))) < 600

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Runs every fuzz target for SECONDS (default 60), two at a time: tools/fuzz.sh [SECONDS] [TARGET...]
 # With the compiler at hand: coverage comes from LLVM's passes, without a sanitizer. A C++ compiler builds libFuzzer.
-# The corpus starts from files of this repository and grows in rust/fuzz/corpus.
+# The corpus starts from files of this repository and grows in rust/fuzz/corpus. The formats that are read: safetensors, GGUF,
+# config.json with families, quantized and packed weights, the packed cache, tokenizers, templates. There is no file of
+# keys and values, so no target for one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seconds=${1:-60}
@@ -51,8 +53,9 @@ RUSTFLAGS="--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-
 bin=$(dirname "$(find "$target_dir" -path '*release/config' -type f | head -1)")
 
 for file in tests/golden/quant-*/model.safetensors; do weights "$(dirname "$file")"; done
-work=$(mktemp -d)
-trap 'rm -rf "$work" /dev/shm/ferrule-fuzz-*' EXIT
+work=$(mktemp -d -p /dev/shm 2> /dev/null || mktemp -d) # in memory where that can be had
+trap 'rm -rf "$work"' EXIT
+export TMPDIR=$work
 for name in qwen3-a gemma3-a phi2-a lfm3-a deepseek-v3-a granite-swa-a; do
     FERRULE_PACK="tests/golden/$name:$work/$name" "$bin/weights" -runs=0 2> "$work/log" || cat "$work/log"
     weights "$work/$name"

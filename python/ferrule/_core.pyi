@@ -21,6 +21,7 @@ __all__ = [
     "cuda_time",
     "describe",
     "evaluate",
+    "export",
     "gguf_at",
     "inspect",
     "kernel_set",
@@ -201,6 +202,16 @@ def quantize(
     limit: int | None = None,
     threads: int | None = None,
     cache_dir: str | PathLike[str] | None = None,
+    family: str | None = None,
+    progress: Callable[[str, int, int], object] | None = None,
+) -> dict[str, Any]: ...
+def export(
+    folder: str | PathLike[str],
+    out: str | PathLike[str],
+    *,
+    format: str,
+    rules: list[tuple[str, str]],
+    threads: int | None = None,
     family: str | None = None,
     progress: Callable[[str, int, int], object] | None = None,
 ) -> dict[str, Any]: ...

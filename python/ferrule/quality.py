@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from . import _core, hub
+from .errors import InvalidParameterError
 from .llm import cache_dir
 from .progress import Steps
 
@@ -149,11 +150,11 @@ def quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    format: Format = "int4",
+    format: str | None = None,
     bits: float | None = None,
     calibrate: str | Sequence[str] | None = None,
     chunks: int | None = None,
-    rules: Mapping[str, Format] | None = None,
+    rules: Mapping[str, str] | None = None,
     threads: int | None = None,
     family: str | os.PathLike[str] | None = None,
     revision: str | None = None,
@@ -166,8 +167,8 @@ def quantize(
     `LLM(out)` maps it. Without `calibrate` its results are those of
     `LLM(model, quantization=format)`, bit for bit.
 
-    - format: "int4" (4.5 bits a weight), "int5" (5.375), "int6" (6.625), "int8" (8.125), "none"
-      (as stored, packed).
+    - format: "int4" (4.5 bits a weight, the default), "int5" (5.375), "int6" (6.625), "int8"
+      (8.125), "none" (as stored, packed).
     - bits: with a calibration, so many bits a weight at most: matrices are int4, and those where
       it lessens the divergence from the unquantized model most get int5, int6 or int8.
     - calibrate: a text like those that the model will see, or a list of documents. The
@@ -176,15 +177,35 @@ def quantize(
     - rules: pattern -> format for weights whose name in the checkpoint it fits; `*` stands for any
       text, and the first that fits decides.
 
+    An `out` that ends in .gguf becomes a GGUF file for other programs instead, with the model's
+    tokenizer and template in it; `format` and those of `rules` are then types of ggml: "f32",
+    "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "iq4_nl". There
+    is no calibration. A model that GGUF has no words for is an error.
+
     Ctrl-C ends it and leaves nothing; `out` is there only when it is whole.
     """
     folder = hub.resolve(model, revision=revision, offline=offline)
+    if os.fspath(out).lower().endswith(".gguf"):
+        if calibrate is not None or bits is not None:
+            name = "bits" if calibrate is None else "calibrate"
+            raise InvalidParameterError(f"{name}: GGUF files are made without calibration")
+        with Steps(progress) as show:
+            found = _core.export(
+                folder,
+                out,
+                format=format or "q4_k",
+                rules=list((rules or {}).items()),
+                threads=threads,
+                family=None if family is None else Path(family).read_text(encoding="utf-8"),
+                progress=show,
+            )
+        return Quantized(path=os.fspath(out), **found)
     texts = [calibrate] if isinstance(calibrate, str) else list(calibrate or ())
     with Steps(progress) as show:
         found = _core.quantize(
             folder,
             out,
-            format=format,
+            format=format or "int4",
             bits=bits,
             rules=list((rules or {}).items()),
             texts=texts,

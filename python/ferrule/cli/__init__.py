@@ -166,11 +166,18 @@ def _parser() -> argparse.ArgumentParser:
         help="write a model with its weights quantized",
         description="Quantize the weights of MODEL into the new folder DIR, which `LLM` maps "
         "without further work. With --calibrate the model reads a text first, and weights are "
-        "rounded for the least error on what it met. DIR is there only when it is whole.",
+        "rounded for the least error on what it met. A DIR that ends in .gguf becomes a GGUF file "
+        "for other programs. DIR is there only when it is whole.",
     )
     quantize.add_argument("model", metavar="MODEL")
     quantize.add_argument("-o", "--out", required=True, metavar="DIR", help="must not exist")
-    quantize.add_argument("-f", "--format", choices=_FORMATS, default="int4")
+    quantize.add_argument(
+        "-f",
+        "--format",
+        choices=[*_FORMATS, *_GGUF],
+        metavar="FORMAT",
+        help=f"{', '.join(_FORMATS)} (default: int4); of a .gguf {', '.join(_GGUF)} (q4_k)",
+    )
     quantize.add_argument(
         "--bits",
         type=float,
@@ -201,9 +208,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _rule(text: str) -> tuple[str, str]:
     pattern, _, form = text.rpartition("=")
-    if not pattern or form not in _FORMATS:
-        forms = ", ".join(_FORMATS)
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected PATTERN= one of {forms}")
+    if not pattern or form not in [*_FORMATS, *_GGUF]:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected PATTERN=FORMAT")
     return pattern, form
 
 
@@ -229,6 +235,8 @@ def _text_options(parser: argparse.ArgumentParser, reference: str) -> None:
 
 
 _FORMATS = ["int4", "int5", "int6", "int8", "none"]
+_GGUF = ["q4_k", "q4_0", "q4_1", "iq4_nl", "q5_k", "q5_0", "q5_1", "q6_k", "q8_0"]
+_GGUF += ["bf16", "f16", "f32"]
 _QUANTIZATIONS = ["auto", "int4", "int8", "none"]
 _SAMPLING: dict[str, type] = {
     "max_tokens": int,

@@ -19,10 +19,10 @@ const MODELS: [(&str, Quantization); 4] = [
     ("quant-ct-w4a16-g32-asym-a", Quantization::Auto),
 ];
 
-/// In memory; one folder for each model, with the one file that it has written.
+/// Where TMPDIR says (tools/fuzz.sh has that in memory); one folder for each model, with the one file that it has written.
 static FILES: LazyLock<Vec<(PathBuf, Vec<u8>)>> = LazyLock::new(|| {
     let file = |i: usize| {
-        let folder = PathBuf::from(format!("/dev/shm/ferrule-fuzz-{}/{i}", std::process::id()));
+        let folder = std::env::temp_dir().join(format!("ferrule-fuzz-{}/{i}", std::process::id()));
         open(i, &folder);
         let path = fs::read_dir(&folder).unwrap().next().unwrap().unwrap().path();
         let bytes = fs::read(&path).unwrap();

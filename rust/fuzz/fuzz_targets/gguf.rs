@@ -15,9 +15,9 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 use std::sync::atomic::AtomicBool;
 
-/// In memory.
+/// Where TMPDIR says; tools/fuzz.sh has that in memory.
 static FILE: LazyLock<PathBuf> = LazyLock::new(|| {
-    let folder = PathBuf::from(format!("/dev/shm/ferrule-fuzz-{}", std::process::id()));
+    let folder = std::env::temp_dir().join(format!("ferrule-fuzz-{}", std::process::id()));
     fs::create_dir_all(&folder).unwrap();
     folder.join("model.gguf")
 });

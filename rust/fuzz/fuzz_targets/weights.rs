@@ -14,9 +14,9 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use std::sync::atomic::AtomicBool;
 
-/// In memory.
+/// Where TMPDIR says; tools/fuzz.sh has that in memory.
 static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
-    let path = PathBuf::from(format!("/dev/shm/ferrule-fuzz-{}", std::process::id()));
+    let path = std::env::temp_dir().join(format!("ferrule-fuzz-{}", std::process::id()));
     fs::create_dir_all(&path).unwrap();
     path
 });

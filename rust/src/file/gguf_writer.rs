@@ -32,7 +32,12 @@ pub enum Datum {
 impl Datum {
     /// Type and value.
     fn write(&self, out: &mut Vec<u8>) {
-        fn list<T, const N: usize>(out: &mut Vec<u8>, kind: Kind, of: &[T], b: impl Fn(&T) -> [u8; N]) {
+        fn list<T, const N: usize>(
+            out: &mut Vec<u8>,
+            kind: Kind,
+            of: &[T],
+            b: impl Fn(&T) -> [u8; N],
+        ) {
             number(out, kind);
             out.extend((of.len() as u64).to_le_bytes());
             of.iter().for_each(|x| out.extend(b(x)));
@@ -119,13 +124,16 @@ pub struct GgufWriter {
 
 impl GgufWriter {
     /// Starts a file with these keys and tensors; it has its full length at once.
-    pub fn new(path: &Path, items: &[(String, Datum)], tensors: &[Announced]) -> Result<GgufWriter> {
-        let name = path.file_name().ok_or_else(|| {
-            Error::parameter("out", path.display(), "the path of a file to make")
-        })?;
+    pub fn new(
+        path: &Path,
+        items: &[(String, Datum)],
+        tensors: &[Announced],
+    ) -> Result<GgufWriter> {
+        let name = path
+            .file_name()
+            .ok_or_else(|| Error::parameter("out", path.display(), "the path of a file to make"))?;
         let random = RandomState::new().build_hasher().finish();
-        let own =
-            path.with_file_name(format!(".{}.{random:016x}.partial", name.to_string_lossy()));
+        let own = path.with_file_name(format!(".{}.{random:016x}.partial", name.to_string_lossy()));
         let header = header(items, tensors);
         let mut left: Vec<usize> = tensors.iter().map(bytes).collect();
         left.reverse();

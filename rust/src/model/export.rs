@@ -4,6 +4,7 @@
 use super::spec::{Mixer, Names, Said, Slice, Spec, gguf};
 use super::weights::Reader;
 use super::{LoadOptions, MAX_CONFIG, Written, quantize};
+use crate::backend::Core;
 use crate::backend::cpu::{Cpu, topology};
 use crate::file::gguf_writer::{Announced, Datum, GgufWriter};
 use crate::file::{self, Checkpoint, Dtype};
@@ -101,8 +102,11 @@ pub fn export(
     reader.refuse_unused(&plans)?;
     let names = reader.names();
     let config = file::read_json(&path.join("config.json"), MAX_CONFIG);
-    let config = if checkpoint.metadata().is_none() { config?.unwrap_or_default() } else { Value::Null };
-    let source = config.get("quantization_config").map(|c| c["quant_method"].as_str().unwrap_or("unknown").to_owned());
+    let config =
+        if checkpoint.metadata().is_none() { config?.unwrap_or_default() } else { Value::Null };
+    let source = config
+        .get("quantization_config")
+        .map(|c| c["quant_method"].as_str().unwrap_or("unknown").to_owned());
     if source.as_deref() == Some(quantize::METHOD) {
         let what = "was made by `ferrule quantize`; take the model that it was made from";
         return Err(Error::Unsupported(format!("{}: {what}", path.display())));
@@ -140,7 +144,14 @@ pub fn export(
         if checkpoint.metadata().is_none() {
             items.extend(tokens(&said.architecture, spec.vocab)?);
         }
-        let (tensors, unused) = tensors(&spec, names, &said, &checkpoint, (format, &rules))?;
+        let (tensors, unused) = match tensors(&spec, names, &said, &checkpoint, (format, &rules)) {
+            Ok(tensors) => tensors,
+            Err(error) => {
+                let error = spec.is_said(&said.spec).err().unwrap_or(error);
+                first.get_or_insert(error);
+                continue;
+            }
+        };
         if let Some(rule) = unused {
             let expected = "a pattern that fits the name of a matrix";
             return Err(Error::parameter("rules", format!("{rule:?}"), expected));
@@ -166,7 +177,17 @@ pub fn export(
             }
         }
         let mut written = Written { bytes: 0, bits_per_weight: 0.0, forms: Vec::new(), source };
-        write(&reader, &cpu, &checkpoint, &said, &tensors[said.vectors.len()..], &mut writer, stop, &mut written, progress)?;
+        write(
+            &reader,
+            &cpu,
+            &checkpoint,
+            &said,
+            &tensors[said.vectors.len()..],
+            &mut writer,
+            stop,
+            &mut written,
+            progress,
+        )?;
         written.bytes = writer.finish()?;
         let bytes: u64 = written.forms.iter().map(|(_, bytes)| bytes).sum();
         written.bits_per_weight = 8.0 * bytes as f64 / spec.parameters().0.max(1) as f64;
@@ -203,7 +224,10 @@ fn copied(checkpoint: &Checkpoint, spec: &Spec, names: &Names) -> Result<Said> {
         let values = tensor.bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b));
         match tensor.dtype {
             Dtype::F32 => Ok((name.to_owned(), values.collect())),
-            _ => Err(Error::Unsupported(format!("tensor `{name}`: found {}, expected F32", tensor.dtype.name()))),
+            _ => Err(Error::Unsupported(format!(
+                "tensor `{name}`: found {}, expected F32",
+                tensor.dtype.name()
+            ))),
         }
     });
     let vectors = vectors.collect::<Result<_>>()?;
@@ -222,6 +246,18 @@ fn tensors<'r>(
         announced: (name.clone(), Dtype::F32, vec![values.len()]),
         segments: Vec::new(),
     };
+    let unsaid = |what: &str| {
+        let what = format!("GGUF has another layout of `{what}`");
+        Error::Unsupported(format!("{}: {what}", spec.architecture))
+    };
+    // Tensors that have the rows of each head, or group, together are copied whole.
+    for (a, b) in [("q", "attn_gate"), ("mix_q", "mix_z"), ("mix_b", "mix_a")] {
+        let one =
+            |names: &Names| [a, b].iter().all(|w| names.has(w)) && names.model(a) == names.model(b);
+        if one(names) != one(&said.names) {
+            return Err(unsaid(a));
+        }
+    }
     let mut all: Vec<(Tensor, Vec<usize>)> = Vec::new();
     let layers = (0..spec.layers.len()).map(Some);
     for l in std::iter::once(None).chain(layers) {
@@ -237,13 +273,17 @@ fn tensors<'r>(
                 None => whole(names),
             };
             let (from, to) = (places(spec, names), places(&said.spec, &said.names));
-            let outer = usize::from(what.starts_with("expert_") || names.model(what).contains("{e}"));
-            let rows = *weight.shape.get(outer).unwrap_or(&1);
-            let k: usize = weight.shape.iter().skip(outer + 1).product();
+            // Without the dimension of experts, or of heads that are tensors of their own.
+            let inner = |names: &Names| {
+                let outer = what.starts_with("expert_") || names.model(what).contains("{e}");
+                &weight.shape[usize::from(outer)..]
+            };
+            let k: usize = inner(&said.names).iter().skip(1).product();
+            let rows = inner(names).iter().product::<usize>() / k;
             let each = from.len() / to.len().max(1);
             for (place, from) in to.iter().zip(from.chunks(each.max(1))) {
                 if place.column != 1 || place.row != k || each * to.len() != from.len() * to.len() {
-                    return Err(Error::Internal(format!("{what}: a layout that GGUF has not")));
+                    return Err(unsaid(what));
                 }
                 let parts = match l.map(|l| &spec.layers[l].mixer) {
                     Some(Mixer::Attention(a)) if spec.qkv_by_head => {
@@ -264,7 +304,10 @@ fn tensors<'r>(
                         // Dimensions of 1 inside are none there.
                         let mut shape = place.shape.clone();
                         shape.retain(|n| *n != 1 || place.shape.len() < 3);
-                        if shape.is_empty() {
+                        let mamba = matches!(l.map(|l| &spec.layers[l].mixer), Some(Mixer::Recurrent(r))
+                            if matches!(r.shape.core, Core::Mamba2(_)));
+                        // One number for each head, as columns; a single number.
+                        if shape.is_empty() || mamba && ["a_log", "skip"].contains(&what) {
                             shape.push(1);
                         }
                         let announced = (place.tensor.clone(), Dtype::F32, shape);
@@ -282,7 +325,7 @@ fn tensors<'r>(
         let shape = stored.map_or(&shape[..], |stored| stored.shape).to_vec();
         let numbers: usize = tensor.segments.iter().map(|s| s.rows() * s.k).sum();
         if numbers != shape.iter().product::<usize>() {
-            return Err(Error::Internal(format!("{name}: {numbers} numbers for shape {shape:?}")));
+            return Err(unsaid(name));
         }
         let mut dtype = Dtype::F32;
         if is_matrix(&tensor.segments, &shape) {
@@ -291,14 +334,15 @@ fn tensors<'r>(
                 std::iter::once(name).chain(sources()).any(|n| super::spec::matches(pattern, n))
             };
             let rule = rules.iter().position(fits);
-            let head = tensor.segments.iter().any(|s| s.what == "head" || s.what == "embed" && spec.tied);
+            let head =
+                tensor.segments.iter().any(|s| s.what == "head" || s.what == "embed" && spec.tied);
             let wanted = match rule {
                 Some(r) => {
                     used[r] = true;
                     rules[r].1
                 }
                 // As llama.cpp has it: the logits come straight from the head.
-                None if head && bits(format) < bits(Q6_K) => Q6_K,
+                None if head && width(format) < width(Q6_K) => Q6_K,
                 None => format,
             };
             dtype = fitting(wanted, *shape.last().unwrap_or(&1));
@@ -318,8 +362,9 @@ fn tensors<'r>(
 
 const Q6_K: Dtype = Dtype::Blocks(Blocks::Q6_K);
 
-fn bits(dtype: Dtype) -> usize {
-    8 * dtype.size() * 256 / dtype.block() / 256
+/// Of 256 numbers, in bytes.
+fn width(dtype: Dtype) -> usize {
+    256 / dtype.block() * dtype.size()
 }
 
 /// Whether a tensor takes the type that is asked for: no vector, no router, nothing that is small and added up often.
@@ -349,12 +394,15 @@ fn fitting(dtype: Dtype, k: usize) -> Dtype {
 /// Width of a head and of its part that turns, where pairs are half a rotation apart in the source and neighbours in
 /// the file.
 fn turned(spec: &Spec, written: &Spec, l: usize, what: &str) -> Option<(usize, usize)> {
-    let (Mixer::Attention(a), Mixer::Attention(b)) = (&spec.layers[l].mixer, &written.layers[l].mixer) else {
+    let (Mixer::Attention(a), Mixer::Attention(b)) =
+        (&spec.layers[l].mixer, &written.layers[l].mixer)
+    else {
         return None;
     };
     let moved = ["q", "k", "q_bias", "k_bias"].contains(&what);
     let rope = spec.ropes.get(a.rope.unwrap_or(0))?;
-    (moved && !a.rope_interleaved && b.rope_interleaved).then_some((a.head_dim, 2 * rope.inv_freq.len()))
+    (moved && !a.rope_interleaved && b.rope_interleaved)
+        .then_some((a.head_dim, 2 * rope.inv_freq.len()))
 }
 
 /// Writes the tensors.
@@ -369,7 +417,9 @@ fn write(
     written: &mut Written,
     progress: &(dyn Fn(&'static str, u64, u64) + Sync),
 ) -> Result<()> {
-    let size = |(_, dtype, shape): &Announced| shape.iter().product::<usize>() / dtype.block() * dtype.size();
+    let size = |(_, dtype, shape): &Announced| {
+        shape.iter().product::<usize>() / dtype.block() * dtype.size()
+    };
     let total: u64 = tensors.iter().map(|t| size(&t.announced) as u64).sum();
     let mut done = 0;
     let mut buffer = Vec::new();

@@ -623,6 +623,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(matrix::quantize_int8, module)?)?;
     module.add_function(wrap_pyfunction!(quality::evaluate, module)?)?;
     module.add_function(wrap_pyfunction!(quantize::quantize, module)?)?;
+    module.add_function(wrap_pyfunction!(quantize::export, module)?)?;
     module.add_class::<matrix::QMatrix>()?;
     module.add_class::<matrix::Trial>()?;
     module.add_class::<Engine>()?;

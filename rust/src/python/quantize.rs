@@ -1,10 +1,11 @@
-//! `ferrule._core.quantize`: writes a model with its weights quantized.
+//! `ferrule._core.quantize` and `export`: write a model with its weights quantized, packed or as a GGUF file.
 
 use super::quality::encode;
 use super::watch::watched;
 use super::{FORMATS, convert, named, raise};
+use crate::model::export::Export;
 use crate::model::{self, LoadOptions, Quantize, Rule, Written};
-use crate::{Error, Result, evaluate};
+use crate::{Error, Result, chat, evaluate, tokenizer};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use std::path::PathBuf;
@@ -69,6 +70,56 @@ pub(super) fn quantize<'py>(
         let report = |what, done, total| watch.report(what, done, total);
         model::quantize(&folder, &out, how, &watch.stop, &report)
     })?;
+    facts(py, written)
+}
+
+/// Writes the model in `folder`, or the GGUF file that it is or has, as the new GGUF file `out`.
+#[pyfunction]
+#[pyo3(signature = (folder, out, *, format, rules, threads=None, family=None, progress=None))]
+pub(super) fn export<'py>(
+    py: Python<'py>,
+    folder: PathBuf,
+    out: PathBuf,
+    format: &str,
+    rules: Vec<(String, String)>,
+    threads: Option<i64>,
+    family: Option<String>,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<Bound<'py, PyDict>> {
+    let named = |what: &'static str, name: &str| {
+        model::export::named(name).ok_or_else(|| {
+            let names = model::export::TYPES.map(|(dtype, _)| dtype.name().to_lowercase());
+            let expected = format!("one of {}, for a GGUF file", names.join(", "));
+            Error::parameter(what, format!("{name:?}"), expected)
+        })
+    };
+    let prepare = || {
+        let rule = |(pattern, form): (String, String)| Ok((pattern, named("rules", &form)?));
+        Ok(Export {
+            format: named("format", format)?,
+            rules: rules.into_iter().map(rule).collect::<Result<_>>()?,
+            load: LoadOptions {
+                threads: threads.map(|n| convert::count("threads", n)).transpose()?,
+                isa: std::env::var("FERRULE_ISA").ok(),
+                family,
+                ..LoadOptions::default()
+            },
+        })
+    };
+    let how = prepare().map_err(raise(py))?;
+    let written = watched(py, progress, move |watch| {
+        let tokens = |architecture: &str, vocab: usize| {
+            let mut items = tokenizer::to_gguf(&folder, architecture, vocab)?;
+            items.extend(chat::to_gguf(&folder)?);
+            Ok(items)
+        };
+        let report = |what, done, total| watch.report(what, done, total);
+        model::export::export(&folder, &out, how, &tokens, &watch.stop, &report)
+    })?;
+    facts(py, written)
+}
+
+fn facts(py: Python<'_>, written: Written) -> PyResult<Bound<'_, PyDict>> {
     let Written { bytes, bits_per_weight, forms, source } = written;
     let dict = PyDict::new(py);
     dict.set_item("bytes", bytes)?;

@@ -49,7 +49,9 @@ pub fn to_gguf(folder: &Path, architecture: &str, vocab: usize) -> Result<Vec<(S
                 Ok(vec![("tokenizer.ggml.model".to_owned(), text("no_vocab"))])
             }
             Err(error) => Err(error),
-            Ok(_) => Err(wrong("found a GGUF file beside the model, expected tokenizer.json".into())),
+            Ok(_) => {
+                Err(wrong("found a GGUF file beside the model, expected tokenizer.json".into()))
+            }
         };
     };
     let own = Tokenizer::open(folder)?;
@@ -137,7 +139,8 @@ impl Made<'_> {
         };
         let merges = self.json["model"]["merges"].as_array().into_iter().flatten();
         let merges: Option<Vec<_>> = merges.map(pair).collect();
-        merges.ok_or_else(|| "merges: found one that GGUF cannot say: with a space in it".to_owned())
+        merges
+            .ok_or_else(|| "merges: found one that GGUF cannot say: with a space in it".to_owned())
     }
 
     /// Text and kind of each id.
@@ -160,7 +163,10 @@ impl Made<'_> {
         let known = texts.len() - kinds.iter().filter(|kind| **kind == UNUSED).count();
         if known < self.own.vocab_size() {
             let found = self.own.vocab_size();
-            return Err(format!("found {found} tokens, expected at most the model's {}", self.vocab));
+            return Err(format!(
+                "found {found} tokens, expected at most the model's {}",
+                self.vocab
+            ));
         }
         Ok((texts, kinds))
     }
@@ -189,11 +195,11 @@ impl Made<'_> {
         let normalizer = &self.json["normalizer"];
         let nfc = normalizer.to_string().contains("\"NFC\"");
         let ignore = self.json["model"]["ignore_merges"] == true;
-        let same = |pre: &&pre::Pre| {
-            pre.splits == splits && pre.nfc == nfc && pre.ignore_merges == ignore
-        };
-        let pre = pre::ALL.iter().find(same).and_then(|pre| pre.names.first().copied());
-        pre.ok_or_else(|| {
+        let same = |pre: &&pre::Pre| pre.splits == splits && pre.nfc == nfc;
+        let mut all = pre::ALL.iter().filter(same);
+        // Where no token is one that merges do not make, taking pieces whole changes nothing: the comparison tells.
+        let pre = all.clone().find(|pre| pre.ignore_merges == ignore).or(all.next());
+        pre.and_then(|pre| pre.names.first().copied()).ok_or_else(|| {
             format!(
                 "GGUF has no name for this way to cut text: {splits:?}{}{}",
                 if nfc { ", NFC" } else { "" },
@@ -219,7 +225,9 @@ impl Made<'_> {
         };
         let ends = generation.as_ref().and_then(|g| g.get("eos_token_id")).cloned();
         let ends: Vec<u32> = match ends {
-            Some(Value::Array(all)) => all.iter().filter_map(|id| Some(id.as_u64()? as u32)).collect(),
+            Some(Value::Array(all)) => {
+                all.iter().filter_map(|id| Some(id.as_u64()? as u32)).collect()
+            }
             Some(one) => one.as_u64().map(|id| id as u32).into_iter().collect(),
             None => Vec::new(),
         };

@@ -183,7 +183,8 @@ impl Part<'_> {
             for (j, out) in out.iter_mut().enumerate() {
                 let at = i * self.row + from + j;
                 let code = self.bytes[at / 2] >> (4 * (at % 2)) & 15;
-                *out = quant::half_power(self.scales[at / 32]) * f32::from(quant::TWICE[usize::from(code)]);
+                *out = quant::half_power(self.scales[at / 32])
+                    * f32::from(quant::TWICE[usize::from(code)]);
             }
             return;
         }

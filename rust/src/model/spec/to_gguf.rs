@@ -43,13 +43,10 @@ const FLOATS: &[&str] = &[
     "scale",
     "query_growth",
 ];
-/// Said by tensors, or by other keys (see [`items`]).
+/// What is no number of a config.json, and found otherwise here.
+const WHOLE: &[&str] = &["architectures", "tied", "layer_types", "rope_scaling", "xielu"];
+/// Said by tensors, or by other keys (see `items`).
 const DERIVED: &[&str] = &[
-    "architectures",
-    "tied",
-    "layer_types",
-    "rope_scaling",
-    "xielu",
     "attention.key_length_nope",
     "attention.head_count_kv_full",
     "keys_without_values",
@@ -155,7 +152,8 @@ fn plain(spec: &Spec, other: &Spec) -> Spec {
         let scale = (rope.scale - other.scale).abs() <= 1e-6 * rope.scale;
         if near(&rope.inv_freq, &other.inv_freq) && same_long && scale {
             // The one of two that both come to.
-            rope.inv_freq = rope.inv_freq.iter().zip(&other.inv_freq).map(|(a, b)| a.min(*b)).collect();
+            rope.inv_freq =
+                rope.inv_freq.iter().zip(&other.inv_freq).map(|(a, b)| a.min(*b)).collect();
             rope.scale = rope.scale.min(other.scale);
             if let (Some(a), Some(b)) = (&mut rope.long, &other.long) {
                 a.inv_freq = a.inv_freq.iter().zip(&b.inv_freq).map(|(a, b)| a.min(*b)).collect();
@@ -166,12 +164,7 @@ fn plain(spec: &Spec, other: &Spec) -> Spec {
 }
 
 impl Source<'_> {
-    fn said(
-        &self,
-        names: &Names,
-        by_layer: bool,
-        xielu: Option<&[[f32; 4]]>,
-    ) -> Result<Said> {
+    fn said(&self, names: &Names, by_layer: bool, xielu: Option<&[[f32; 4]]>) -> Result<Said> {
         let spec = self.spec;
         let mut facts = Map::new();
         let tables = ["moe", "recurrent", "gemma"].into_iter().filter(|name| match *name {
@@ -235,7 +228,7 @@ impl Source<'_> {
                 ([first, ..], _) => first,
             };
             let tensor = key.starts_with("blk.") || key.ends_with(".weight") || key.contains('/');
-            if tensor || DERIVED.contains(&&key[..]) && name != "latent_nope" && name != "rotates" {
+            if tensor || WHOLE.contains(&&key[..]) {
                 continue;
             }
             let said = match from.get(name).map(|fact| Fact::try_from(fact.clone())) {
@@ -275,6 +268,7 @@ impl Source<'_> {
                 json!(attention.map(|a| a.kv_heads).or(latent.map(|a| a.heads))?)
             }
             "head_dim" if spec.gemma.is_none() && latent.is_none() => json!(attention?.head_dim),
+            "expert_ffn" => json!(spec.layers.iter().find_map(|l| l.ffn.moe())?.width),
             "latent_value" => json!(latent?.value),
             "latent_nope" => json!(latent?.nope),
             "rotary_dim" if spec.gemma.is_none() => json!(2 * spec.ropes.first()?.inv_freq.len()),
@@ -282,7 +276,9 @@ impl Source<'_> {
             "rope_theta_local" => json!(self.theta(true).ok()??),
             "ffn" => {
                 let width = |layer: &super::Layer| match layer.ffn {
-                    Ffn::Dense(n) | Ffn::Plain(n) | Ffn::Sparse(n, _) | Ffn::Beside(n, _) => Some(n),
+                    Ffn::Dense(n) | Ffn::Plain(n) | Ffn::Sparse(n, _) | Ffn::Beside(n, _) => {
+                        Some(n)
+                    }
                     Ffn::Moe(_) => None,
                 };
                 let widths: Vec<usize> = spec.layers.iter().filter_map(width).collect();
@@ -381,7 +377,9 @@ impl Source<'_> {
         };
         rule.insert("rope_type".to_owned(), json!(kind));
         let rule = match architecture {
-            "gemma4" => json!({"sliding_attention": {"rope_type": "default"}, "full_attention": rule}),
+            "gemma4" => {
+                json!({"sliding_attention": {"rope_type": "default"}, "full_attention": rule})
+            }
             _ => Value::Object(rule),
         };
         facts.insert("rope_scaling".to_owned(), rule);
@@ -389,26 +387,29 @@ impl Source<'_> {
     }
 
     /// What each weight is called there. Those that are one tensor in the checkpoint are one there, too, where that has a
-    /// name.
+    /// name for all of them.
     fn names(&self, names: &Names) -> Names {
+        let own = self.gguf.get("names").and_then(Value::as_object);
+        let known = || own.into_iter().flat_map(Map::keys);
         let to = |what: &str| self.to.names.get(what).map_or(&[][..], |names| &names.0[..]);
         let stem = |what: &String| {
             let shares = |other: &&String| {
-                *other != what && names.has(what) && names.has(other) && names.model(other) == names.model(what)
+                names.has(what) && names.has(other) && names.model(other) == names.model(what)
             };
-            let common = |name: &&String| {
-                let others = self.to.names.keys().filter(shares);
-                others.into_iter().any(|other| to(other).contains(name))
-            };
-            let all = to(what);
-            let name = all.iter().find(common).or(all.first())?;
+            let of_all =
+                |name: &&String| known().filter(shares).all(|other| to(other).contains(name));
+            let name = to(what).iter().find(of_all).or(to(what).first())?;
             Some((what.clone(), name.replace("{model}", "")))
         };
-        Names::new(self.to.names.keys().filter_map(stem).collect())
+        Names::new(known().filter_map(stem).collect())
     }
 
     /// The facts as keys of a file.
-    fn items(&self, architecture: &str, facts: &Map<String, Value>) -> Result<Vec<(String, Datum)>> {
+    fn items(
+        &self,
+        architecture: &str,
+        facts: &Map<String, Value>,
+    ) -> Result<Vec<(String, Datum)>> {
         let mut items: Vec<(String, Datum)> = Vec::new();
         let mut add = |key: &str, value: Datum| {
             items.push((format!("{architecture}.{key}"), value));
@@ -418,8 +419,9 @@ impl Source<'_> {
         let is = |kind: &str| types.map(|t| t.iter().map(|t| t == kind).collect::<Vec<bool>>());
         let recurrent = is("recurrent").filter(|is| is.contains(&true));
         for (key, value) in facts {
-            let tensor = key.starts_with("blk.") || key.ends_with(".weight") || key.ends_with(".bias");
-            if tensor || DERIVED.contains(&&key[..]) {
+            let tensor =
+                key.starts_with("blk.") || key.ends_with(".weight") || key.ends_with(".bias");
+            if tensor || WHOLE.contains(&&key[..]) || DERIVED.contains(&&key[..]) {
                 continue;
             }
             let full = number("attention.head_count_kv_full");
@@ -443,7 +445,11 @@ impl Source<'_> {
             };
             add(key, datum(value).ok_or_else(|| self.unsaid(key, value))?);
             if let Some(end) = key.strip_prefix("attention.key_length") {
-                add(&format!("attention.value_length{end}"), datum(value).ok_or(Error::Closed)?);
+                let length = || datum(value).ok_or(Error::Closed);
+                add(&format!("attention.value_length{end}"), length()?);
+                if facts.contains_key("attention.key_length_swa") {
+                    add(&format!("rope.dimension_count{end}"), length()?); // all of both kinds turns
+                }
             }
         }
         if let (Some(nope), Some(turned)) =
@@ -455,7 +461,8 @@ impl Source<'_> {
             add("ssm.inner_size", Datum::U32((n * heads) as u32));
         }
         if architecture.starts_with("granite") {
-            let turns = facts.get("position_embedding_type").and_then(Value::as_str) != Some("nope");
+            let turns =
+                facts.get("position_embedding_type").and_then(Value::as_str) != Some("nope");
             add("rope.scaling.finetuned", Datum::Bool(turns));
         }
         if let Some(slides) = is("sliding_attention").filter(|is| is.contains(&true)) {
