@@ -47,6 +47,8 @@ def test_version_and_help() -> None:
         ["run", "--no-such-option"],
         ["run", "tales-1m", "a", "b"],
         ["run", "-m", "tales-1m", "a", "b"],
+        ["run", "tales-1m", "-q", "int8", "a", "b"],
+        ["doctor", "again"],
         ["run", "--temperature", "hot", "a"],
         ["run", "tales-1m"],
         ["bench", "-p", "x"],
@@ -89,6 +91,7 @@ def test_run_the_embedded_model() -> None:
     assert done.stdout.endswith("\n")
     assert done.stdout == ferrule_cli("run", "tales-4m", STORY, "--seed", "1").stdout
     assert done.stdout == ferrule_cli("run", "-m", "tales-4m", STORY, "--seed", "1").stdout
+    assert done.stdout == ferrule_cli("run", "tales-4m", "--seed", "1", STORY).stdout
     assert done.stdout == ferrule_cli("run", "--seed", "1", input=STORY + "\n").stdout
 
 

@@ -120,6 +120,7 @@ def test_doctor_on_a_board_in_order(tmp_path: Path) -> None:
     write(tmp_path, PI | cpus(2_400_000))
     write(tmp_path, {"sys/kernel/mm/transparent_hugepage/enabled": "always [madvise] never\n"})
     write(tmp_path, {"proc/meminfo": "SwapTotal: 2000000 kB\nSwapFree: 2000000 kB\n"})
+    write(tmp_path, {"proc/loadavg": "0.05 0.10 0.20 1/100 4242\n"})
     found = states(tmp_path)
     assert "Raspberry Pi 5 Model B Rev 1.0: 4 x Cortex-A76" in found["cpu"].found
     assert found["clocks"] == doctor.Check(
@@ -131,6 +132,7 @@ def test_doctor_on_a_board_in_order(tmp_path: Path) -> None:
     assert found["huge pages"].state == found["swap"].state == "ok"
     assert found["versions"].state == "ok"
     assert "GB/s" in found["bandwidth"].found
+    assert found["bandwidth"].state == "ok"
     assert all(check.remedy == "" for check in found.values() if check.state == "ok")
     assert all(check.remedy for check in found.values() if check.state != "ok")
 
@@ -139,7 +141,10 @@ def test_doctor_on_a_board_in_trouble(tmp_path: Path) -> None:
     write(tmp_path, PI | cpus(600_000, governor="powersave"))
     write(tmp_path, {"sys/kernel/mm/transparent_hugepage/enabled": "always madvise [never]\n"})
     write(tmp_path, {"proc/meminfo": "SwapTotal: 2000000 kB\nSwapFree: 200000 kB\n"})
+    write(tmp_path, {"proc/loadavg": "9999.50 3.00 2.00 1/100 4242\n"})
     found = states(tmp_path)
+    assert found["bandwidth"].state == "warning"
+    assert "with 10000 other threads running" in found["bandwidth"].found
     assert found["clocks"].state == "warning"
     assert "performance" in found["clocks"].remedy
     assert found["huge pages"].state == "warning"

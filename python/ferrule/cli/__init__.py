@@ -17,7 +17,13 @@ from ..errors import FerruleError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's) and give the exit status."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, more = parser.parse_known_args(argv)
+    # argparse takes the words of a list in one place: those behind an option are left over.
+    if more and (not hasattr(args, "words") or any(word.startswith("-") for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        args.words += more
     try:
         status: int = args.run(args)
         sys.stdout.flush()

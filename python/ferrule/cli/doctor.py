@@ -200,19 +200,30 @@ def _swap(root: Path) -> Check:
     return Check("swap", "ok", found)
 
 
-def _bandwidth(_: Path) -> Check:
+def _bandwidth(root: Path) -> Check:
     threads, _why = _core.threads()
     available = _core.memory()[1]
     size = int(min(256e6, available / 4)) // 64 * 64
     if size < 32e6:
         remedy = "free some memory first"
         return Check("bandwidth", "warning", "too little memory is free to measure it", remedy)
+    busy = _busy(root)
     rate = _core.memory_bandwidth(threads, size)
-    return Check(
-        "bandwidth", "ok",
+    found = (
         f"{rate / GB:.1f} GB/s read from memory by {threads} threads: a model whose weights take "
-        f"1 GB generates at most {rate / GB:.0f} tokens/s",
-    )  # fmt: skip
+        f"1 GB generates at most {rate / GB:.0f} tokens/s"
+    )
+    if busy is not None:
+        found += f"; measured with {busy:.0f} other threads running"
+        return Check("bandwidth", "warning", found, "end other programs to see what it can do")
+    return Check("bandwidth", "ok", found)
+
+
+def _busy(root: Path) -> float | None:
+    """How many threads want to run, in the mean of the last minute, if that is half of the CPUs."""
+    load = re.match(r"[\d.]+", machine.text(root / "proc/loadavg") or "")
+    busy = float(load[0]) if load else 0.0
+    return busy if busy > (os.cpu_count() or 1) / 2 else None
 
 
 def _huge_pages(root: Path) -> Check:
@@ -343,6 +354,8 @@ def _cache(_: Path) -> Check:
             "held in memory", "set XDG_CACHE_HOME, or give weight_cache= a folder",
         )  # fmt: skip
     if free < 2 * GB:
-        remedy = f"rm {folder}/*.ferrule frees {size / GB:.1f} GB (they are made again when needed)"
+        remedy = "free some disk space, or set XDG_CACHE_HOME to a folder on a larger disk"
+        if packed:
+            remedy += f"; rm {folder}/*.ferrule frees {size / GB:.1f} GB (made again when needed)"
         return Check("cache", "warning", found, remedy)
     return Check("cache", "ok", found)
