@@ -1,8 +1,8 @@
 //! Which device a model is loaded onto, and what is said of it. Touches no driver unless CUDA is asked for.
 
-use crate::backend::cpu::{self, Cpu};
+use crate::backend::cpu::Cpu;
 #[cfg(feature = "cuda")]
-use crate::backend::{Backend, cuda::Cuda};
+use crate::backend::{Backend, cpu, cuda::Cuda};
 #[cfg(feature = "cuda")]
 use crate::model::{self, Offload, Planned};
 use crate::model::{GpuLayers, LoadOptions};
