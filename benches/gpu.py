@@ -12,8 +12,8 @@ its own, which may fail or hang without harm to the others:
   two machines.
 - end to end: tokens per second of models with random weights made on the device, batch 1, 8, 32 at
   depth 0, 1k, 8k, prompts of 512, 2k, 8k; joules per token by NVML, idle watts beside them.
-- products: each shape of a layer against the floor, which is the bytes of the matrix over the
-  bandwidth of a copy measured in the same run.
+- products, attention: each shape of a layer against the floor, which is the bytes of the matrix
+  (of keys and values) over the bandwidth of a copy measured in the same run.
 - peers: PyTorch's and transformers' bf16 figures on the same device, if they are there.
 
 Status 1 if something differs or fails. Without a device it says so and writes nothing.
@@ -264,6 +264,32 @@ def products(tell: Tell, late: Late) -> None:
     return None
 
 
+def attention(tell: Tell, late: Late) -> None:
+    """One generated token's attention over what is behind it: time, GB/s of keys and values."""
+    times, size = _core.cuda_time("copy", 1 << 30, 0, 0, 0, 20)
+    gb_per_s = 2e-3 * size / statistics.median(times)
+    tell("copy_gb_per_s", gb_per_s)
+    for name, heads, head_dim in (("8B", 32, 128), ("0.6B", 16, 128)):
+        for dtype in ("f16", "int8"):
+            for keys, sequences in ((1024, 1), (8192, 1), (32768, 1), (1024, 32), (8192, 8)):
+                if late():
+                    return tell("no_time_for", f"{name} {dtype} {keys} x {sequences}", many=True)
+                bytes_ = sequences * keys * 2 * 8 * head_dim * (2 if dtype == "f16" else 1)
+                sets = max(4, min(64, int(CACHES / bytes_)))
+                shape = [heads, 8, head_dim]
+                times, bytes_ = _core.cuda_time_attention(dtype, shape, sequences, keys, sets, 15)
+                us = statistics.median(times)
+                row = {"product": f"{name} attention over {keys}", "form": dtype, "us": us}
+                row |= {"tokens": sequences, "us_least": min(times), "us_most": max(times)}
+                row |= {"gb_per_s": 1e-3 * bytes_ / us, "of_floor": 1e-3 * bytes_ / us / gb_per_s}
+                tell(
+                    "rows",
+                    row | {"tera_ops": 4e-6 * sequences * keys * heads * head_dim / us},
+                    True,
+                )
+    return None
+
+
 def end_to_end(name: str, quantization: str, tell: Tell, late: Late) -> None:
     """Tokens per second and joules of a model whose weights are made on the device."""
     from ferrule import llm as module
@@ -424,6 +450,7 @@ PARTS: dict[str, tuple[Callable[[Tell, Late], None], float]] = {
     "0.6b": (functools.partial(end_to_end, "qwen3-0.6b", "int4"), 70),
     "models": (models, 110),
     "products": (products, 80),
+    "attention": (attention, 30),
     "8b-int8": (functools.partial(end_to_end, "llama-3.1-8b", "int8"), 50),
     "peers": (peers, 60),
 }

@@ -235,3 +235,38 @@ pub(super) fn cuda_time(
     };
     py.detach(time).map_err(super::raise(py))
 }
+
+/// Microseconds of samples of attention of one token of each of `sequences` with `keys` positions on a CUDA device, and the
+/// bytes of keys and values that it reads. For `benches/gpu.py`.
+#[pyfunction]
+pub(super) fn cuda_time_attention(
+    py: Python<'_>,
+    kv_cache_dtype: &str,
+    heads: [usize; 3],
+    sequences: usize,
+    keys: usize,
+    sets: usize,
+    samples: usize,
+) -> PyResult<(Vec<f32>, usize)> {
+    let time = || {
+        let dtype = super::named("kv_cache_dtype", kv_cache_dtype, &super::KV_DTYPES)?;
+        available()?;
+        if heads.contains(&0) || sequences == 0 || keys == 0 || sets == 0 {
+            return Err(Error::parameter("shape", 0, "at least 1"));
+        }
+        #[cfg(feature = "cuda")]
+        return Cuda::new(None, Cpu::new(1, None)?)?.time_attention(
+            dtype,
+            heads,
+            [sequences, keys],
+            sets,
+            samples,
+        );
+        #[cfg(not(feature = "cuda"))]
+        {
+            let _ = (dtype, samples);
+            Ok((Vec::new(), 0))
+        }
+    };
+    py.detach(time).map_err(super::raise(py))
+}

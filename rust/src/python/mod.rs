@@ -473,6 +473,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(facts::threads, module)?)?;
     module.add_function(wrap_pyfunction!(device::cuda_devices, module)?)?;
     module.add_function(wrap_pyfunction!(device::cuda_time, module)?)?;
+    module.add_function(wrap_pyfunction!(device::cuda_time_attention, module)?)?;
     module.add_function(wrap_pyfunction!(device::cuda_check, module)?)?;
     module.add_function(wrap_pyfunction!(facts::memory, module)?)?;
     module.add_function(wrap_pyfunction!(facts::memory_bandwidth, module)?)?;
