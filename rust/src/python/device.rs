@@ -147,10 +147,11 @@ pub(super) fn cuda(cuda: &Cuda, plan: &Planned) -> Machine {
     // Memory that is the computer's is not all for keys and values.
     let room = if info.integrated { room / 2 } else { room };
     let device = format!("cuda:{}", info.ordinal);
-    let Planned { gpu_layers, layers, border, .. } = *plan;
+    let Planned { gpu_layers, layers, border, held, .. } = *plan;
+    let others = if gpu_layers == layers { "the embedding is" } else { "the others are" };
     let note = format!(
-        "{gpu_layers} of {layers} layers and the head are on {device}, {} on the CPU, as its memory holds no more",
-        if gpu_layers == layers { "the embedding is" } else { "the others are" },
+        "{gpu_layers} of {layers} layers and the head are on {device}; {others} on the CPU, {:.2} GB of weights",
+        held as f64 / 1e9
     );
     Machine {
         isa: format!("sm_{major}{minor}"),

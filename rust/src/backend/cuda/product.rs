@@ -8,6 +8,7 @@ use crate::{Error, Result};
 const FEW: usize = 8;
 /// Bytes of tiles made at once on their way to the device, unless one is larger.
 const STAGE: usize = 16 << 20;
+
 /// What a product does to its output; the numbers are `Epilogue`'s.
 #[derive(Clone, Copy)]
 pub(super) enum Into {
