@@ -61,7 +61,7 @@ cuda:
     cargo clippy --no-default-features --features python -- -D warnings
 
 # On a machine with an NVIDIA GPU: correctness, speed against the floor, energy; writes gpu.json and gpu.md. Needs the
-# wheel and Python; says so and does nothing without a device.
+# wheel, Python and this folder; says so and does nothing without a device.
 gpu *args:
     python benches/gpu.py {{ args }}
 

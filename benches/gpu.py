@@ -12,8 +12,8 @@ its own, which may fail or hang without harm to the others:
   two machines.
 - end to end: tokens per second of models with random weights made on the device, batch 1, 8, 32 at
   depth 0, 1k, 8k, prompts of 512, 2k, 8k; joules per token by NVML, idle watts beside them.
-- products: each shape of a layer against the floor, which is the bytes of the matrix over the
-  bandwidth of a copy measured in the same run.
+- products, attention: each shape of a layer against the floor, which is the bytes of the matrix
+  (of keys and values) over the bandwidth of a copy measured in the same run.
 - peers: PyTorch's and transformers' bf16 figures on the same device, if they are there.
 
 Status 1 if something differs or fails. Without a device it says so and writes nothing.
@@ -182,9 +182,12 @@ def models(tell: Tell, late: Late) -> None:
     names += [str(p.parent) for p in sorted(GOLDENS.glob("*/tokenizer.json"))]
     names += [str(p.parent) for p in sorted(GOLDENS.glob("*/*.gguf"))]
     tell("different", [])
+    keep = LLM("tales-1m", device="cuda", progress=False)  # and with it the device's kernels
     for name in names:
-        short = Path(name).name
-        quantizations = [("none", "f32"), ("int8", "int8"), ("int4", "f16"), ("auto", "f16")]
+        short = "/".join(Path(name).parts[-2:])
+        quantizations = [("none", "f32"), ("int8", "int8"), ("int4", "f16")]
+        if any(part.startswith(("quant-", "gguf-")) for part in Path(name).parts):
+            quantizations = [("auto", "f16")]
         for quantization, kv in quantizations:
             if late():
                 tell("no_time_for", f"{short} {quantization}", many=True)
@@ -200,6 +203,7 @@ def models(tell: Tell, late: Late) -> None:
             for what in different:
                 tell("different", f"{short} {quantization} {kv}: {what}", many=True)
             tell("tested", f"{short} {quantization} {kv}", many=True)
+    keep.close()
 
 
 def compared(name: str, options: dict[str, Any]) -> list[str]:
@@ -260,6 +264,32 @@ def products(tell: Tell, late: Late) -> None:
     return None
 
 
+def attention(tell: Tell, late: Late) -> None:
+    """One generated token's attention over what is behind it: time, GB/s of keys and values."""
+    times, size = _core.cuda_time("copy", 1 << 30, 0, 0, 0, 20)
+    gb_per_s = 2e-3 * size / statistics.median(times)
+    tell("copy_gb_per_s", gb_per_s)
+    for name, heads, head_dim in (("8B", 32, 128), ("0.6B", 16, 128)):
+        for dtype in ("f16", "int8"):
+            for keys, sequences in ((1024, 1), (8192, 1), (32768, 1), (1024, 32), (8192, 8)):
+                if late():
+                    return tell("no_time_for", f"{name} {dtype} {keys} x {sequences}", many=True)
+                bytes_ = sequences * keys * 2 * 8 * head_dim * (2 if dtype == "f16" else 1)
+                sets = max(4, min(64, int(CACHES / bytes_)))
+                shape = [heads, 8, head_dim]
+                times, bytes_ = _core.cuda_time_attention(dtype, shape, sequences, keys, sets, 15)
+                us = statistics.median(times)
+                row = {"product": f"{name} attention over {keys}", "form": dtype, "us": us}
+                row |= {"tokens": sequences, "us_least": min(times), "us_most": max(times)}
+                row |= {"gb_per_s": 1e-3 * bytes_ / us, "of_floor": 1e-3 * bytes_ / us / gb_per_s}
+                tell(
+                    "rows",
+                    row | {"tera_ops": 4e-6 * sequences * keys * heads * head_dim / us},
+                    True,
+                )
+    return None
+
+
 def end_to_end(name: str, quantization: str, tell: Tell, late: Late) -> None:
     """Tokens per second and joules of a model whose weights are made on the device."""
     from ferrule import llm as module
@@ -279,7 +309,7 @@ def end_to_end(name: str, quantization: str, tell: Tell, late: Late) -> None:
             tell("weight_bytes", llm.info.weight_bytes)
             tell("kv_cache_bytes", llm.info.kv_cache_bytes)
             vocab = llm.info.vocab_size
-            tests: list[Callable[[], dict[str, Any]]] = []
+            tests: list[functools.partial[dict[str, Any]]] = []
             for depth, batch in ((0, 1), (0, 32), (1024, 1), (0, 8)):
                 tests.append(functools.partial(generated, llm, vocab, depth, batch))
             tests += [functools.partial(read, llm, vocab, tokens) for tokens in (2048, 512, 8192)]
@@ -287,13 +317,13 @@ def end_to_end(name: str, quantization: str, tell: Tell, late: Late) -> None:
             for depth, batch in ((8192, 1), (1024, 8), (1024, 32), (8192, 8), (8192, 32)):
                 tests.append(functools.partial(generated, llm, vocab, depth, batch))
             for test in tests:
+                what = " ".join(map(str, (test.func.__name__, *test.args[2:])))
                 if late():
-                    tell("no_time_for", " ".join(map(str, test.args[2:])), many=True)
+                    tell("no_time_for", what, many=True)
                     continue
                 try:
                     tell("rows", test(), many=True)
-                except ferrule.FerruleError as error:
-                    what = f"{test.func.__name__} {test.args[2:]}"
+                except Exception as error:  # the other rows are worth having
                     tell("failed", f"{what}: {type(error).__name__}: {error}", many=True)
 
 
@@ -420,6 +450,7 @@ PARTS: dict[str, tuple[Callable[[Tell, Late], None], float]] = {
     "0.6b": (functools.partial(end_to_end, "qwen3-0.6b", "int4"), 70),
     "models": (models, 110),
     "products": (products, 80),
+    "attention": (attention, 30),
     "8b-int8": (functools.partial(end_to_end, "llama-3.1-8b", "int8"), 50),
     "peers": (peers, 60),
 }

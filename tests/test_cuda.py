@@ -202,6 +202,50 @@ def test_plan(emulator: Path) -> None:
     assert "not one layer fits" in text(FAKE_MEMORY=str(RESERVE))
 
 
+def test_timing(emulator: Path) -> None:
+    """What benches/gpu.py asks for; the emulated clock always says 1 ms."""
+    program = """
+from ferrule import _core
+print(_core.cuda_time("copy", 4096, 0, 0, 0, 2))
+for form in ("int4", "int8", "bf16", "q4_k", "q6_k"):
+    print(_core.cuda_time(form, 96, 300, 3, 2, 2)[0], _core.cuda_time(form, 40, 64, 9, 1, 1)[0])
+print(_core.cuda_time_attention("int8", [4, 2, 64], 2, 70, 2, 2))
+"""
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(emulator)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("[", "("))]
+    assert lines[0] == "([1000.0, 1000.0], 4096)"
+    assert lines[1:6] == ["[500.0, 500.0] [1000.0]"] * 5
+    # Two sequences, two pages of 64 positions each, two heads of 64 with a scale, keys and values.
+    assert lines[6] == f"([500.0, 500.0], {2 * 2 * 64 * 2 * (64 + 4) * 2})"
+
+
+def test_random_weights(emulator: Path, tmp_path: Path) -> None:
+    """Weights made on the device: the matrices of the file are not read."""
+    program = """
+import sys
+from ferrule import _core
+options = dict(device=sys.argv[1], quantization="int4", random=True, context_length=64, max_batch=1)
+try:
+    engine = _core.Engine(sys.argv[2], **options)
+    request = engine.submit([1, 2, 3], max_tokens=4, temperature=0.0, ignore_eos=True)
+    while not (news := request.wait(None)) or not news.done:
+        pass
+    print("tokens", news.done.completion_tokens)
+    engine.close()
+except Exception as error:
+    print("error", error)
+"""
+    model = str(ROOT / "models/tales-1m")
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(emulator)}
+    for device, words in (("cuda", "tokens 4"), ("cpu", 'random weights are for device="cuda"')):
+        command = [sys.executable, "-c", program, device, model]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert words in done.stdout, done.stdout + done.stderr
+
+
 def test_doctor(emulator: Path) -> None:
     command = [sys.executable, "-m", "ferrule", "doctor", "--json", "--device", "cuda"]
     found = {}

@@ -19,6 +19,7 @@ __all__ = [
     "cuda_check",
     "cuda_devices",
     "cuda_time",
+    "cuda_time_attention",
     "describe",
     "evaluate",
     "export",
@@ -226,5 +227,13 @@ def threads() -> tuple[int, str]: ...
 def cuda_check(device: str) -> tuple[int, list[str]]: ...
 def cuda_time(
     form: str, n: int, k: int, tokens: int, sets: int, samples: int
+) -> tuple[list[float], int]: ...
+def cuda_time_attention(
+    kv_cache_dtype: str,
+    heads: Sequence[int],
+    sequences: int,
+    keys: int,
+    sets: int,
+    samples: int,
 ) -> tuple[list[float], int]: ...
 def cuda_devices() -> tuple[list[tuple[int, str, str, int]], str]: ...

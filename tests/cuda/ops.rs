@@ -150,6 +150,12 @@ fn every_operation() {
         b.cuda.embed(&table.1, &[49, 0, 17], 1.5, &mut out.1);
         b.same(&format!("{form:?} embed"), &out);
     }
+    // More than goes to the device at once.
+    let w = b.matrix(Form::Q8, 4200, 4360, false);
+    let (x, mut out) = (b.rows(1, 4360), b.empty());
+    b.cpu.linear(&w.0, None, &x.0, &mut out.0);
+    b.cuda.linear(&w.1, None, &x.1, &mut out.1);
+    b.same("a matrix of 18 MB", &out);
     for (rows, width) in [(1, 300), (5, 96), (2, 1100)] {
         let (x, gain, bias, w) = (
             b.rows(rows, width),

@@ -1,8 +1,8 @@
 //! Which device a model is loaded onto, and what is said of it. Touches no driver unless CUDA is asked for.
 
-use crate::backend::cpu::{self, Cpu};
+use crate::backend::cpu::Cpu;
 #[cfg(feature = "cuda")]
-use crate::backend::{Backend, cuda::Cuda};
+use crate::backend::{Backend, cpu, cuda::Cuda};
 #[cfg(feature = "cuda")]
 use crate::model::{self, Offload, Planned};
 use crate::model::{GpuLayers, LoadOptions};
@@ -147,10 +147,11 @@ pub(super) fn cuda(cuda: &Cuda, plan: &Planned) -> Machine {
     // Memory that is the computer's is not all for keys and values.
     let room = if info.integrated { room / 2 } else { room };
     let device = format!("cuda:{}", info.ordinal);
-    let Planned { gpu_layers, layers, border, .. } = *plan;
+    let Planned { gpu_layers, layers, border, held, .. } = *plan;
+    let others = if gpu_layers == layers { "the embedding is" } else { "the others are" };
     let note = format!(
-        "{gpu_layers} of {layers} layers and the head are on {device}, {} on the CPU, as its memory holds no more",
-        if gpu_layers == layers { "the embedding is" } else { "the others are" },
+        "{gpu_layers} of {layers} layers and the head are on {device}; {others} on the CPU, {:.2} GB of weights",
+        held as f64 / 1e9
     );
     Machine {
         isa: format!("sm_{major}{minor}"),
@@ -232,6 +233,41 @@ pub(super) fn cuda_time(
     let time = || {
         let _ = (form, n, k, tokens, sets, samples);
         available().map(|()| (Vec::new(), 0))
+    };
+    py.detach(time).map_err(super::raise(py))
+}
+
+/// Microseconds of samples of attention of one token of each of `sequences` with `keys` positions on a CUDA device, and the
+/// bytes of keys and values that it reads. For `benches/gpu.py`.
+#[pyfunction]
+pub(super) fn cuda_time_attention(
+    py: Python<'_>,
+    kv_cache_dtype: &str,
+    heads: [usize; 3],
+    sequences: usize,
+    keys: usize,
+    sets: usize,
+    samples: usize,
+) -> PyResult<(Vec<f32>, usize)> {
+    let time = || {
+        let dtype = super::named("kv_cache_dtype", kv_cache_dtype, &super::KV_DTYPES)?;
+        available()?;
+        if heads.contains(&0) || sequences == 0 || keys == 0 || sets == 0 {
+            return Err(Error::parameter("shape", 0, "at least 1"));
+        }
+        #[cfg(feature = "cuda")]
+        return Cuda::new(None, Cpu::new(1, None)?)?.time_attention(
+            dtype,
+            heads,
+            [sequences, keys],
+            sets,
+            samples,
+        );
+        #[cfg(not(feature = "cuda"))]
+        {
+            let _ = (dtype, samples);
+            Ok((Vec::new(), 0))
+        }
     };
     py.detach(time).map_err(super::raise(py))
 }

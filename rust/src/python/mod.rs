@@ -5,23 +5,22 @@ mod convert;
 mod device;
 mod driver;
 mod facts;
+mod load;
 mod matrix;
 mod quality;
 mod quantize;
 mod watch;
 
-use crate::backend::Backend;
-use crate::backend::cpu::{self, Tiles};
-#[cfg(feature = "cuda")]
-use crate::backend::cuda::{Cuda, Split};
-use crate::chat::{ChatTemplate, special_tokens};
+use crate::backend::cpu::Tiles;
+use crate::chat::ChatTemplate;
 use crate::engine::{self, EngineConfig};
-use crate::model::{self, Forward, GpuLayers, KvDtype, LoadOptions, Model, Quantization, Wish};
+use crate::model::{self, GpuLayers, KvDtype, LoadOptions, Quantization};
 use crate::sample::Sampling;
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 use convert::{Processor, count, exception};
 use driver::{Inbox, Ticket};
+use load::{Options, load_and_drive};
 use pyo3::prelude::*;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -86,13 +85,6 @@ struct Engine {
     template: Option<ChatTemplate>,
     info: Info,
     pid: u32,
-}
-
-/// What the loading thread hands back before it begins to serve.
-struct Loaded {
-    tokenizer: Arc<Tokenizer>,
-    template: Option<ChatTemplate>,
-    info: Info,
 }
 
 #[pymethods]
@@ -467,128 +459,6 @@ fn raise(py: Python<'_>) -> impl Fn(Error) -> PyErr {
     move |error| exception(py, &error)
 }
 
-/// Keywords of `Engine`.
-struct Options {
-    device: device::Wanted,
-    load: LoadOptions,
-    engine: EngineConfig,
-    kv_bytes: Option<u64>,
-    context_length: Option<usize>,
-    gpu_layers: GpuLayers,
-    chat_template: Option<String>,
-    eos: Vec<u32>,
-}
-
-/// Opens what `folder` has, reports to `sender`, and serves until the inbox is closed.
-fn load_and_drive(
-    folder: &Path,
-    options: Options,
-    sender: &mpsc::Sender<Result<Loaded>>,
-    inbox: &Inbox,
-) {
-    let Options { load, context_length, kv_bytes, gpu_layers, .. } = &options;
-    let (context_length, kv_bytes, gpu_layers) = (*context_length, *kv_bytes, *gpu_layers);
-    let asked = device::Asked { folder, load, context_length, kv_bytes, gpu_layers };
-    let because = match options.device.target(&asked) {
-        Ok(device::Target::Cpu(because)) => because,
-        #[cfg(feature = "cuda")]
-        Ok(device::Target::Cuda(cuda, plan)) => {
-            return match plan.border {
-                None => {
-                    let load = |load| model::load_onto(folder, *cuda, load);
-                    let machine = |cuda: &Cuda| device::cuda(cuda, &plan);
-                    serve(folder, options, load, machine, None, String::new(), sender, inbox);
-                }
-                Some(border) => {
-                    let load = |load| model::load_onto(folder, Split::new(*cuda, border), load);
-                    let machine = |split: &Split| device::cuda(split.cuda(), &plan);
-                    serve(folder, options, load, machine, None, String::new(), sender, inbox);
-                }
-            };
-        }
-        Err(error) => return drop(sender.send(Err(error))),
-    };
-    let (load, available) = (|load| model::load(folder, load), Some(cpu::memory().available));
-    serve(folder, options, load, device::cpu, available, because, sender, inbox);
-}
-
-fn serve<B: Backend>(
-    folder: &Path,
-    options: Options,
-    load: impl FnOnce(LoadOptions) -> Result<Model<B>>,
-    machine: impl FnOnce(&B) -> device::Machine,
-    available: Option<u64>,
-    because: String,
-    sender: &mpsc::Sender<Result<Loaded>>,
-    inbox: &Inbox,
-) {
-    match open(folder, options, load, machine, available, because) {
-        Ok((engine, loaded)) => {
-            // Nobody may wait for it any more: then the inbox is closed, and nobody comes.
-            let _ = sender.send(Ok(loaded));
-            driver::drive(engine, inbox);
-        }
-        Err(error) => drop(sender.send(Err(error))),
-    }
-}
-
-fn open<B: Backend>(
-    folder: &Path,
-    options: Options,
-    load_model: impl FnOnce(LoadOptions) -> Result<Model<B>>,
-    machine: impl FnOnce(&B) -> device::Machine,
-    available: Option<u64>,
-    device_because: String,
-) -> Result<(engine::Engine<Model<B>>, Loaded)> {
-    let Options { load, mut engine, kv_bytes, context_length, chat_template, mut eos, .. } =
-        options;
-    let kv_dtype = load.kv_dtype;
-    // Small files first: what they lack shows before the weights are read.
-    let tokenizer = Arc::new(Tokenizer::open(folder)?);
-    let template = match chat_template {
-        Some(source) => Some(ChatTemplate::new(&source, special_tokens(folder)?)?),
-        None => ChatTemplate::open(folder)?,
-    };
-    let cache = load.cache_dir.is_some();
-    let wish = Wish { cache, context_length, kv_bytes, max_batch: engine.max_batch };
-    // A device has memory of its own, and says itself when it is short.
-    let budget =
-        available.map(|available| model::describe(folder, &load)?.budget(&wish, available));
-    let budget = budget.transpose()?;
-    let model = Arc::new(load_model(load)?);
-    let device::Machine { device, isa, threads, free, gpu_layers, mut notes } =
-        machine(&model.backend);
-    notes.extend(budget.iter().flat_map(|budget| budget.notes.clone()));
-    if eos.is_empty() {
-        eos.extend(tokenizer.ends());
-    }
-    let spec = &model.spec;
-    engine.context_length = context_length.unwrap_or(spec.context_length);
-    engine.kv_bytes = budget.as_ref().map_or(kv_bytes.unwrap_or(free), |budget| budget.kv_bytes);
-    let driven = engine::Engine::new(model.clone(), tokenizer.clone(), eos, engine)?;
-    let pages = driven.stats().pages.into_iter().zip(model.kv_groups());
-    let info = Info {
-        architecture: spec.architecture.clone(),
-        parameters: spec.parameters().0,
-        active_parameters: spec.parameters().1,
-        quantization: model.form(),
-        weight_bytes: model.weight_bytes(),
-        layers: spec.layers.len(),
-        vocab_size: spec.vocab,
-        context_length: driven.context_length(),
-        chat_template: template.is_some(),
-        kv_cache_dtype: KV_DTYPES.iter().find(|(_, d)| *d == kv_dtype).map_or("", |(name, _)| name),
-        kv_cache_bytes: pages.map(|(n, group)| (n.total * group.page_bytes) as u64).sum(),
-        device,
-        gpu_layers,
-        device_because,
-        isa,
-        threads,
-        notes,
-    };
-    Ok((driven, Loaded { tokenizer, template, info }))
-}
-
 /// JSON text that Python wrote.
 fn parsed<T: DeserializeOwned>(field: &'static str, text: &str, expected: &str) -> Result<T> {
     serde_json::from_str(text).map_err(|error| Error::parameter(field, error, expected))
@@ -612,6 +482,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(facts::threads, module)?)?;
     module.add_function(wrap_pyfunction!(device::cuda_devices, module)?)?;
     module.add_function(wrap_pyfunction!(device::cuda_time, module)?)?;
+    module.add_function(wrap_pyfunction!(device::cuda_time_attention, module)?)?;
     module.add_function(wrap_pyfunction!(device::cuda_check, module)?)?;
     module.add_function(wrap_pyfunction!(facts::memory, module)?)?;
     module.add_function(wrap_pyfunction!(facts::memory_bandwidth, module)?)?;

@@ -2,7 +2,7 @@
 
 use super::device::Memory;
 use super::{Buf, Cuda, Into, Mat, pack};
-use crate::backend::{Backend, Form, Part, Parts};
+use crate::backend::{Attention, Backend, Form, KvDtype, KvLayer, PAGE, Part, Parts, Span};
 use crate::{Error, Result};
 
 impl Cuda {
@@ -41,6 +41,58 @@ impl Cuda {
             times.push(self.device.timed(&mut all)? * 1000.0 / sets as f32);
         }
         Ok((times, bytes))
+    }
+
+    /// Microseconds of attention of one generated token of each of `sequences` with `keys` positions behind it, and the
+    /// bytes of keys and values that it reads; for each sample the mean over `sets` layers.
+    pub fn time_attention(
+        &self,
+        dtype: KvDtype,
+        [heads, kv_heads, head_dim]: [usize; 3],
+        [sequences, keys]: [usize; 2],
+        sets: usize,
+        samples: usize,
+    ) -> Result<(Vec<f32>, usize)> {
+        let how = Attention {
+            heads,
+            kv_heads,
+            head_dim,
+            latent: None,
+            scale: 0.1,
+            clip: None,
+            softcap: None,
+            window: None,
+            query_growth: None,
+            queries_only: false,
+            rope_interleaved: false,
+        };
+        let each = (keys + 1).div_ceil(PAGE);
+        let layer = KvLayer { pages: each * sequences, heads: kv_heads, head_dim, values: true };
+        let mut kv = self.kv(dtype, &vec![layer; sets])?;
+        // Pages of the sequences take turns, as they do where all grow at once.
+        let table = |s| (0..each).map(|p| (p * sequences + s) as u32).collect::<Vec<u32>>();
+        let tables: Vec<_> = (0..sequences).map(table).collect();
+        let spans: Vec<_> = tables
+            .iter()
+            .enumerate()
+            .map(|(first_row, table)| Span { first_row, len: 1, start: keys, table })
+            .collect();
+        let row: Vec<f32> =
+            (0..sequences * how.qkv_width()).map(|i| (i % 97) as f32 / 97.0).collect();
+        let (mut qkv, mut out) = (self.upload(&row, how.qkv_width()), Buf::new(&self.device));
+        let mut all = || {
+            for layer in 0..sets {
+                self.rotate(&mut qkv, &how, None, None, &mut kv, layer, &spans);
+                self.attention(&qkv, &how, None, &kv, layer, &spans, &mut out);
+            }
+        };
+        for _ in 0..2 {
+            all();
+            self.device.finish()?;
+        }
+        let times = (0..samples).map(|_| Ok(self.device.timed(&mut all)? * 1000.0 / sets as f32));
+        let bytes = sequences * each * layer.page_bytes(dtype);
+        Ok((times.collect::<Result<_>>()?, bytes))
     }
 
     /// A random matrix made on the device: 32 rows that come again and again.

@@ -3,7 +3,6 @@
 
 mod build;
 mod config;
-#[cfg(feature = "cuda")]
 mod cuda;
 mod family;
 mod gemma;
