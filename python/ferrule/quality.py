@@ -14,7 +14,6 @@ from .llm import cache_dir
 from .progress import Steps
 
 Quantization = Literal["auto", "int4", "int8", "none"]
-Format = Literal["auto", "int4", "int5", "int6", "int8", "none"]
 
 
 class Estimate(NamedTuple):
