@@ -395,7 +395,7 @@ fn quantized_weights_give_nearly_the_same_distribution() {
             let most = match quantization {
                 Quantization::None => continue,
                 Quantization::Int8 => 0.6,
-                Quantization::Int4 => 6.0,
+                Quantization::Int4 | Quantization::Int5 | Quantization::Int6 => 6.0,
                 Quantization::Auto => 0.06, // activations are rounded, weights hardly
             };
             let rows = exact.iter().zip(run(quantization));
