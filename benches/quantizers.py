@@ -24,7 +24,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -108,12 +107,10 @@ def measure(name: str, binaries: Path, work: Path, threads: int) -> list[dict[st
     run(sys.executable, str(Path(__file__).parent / "to_gguf.py"), str(folder), str(whole), "--f32")
     window = ["-c", str(context), "-b", str(context), "-t", str(threads)]
     read = ["-m", str(whole), "-f", str(calibration), "-o", str(matrix)]
-    began = time.monotonic()
     if not matrix.exists():
         run(str(binaries / "llama-imatrix"), *read, *window)
     quantize = [str(binaries / "llama-quantize"), "--imatrix", str(matrix), str(whole)]
     run(*quantize, str(theirs), "Q4_K_M")
-    seconds = time.monotonic() - began
     tensors = gguf.GGUFReader(theirs).tensors
     parameters = sum(int(t.n_elements) for t in tensors)
     size = sum(int(t.n_bytes) for t in tensors)
@@ -123,14 +120,13 @@ def measure(name: str, binaries: Path, work: Path, threads: int) -> list[dict[st
             types[t.tensor_type.name] += int(t.n_elements)
     kinds = ", ".join(f"{kind} {n / types.total():.0%}" for kind, n in types.most_common())
     rows = [row(name, "llama.cpp Q4_K_M, imatrix", folder, theirs, context, text)]
-    rows[0] |= {"bits": 8 * size / parameters, "types": kinds, "seconds": seconds}
+    rows[0] |= {"bits": 8 * size / parameters, "types": kinds}
 
     ours = work / f"{name}-ferrule"
     shutil.rmtree(ours, ignore_errors=True)
     # What is no matrix counts, too: it is stored as in the source.
     source = header(folder / "model.safetensors")
     vectors = sum(sizes(t) for t in source.values() if len(t["shape"]) == 1)
-    began = time.monotonic()
     ferrule.quantize(
         folder,
         ours,
@@ -140,7 +136,6 @@ def measure(name: str, binaries: Path, work: Path, threads: int) -> list[dict[st
         weight_cache=False,
         progress=False,
     )
-    seconds = time.monotonic() - began
     stored = header(ours / "model.safetensors")
     forms = Counter[str]()
     for tensor, what in stored.items():
@@ -149,7 +144,7 @@ def measure(name: str, binaries: Path, work: Path, threads: int) -> list[dict[st
     kinds = ", ".join(f"{form} {n / forms.total():.0%}" for form, n in forms.most_common())
     rows.append(row(name, "ferrule --bits", folder, ours, context, text))
     bits = 8 * sum(map(sizes, stored.values())) / parameters
-    rows[1] |= {"bits": bits, "types": kinds, "seconds": seconds}
+    rows[1] |= {"bits": bits, "types": kinds}
     rows[1]["over"] = rows[1]["kl"] / rows[0]["kl"]
     return rows
 
@@ -196,15 +191,15 @@ def run(*command: str) -> None:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table."""
     lines = [
-        "| model | quantizer | bits a weight | KL | rel. to | same top token | seconds | types |",
-        "|---|---|--:|--:|--:|--:|--:|---|",
+        "| model | quantizer | bits a weight | KL | rel. to | same top token | types |",
+        "|---|---|--:|--:|--:|--:|---|",
     ]
     for row in rows:
         over = f"{row['over']:.2f}" if "over" in row else ""
         lines.append(
             f"| {row['model']} | {row['by']} | {row['bits']:.3f} "
             f"| {row['kl']:.5f} ({row['kl_low']:.5f} to {row['kl_high']:.5f}) | {over} "
-            f"| {row['same_top']:.1%} | {row['seconds']:.0f} | {row['types']} |"
+            f"| {row['same_top']:.1%} | {row['types']} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -116,7 +116,7 @@ fn more_bits_have_less_noise() {
 fn factor(k: usize, seed: u32) -> Vec<f32> {
     let mut m = noise(k * k, seed);
     for i in 0..k {
-        m[i * k + i] = 4.0 + m[i * k + i];
+        m[i * k + i] += 4.0;
     }
     m
 }

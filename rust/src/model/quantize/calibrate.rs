@@ -1,8 +1,8 @@
 //! Runs the unquantized model over a text: what its matrices are multiplied by, and what it costs to round one of them.
 
 use super::super::weights::{Plan, Reader};
-use super::mixed;
 use super::super::{Forward, LoadOptions, Model, Quantization, Sequence, Wanted, forward};
+use super::mixed;
 use crate::backend::cpu::{Cpu, Inputs, Mat, topology};
 use crate::model::spec::Spec;
 use crate::{Error, Result};
