@@ -146,7 +146,7 @@ fn uneven(x: &[f32], b: &mut [u8]) -> bool {
         if x - low <= high - x { above - 1 } else { above }
     };
     let top = f32::from(UNEVEN[0]).abs();
-    let d = scale(&x[..], top, rounded, |x| f32::from(UNEVEN[nearest(x)]));
+    let d = scale(x, top, rounded, |x| f32::from(UNEVEN[nearest(x)]));
     let (d, fits) = half(d, &mut b[..2]);
     let inv = inverse(d);
     codes(&mut b[2..], false, |i| nearest(x[i] * inv) as u8);

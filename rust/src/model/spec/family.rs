@@ -333,7 +333,10 @@ impl Family {
 
     /// How GGUF files have the models of a family: what the family itself says, or else the nearest of its bases that
     /// GGUF has a name for. With its table `[gguf]`, bases merged in.
-    pub(super) fn for_gguf(text: &str, source: &str) -> Result<Option<(Family, Map<String, Value>)>> {
+    pub(super) fn for_gguf(
+        text: &str,
+        source: &str,
+    ) -> Result<Option<(Family, Map<String, Value>)>> {
         let (mut text, mut source) = (text.to_owned(), source.to_owned());
         for _ in 0..8 {
             let family = Family::parse(&text, &source, Format::Gguf);

@@ -27,9 +27,9 @@ pub use names::{Names, Weight};
 pub use place::Slice;
 pub use quantized::{Quantized, Scheme, Spread};
 pub use recurrent::Recurrent;
-pub use to_gguf::Said;
 use serde::Deserialize;
 use std::collections::BTreeMap;
+pub use to_gguf::Said;
 
 /// Kind of norm. `Rms`: `x / sqrt(mean(x^2) + eps) * w` (Zhang and Sennrich 2019). `Layer`:
 /// `(x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * w + bias?` (Ba et al. 2016).

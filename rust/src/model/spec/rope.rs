@@ -254,7 +254,8 @@ impl Base<'_> {
 
 /// The base that a rule with alpha (Hunyuan) makes of one.
 pub(super) fn scaled_theta(theta: f64, dim: usize, rule: Option<&Map<String, Value>>) -> f64 {
-    let alpha = rule.filter(|rule| rule.get("type").or(rule.get("rope_type")) == Some(&"dynamic".into()));
+    let alpha =
+        rule.filter(|rule| rule.get("type").or(rule.get("rope_type")) == Some(&"dynamic".into()));
     let d = dim as f64;
     match alpha.and_then(|rule| rule.get("alpha")?.as_f64()) {
         Some(alpha) => theta * libm::pow(alpha, d / (d - 2.0)),
