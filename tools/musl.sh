@@ -2,7 +2,7 @@
 # The musllinux wheel in an environment of its own kind: a Python that is linked with musl (built once, cpython.sh), whose
 # pip chooses and installs it with PyPI's musllinux wheels of what it needs. The embedded models must give their golden
 # ids and logits, and the same bits as the package of this machine gives, byte by byte. On x86-64 Debian, as root.
-# usage: tools/musl.sh [PYTHON of this machine that has ferrule, pip, maturin, ziglang]
+# usage: tools/musl.sh [PYTHON of this machine that has ferrule, pip, maturin, ziglang] [WHEEL, built by default]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath -s "${1:-$(command -v python3)}")
@@ -11,7 +11,12 @@ mkdir -p "$work"
 work=$(realpath "$work")
 interpreter=$(tools/cpython.sh "$work" musl)/bin/python3
 rm -rf "$work/musl-wheels" "$work/musl-env"
-WHEELS=$work/musl-wheels tools/wheels.sh x86_64-unknown-linux-musl
+if [ $# -gt 1 ]; then
+    mkdir "$work/musl-wheels"
+    cp "$2" "$work/musl-wheels/"
+else
+    WHEELS=$work/musl-wheels tools/wheels.sh x86_64-unknown-linux-musl
+fi
 # That Python has no TLS, so this one's pip downloads.
 "$python" -m pip download --quiet --dest "$work/musl-wheels" --only-binary=:all: --python-version 3.13 \
     --platform musllinux_1_2_x86_64 --platform musllinux_1_1_x86_64 pytest "$work"/musl-wheels/ferrule-*.whl

@@ -1,8 +1,9 @@
 #!/bin/bash
 # The installed package on emulated x86-64 CPUs that lack what the faster kernel sets need: it must not meet a refused
 # instruction, must choose the set that the CPU has, and must compute the same bits as on this machine.
-# QEMU has no AVX-512; it leaves it out of Skylake-Server, so that this stands for AVX2 again. What a CPU with AVX-512
-# but without VNNI gets is checked by tests/test_features.py.
+# QEMU has no AVX-512; it leaves it out of Skylake-Server, so that this stands for AVX2 again. A CPU with AVX-512 but
+# without VNNI: that it gets avx2 is a row of kernels/tests/choice.rs, that no set uses what it does not ask for is
+# tests/test_features.py, and that avx2 runs where AVX-512 is refused is Haswell here.
 # usage: tools/x86/test.sh [PYTHON that has ferrule, by default target/clean/bin/python]; gets QEMU from apt (root)
 set -euo pipefail
 cd "$(dirname "$0")/../.."

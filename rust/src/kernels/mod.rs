@@ -122,6 +122,7 @@ pub fn cpu_features() -> Vec<&'static str> {
 
 /// Every feature that a set of this build may name in `needs`, and whether this CPU has it.
 fn detect() -> Vec<(&'static str, bool)> {
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     macro_rules! has {
         ($detected:ident: $($name:tt)*) => {
             vec![$(($name, std::arch::$detected!($name))),*]
