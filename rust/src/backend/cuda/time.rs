@@ -103,15 +103,22 @@ impl Cuda {
             // About 0.02, as weights are.
             ((state >> 8) as f32 / (1 << 23) as f32 - 1.0) * 0.035
         };
-        let rows: Vec<u8> = (0..32 * k).flat_map(|_| next().to_le_bytes()).collect();
-        let parts = vec![Part::floats(Form::F32, 32, k, &rows)];
-        let parts = Parts { parts, k, interleaved: false };
         // Of a grouped form any numbers of int4 do: the time does not depend on them.
-        let stored = if matches!(form, Form::Grouped(_)) { Form::Q4 } else { form };
-        let packed = self.packer().pack(stored, &parts)?;
+        let made = if matches!(form, Form::Grouped(_)) { Form::Q4 } else { form };
+        let stored = if made.is_quantized() { Form::F32 } else { made };
+        let rows: Vec<u8> = (0..32 * k)
+            .flat_map(|_| match stored {
+                Form::F16 => half::f16::from_f32(next()).to_le_bytes().to_vec(),
+                Form::Bf16 => half::bf16::from_f32(next()).to_le_bytes().to_vec(),
+                _ => next().to_le_bytes().to_vec(),
+            })
+            .collect();
+        let parts = vec![Part::floats(stored, 32, k, &rows)];
+        let parts = Parts { parts, k, interleaved: false };
+        let packed = self.packer().pack(made, &parts)?;
         let packed = packed.map_err(|_| Error::Internal("random numbers".into()))?;
-        let mut tile = vec![0; pack::bytes(stored, 32, k).unwrap_or(0)];
-        pack::tiles(stored, k, packed.bytes(), &mut tile);
+        let mut tile = vec![0; pack::bytes(made, 32, k).unwrap_or(0)];
+        pack::tiles(made, k, packed.bytes(), &mut tile);
         let bytes = pack::bytes(form, n, k).ok_or_else(|| {
             Error::Unsupported(format!("{} weights do not run on CUDA yet", form.name()))
         })?;
