@@ -371,6 +371,28 @@ fn layers_that_were_cut_out_are_not_missed() {
 }
 
 #[test]
+fn weights_that_a_form_cannot_hold_are_errors() {
+    let (place, source) = (Folder::new(), root("models/tales-1m"));
+    fs::copy(source.join("config.json"), place.0.join("config.json")).unwrap();
+    for (weight, form, expected) in [
+        (1e30, Quantization::Int5, "too large for int5"),
+        (1e30, Quantization::Int6, "too large for int6"),
+        (f32::NAN, Quantization::Int6, "not finite"),
+        (f32::INFINITY, Quantization::Int4, "not finite"),
+    ] {
+        let mut all = tensors();
+        let down = "model.layers.1.mlp.down_proj.weight";
+        let (_, _, values) = all.iter_mut().find(|(name, ..)| name == down).unwrap();
+        values[700] = weight;
+        checkpoint(&place.0, &all);
+        let out = place.0.join("out");
+        let error = write(&place.0, &out, how(form)).unwrap_err().to_string();
+        assert!(error.contains(down) && error.contains(expected), "{error}");
+        assert!(!out.exists());
+    }
+}
+
+#[test]
 fn pruned_weights_stay_zero() {
     // Of each four weights in a row the two smallest are zero (2:4), in every other layer whole blocks of 16 by 16.
     let place = Folder::new();

@@ -140,7 +140,15 @@ impl Reader<'_> {
         });
         let parts = parts.collect();
         let parts = Parts { parts, k: plan.k, interleaved: plan.interleaved };
-        work(&parts).map_err(|(p, row, column)| self.not_finite(&plan.parts[p].0, row, column))?;
+        work(&parts).map_err(|(p, row, column)| {
+            let place = &plan.parts[p].0;
+            if !matches!(plan.form, Form::INT5 | Form::INT6) {
+                return self.not_finite(place, row, column);
+            }
+            let (at, form) = (place.index(row, column), plan.form.name());
+            let what = format!("found a number near it that is not finite or too large for {form}");
+            Error::format(self.folder, format!("tensor `{}`{at:?}: {what}", place.tensor))
+        })?;
         sources.iter().flat_map(|(tensors, _)| tensors).for_each(|t| self.checkpoint.release(t));
         Ok(())
     }
