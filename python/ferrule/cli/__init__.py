@@ -215,7 +215,8 @@ def _parser() -> argparse.ArgumentParser:
 def _rule(text: str) -> tuple[str, str]:
     pattern, _, form = text.rpartition("=")
     if not pattern or form not in [*_FORMATS, *_GGUF]:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected PATTERN=FORMAT")
+        forms = ", ".join([*_FORMATS, *_GGUF])
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected PATTERN= one of {forms}")
     return pattern, form
 
 
