@@ -121,7 +121,7 @@ mod tests {
         assert_eq!(choose(&sizes, &costs, 99), [0, 0, 3]);
         assert_eq!(choose(&sizes, &costs, 100), [1, 0, 0]);
         assert_eq!(choose(&sizes, &costs, 200), [2, 0, 0]);
-        assert_eq!(choose(&sizes, &costs, 1100), [1, 1, 0]);
+        assert_eq!(choose(&sizes, &costs, 1200), [2, 1, 0]);
         assert_eq!(choose(&sizes, &costs, u64::MAX), [3, 3, 3]);
     }
 }
