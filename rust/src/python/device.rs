@@ -94,7 +94,9 @@ fn on_cuda(ordinal: Option<usize>, asked: &Asked<'_>) -> Result<Target> {
     Ok(Target::Cuda(Box::new(cuda), plan))
 }
 #[cfg(not(feature = "cuda"))]
-fn on_cuda(_: Option<usize>, _: &Asked<'_>) -> Result<Target> {
+fn on_cuda(_: Option<usize>, asked: &Asked<'_>) -> Result<Target> {
+    let Asked { folder, load, context_length, kv_bytes, .. } = asked;
+    let _ = (folder, load, context_length, kv_bytes);
     available().map(|()| Target::Cpu(String::new()))
 }
 
