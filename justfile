@@ -82,7 +82,7 @@ wheel:
 
 # Every fuzz target for so many seconds (60), two at a time; a C++ compiler builds libFuzzer.
 fuzz *args:
-    tools/fuzz.sh {{ args }}
+    if command -v c++ > /dev/null; then tools/fuzz.sh {{ args }}; else echo "not here: libFuzzer needs a C++ compiler"; fi
 
 # The ARM kernel sets under emulation (Debian on x86-64, as root; see tools/arm/README.md).
 arm *args:
