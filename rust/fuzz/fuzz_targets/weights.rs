@@ -30,6 +30,7 @@ fn pack() {
     let rule = Rule { pattern: "*embed_tokens*".to_owned(), form: Quantization::Int8 };
     let how = Quantize {
         format: Quantization::Int4,
+        bits: None,
         rules: vec![rule],
         calibration: Vec::new(),
         load: LoadOptions { threads: Some(1), ..LoadOptions::default() },

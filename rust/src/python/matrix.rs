@@ -136,7 +136,7 @@ impl Trial {
     #[new]
     fn new(py: Python<'_>, n: usize, k: usize) -> PyResult<Trial> {
         let make = || {
-            let size = n.checked_mul(k).filter(|&size| size > 0 && size <= 1 << 36);
+            let size = n.checked_mul(k).filter(|&size| size > 0 && size as u64 <= 1 << 36);
             if size.is_none() {
                 return Err(Error::parameter("shape", format!("[{n}, {k}]"), "1 to 2^36 weights"));
             }
