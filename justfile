@@ -84,7 +84,7 @@ wheel:
 fuzz *args:
     if command -v c++ > /dev/null; then tools/fuzz.sh {{ args }}; else echo "not here: libFuzzer needs a C++ compiler"; fi
 
-# The ARM kernel sets under emulation (Debian on x86-64, as root; see tools/arm/README.md).
+# The ARM kernel sets under emulation (Debian on x86-64, as root; see tools/arm/README.md); `whole`: all Rust tests.
 arm *args:
     tools/arm/test.sh {{ args }}
 
@@ -93,9 +93,15 @@ emulated:
     if [ "$(id -u)" = 0 ] && [ "$(uname -sm)" = "Linux x86_64" ]; then tools/x86/test.sh; \
     else echo "not here: needs x86-64 Debian and root for QEMU"; fi
 
-# An aarch64 wheel in an aarch64 Python under emulation (as `arm`).
-arm-python:
-    tools/arm/python.sh
+# Wheels in a Python of their own kind under emulation (as `arm`): aarch64, armv7, or both.
+arm-python *kinds: build
+    pip install --quiet maturin ziglang auditwheel
+    tools/arm/python.sh {{ kinds }}
+
+# A wheel in a virtual machine with what this one may lack: limits by cgroup v2 (`cgroup`), or a CPU with AVX-512 and no
+# VNNI (`skylake-x`). x86-64 Debian 12, root; 2 and 10 minutes.
+boot kind wheel: build
+    tools/x86/boot.sh {{ kind }} {{ wheel }}
 
 # Wheels for Linux (glibc and musl, x86-64 and aarch64; armv7), checked; in target/wheels (x86-64 Debian, root).
 wheels *targets:

@@ -2,7 +2,7 @@
 # Builds a CPython that Debian does not have, from Debian's packages: 3.14 without the GIL, or 3.13 with musl (whose
 # zlib and libffi are built first, for pip and ctypes). On x86-64 Debian; everything but the apt packages lies under
 # WORK. Not optimised: 2 minutes of two CPUs, once.
-# CPYTHON_SOURCE may be a source archive of 3.14, for a mirror that lacks what its index has.
+# CPYTHON_SOURCE may be a source archive of 3.14, for a mirror that lacks what its indices have.
 # usage: tools/cpython.sh WORK free-threaded|musl; prints the prefix, which has bin/python3
 set -euo pipefail
 tools=$(realpath "$(dirname "$0")")
@@ -14,7 +14,7 @@ prefix=$work/python-$kind
 
 packages=(gcc make pkg-config)
 case $kind in
-    free-threaded) packages+=(zlib1g-dev libffi-dev libssl-dev) suites=(testing) sources=(python3.14) ;;
+    free-threaded) packages+=(zlib1g-dev libffi-dev libssl-dev) suites=(testing sid) sources=(python3.14/testing) ;;
     musl) suites=(bookworm trixie) sources=(zlib/trixie libffi/bookworm python3.13/trixie) ;;
     *) echo "cpython.sh: $kind: expected free-threaded or musl" >&2; exit 1 ;;
 esac
@@ -32,7 +32,9 @@ if [ -n "${CPYTHON_SOURCE:-}" ]; then
 else
     "$tools/apt.sh" apt "deb deb-src" amd64 "${suites[@]}"
     export APT_CONFIG=$build/apt/apt.conf
-    apt-get source -qq --download-only "${sources[@]}"
+    apt-get source -qq --download-only "${sources[@]}" ||
+        { [ "$kind" = free-threaded ] && apt-get source -qq --download-only python3.14/sid; } ||
+        { echo "cpython.sh: the mirror lacks a source that its index has; 3.14's may be given as CPYTHON_SOURCE" && exit 1; }
 fi
 for file in ./*.tar.?z; do case $file in *.debian.*) ;; *) tar xf "$file" ;; esac; done
 

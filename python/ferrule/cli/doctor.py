@@ -130,6 +130,7 @@ def _cores(root: Path) -> Check:
             "raise the limit, such as docker run --cpus or CPUQuota= of systemd, if that is yours"
         )
         return Check("cores", "warning", found, remedy)
+    found += ", no cgroup quota below that"
     if allowed < total:
         remedy = (
             "the affinity (taskset, cpuset) leaves CPUs out; widen it, if that is not on purpose"
@@ -176,8 +177,10 @@ def _pstate(root: Path) -> bool:
 def _memory(_: Path) -> Check:
     total, available, limit = _core.memory()
     found = f"{available / GB:.1f} GB of {total / GB:.1f} GB can be had without swapping"
-    if limit is not None:
-        found += f", the cgroup's limit is {limit / GB:.1f} GB"
+    limited = (
+        "no cgroup limits it" if limit is None else f"the cgroup's limit is {limit / GB:.1f} GB"
+    )
+    found += f", {limited}"
     if available < 0.3 * GB:
         remedy = "end other programs, or raise the cgroup's limit: even a small model may not fit"
         return Check("memory", "problem", found, remedy)
