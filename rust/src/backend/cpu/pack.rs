@@ -4,7 +4,7 @@ use super::memory::Disjoint;
 use super::pool::Claims;
 use super::{Cpu, Form, Mat, NotFinite, Part, Parts, exact};
 use crate::kernels::layout::{self, ROWS};
-use crate::quant::{self, BLOCK, BlockGrouped};
+use crate::quant::{self, BLOCK};
 use std::borrow::Cow;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -116,9 +116,8 @@ impl Cpu {
                     self.kernels.pack(form, rows, len, out);
                     continue;
                 };
-                let mut blocks = [BlockGrouped::ZERO; ROWS];
-                for (r, block) in blocks.iter_mut().enumerate() {
-                    *block = BlockGrouped::quantize(how, &rows[r][..len]);
+                let blocks = self.kernels.quantize_grouped(how, rows, len);
+                for (r, block) in blocks.iter().enumerate() {
                     if let (Some(at), Some((p, i))) = (block.not_finite(how), row(r)) {
                         return Err((p, i, b + at));
                     }
