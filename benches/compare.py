@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from peers import PEERS
 from random_model import head_dim, stored
 
 ROOT = Path(__file__).parent.parent
@@ -121,11 +123,67 @@ def llama_cpp(
     return Engine(f"llama.cpp {name} -fa {flash}", read, command, samples)
 
 
+def ik_llama_cpp(args: argparse.Namespace, config: dict[str, Any], name: str, file: str) -> Engine:
+    """ik_llama.cpp's programs of the same names; weights are repacked when it loads them."""
+    base = llama_cpp(args, config, name, file, "1")
+
+    def command(test: Test, threads: int) -> list[str]:
+        if test.batch is None:
+            counts = f"-p {test.tokens} -n 0" if test.kind == "pp" else f"-p 0 -n {test.tokens}"
+            if test.depth:
+                counts = f"-p 0 -n 0 -gp {test.depth},{test.tokens}"
+            fixed = f"-t {threads} -fa 1 -rtr 1 -r {args.repetitions} -o json"
+            return [args.ik_bench, "-m", file, *counts.split(), *fixed.split()]
+        flags = base.command(test, threads)[1:-2]
+        tool = Path(args.ik_bench).with_name("llama-batched-bench")
+        # Its table goes to the standard error.
+        return ["sh", "-c", 'exec "$@" 2>&1', "sh", str(tool), *flags, "-rtr", "--log-disable"]
+
+    def samples(stdout: str, test: Test) -> list[float]:
+        if test.batch is None:
+            return base.samples(stdout, test)
+        cells = [line.split("|") for line in stdout.splitlines() if line.startswith("|")]
+        return [float(row[8]) for row in cells if row[1].strip().isdigit()]
+
+    return base._replace(name=f"ik_llama.cpp {name}", command=command, samples=samples)
+
+
+def by_python(args: argparse.Namespace, name: str, python: str, model: str) -> Engine:
+    """An engine of peers.py, run by the interpreter that has it."""
+    files = Path(model).glob(PEERS[name].weights)
+
+    def command(test: Test, threads: int) -> list[str]:
+        numbers = (test.tokens, test.depth, test.batch or 1, threads, args.repetitions)
+        program = Path(__file__).with_name("peers.py")
+        return [python, str(program), name, model, test.kind, *map(str, numbers)]
+
+    def samples(stdout: str, _: Test) -> list[float]:
+        found: list[float] = json.loads(stdout.splitlines()[-1])
+        return found
+
+    return Engine(name, sum(file.stat().st_size for file in files), command, samples)
+
+
 def engines(args: argparse.Namespace, config: dict[str, Any]) -> list[Engine]:
-    """What the command line asks for."""
+    """What the command line asks for, as far as it is installed; a line about each of the rest."""
     found = [ferrule(args, config, q) for q in args.quantization.split(",") if q]
+    for tool, flag in ((args.llama_bench, "--llama-bench"), (args.ik_bench, "--ik-bench")):
+        if not (args.gguf and shutil.which(tool)):
+            print(f"left out: {tool}: build it (README.md), {flag} PATH --gguf NAME=FILE")
     for name, file in args.gguf:
-        found += [llama_cpp(args, config, name, file, f) for f in args.flash.split(",")]
+        if shutil.which(args.llama_bench):
+            found += [llama_cpp(args, config, name, file, f) for f in args.flash.split(",")]
+        if shutil.which(args.ik_bench):
+            found.append(ik_llama_cpp(args, config, name, file))
+    asked = {name: place.rpartition(":")[::2] for name, place in args.peer}
+    for name, peer in PEERS.items():
+        python, model = asked.get(name, ("", ""))
+        if python and not _output(python, "-c", f"import {peer.module}; print(1)"):
+            print(f"left out: {name}: {python} cannot import {peer.module}: {peer.install}")
+        elif python:
+            found.append(by_python(args, name, python, model))
+        else:
+            print(f"left out: {name}: {peer.install}; --peer {name}=PYTHON:MODEL")
     return found
 
 
@@ -137,6 +195,10 @@ def main() -> None:
     parser.add_argument("--quantization", default="int4", help="of ferrule; several with commas")
     parser.add_argument("--llama-bench", default="llama-bench", metavar="PATH")
     parser.add_argument("--gguf", type=_named, action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--ik-bench", default="ik-llama-bench", metavar="PATH")
+    parser.add_argument(
+        "--peer", type=_named, action="append", default=[], metavar="NAME=PYTHON:MODEL"
+    )
     parser.add_argument("--flash", default="1,0", help="llama.cpp's -fa; several with commas")
     parser.add_argument(
         "--tests", type=lambda text: list(map(Test.parse, text.split(","))), default=TESTS
