@@ -2,6 +2,7 @@
 
     python benches/compare.py MODEL --gguf q4_0=FILE --llama-bench PATH --out benches/results/NAME
 
+Engines that are not given or not installed are left out, each with a line that says how to get it.
 README.md, beside this file, has the commands behind each published figure and explains the
 columns. Needs Linux, and the package gguf where a GGUF file is given. Never decides
 whether a figure is good; it leaves out samples that other processes disturbed, and counts them.
@@ -136,8 +137,8 @@ def ik_llama_cpp(args: argparse.Namespace, config: dict[str, Any], name: str, fi
             return [args.ik_bench, "-m", file, *counts.split(), *fixed.split()]
         flags = base.command(test, threads)[1:-2]
         tool = Path(args.ik_bench).with_name("llama-batched-bench")
-        # Its table goes to the standard error.
-        return ["sh", "-c", 'exec "$@" 2>&1', "sh", str(tool), *flags, "-rtr", "--log-disable"]
+        # Its table goes to the standard error, and to a file here.
+        return ["sh", "-c", '"$@" 2>&1 && rm -f llama.log', "sh", str(tool), *flags, "-rtr"]
 
     def samples(stdout: str, test: Test) -> list[float]:
         if test.batch is None:
@@ -167,29 +168,33 @@ def by_python(args: argparse.Namespace, name: str, python: str, model: str) -> E
 def engines(args: argparse.Namespace, config: dict[str, Any]) -> list[Engine]:
     """What the command line asks for, as far as it is installed; a line about each of the rest."""
     found = [ferrule(args, config, q) for q in args.quantization.split(",") if q]
+    left_out = []
     for tool, flag in ((args.llama_bench, "--llama-bench"), (args.ik_bench, "--ik-bench")):
         if not (args.gguf and shutil.which(tool)):
-            print(f"left out: {tool}: build it (README.md), {flag} PATH --gguf NAME=FILE")
+            left_out.append(f"{tool}: build it (README.md), {flag} PATH --gguf NAME=FILE")
     for name, file in args.gguf:
         if shutil.which(args.llama_bench):
             found += [llama_cpp(args, config, name, file, f) for f in args.flash.split(",")]
         if shutil.which(args.ik_bench):
             found.append(ik_llama_cpp(args, config, name, file))
     asked = {name: place.rpartition(":")[::2] for name, place in args.peer}
+    if unknown := asked.keys() - PEERS.keys():
+        sys.exit(f"--peer {', '.join(unknown)}: found no such engine, expected {', '.join(PEERS)}")
     for name, peer in PEERS.items():
         python, model = asked.get(name, ("", ""))
         if python and not _output(python, "-c", f"import {peer.module}; print(1)"):
-            print(f"left out: {name}: {python} cannot import {peer.module}: {peer.install}")
+            left_out.append(f"{name}: {python} cannot import {peer.module}: {peer.install}")
         elif python:
             found.append(by_python(args, name, python, model))
         else:
-            print(f"left out: {name}: {peer.install}; --peer {name}=PYTHON:MODEL")
+            left_out.append(f"{name}: {peer.install}; --peer {name}=PYTHON:MODEL")
+    for line in left_out:
+        print(f"left out: {line}", file=sys.stderr)
     return found
 
 
-def main() -> None:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `engines` reads."""
     parser.add_argument("model", type=Path, help="a Hugging Face folder")
     parser.add_argument("--ferrule", default=f"{sys.executable} -m ferrule", metavar="COMMAND")
     parser.add_argument("--quantization", default="int4", help="of ferrule; several with commas")
@@ -200,6 +205,13 @@ def main() -> None:
         "--peer", type=_named, action="append", default=[], metavar="NAME=PYTHON:MODEL"
     )
     parser.add_argument("--flash", default="1,0", help="llama.cpp's -fa; several with commas")
+    parser.add_argument("--repetitions", type=int, default=1, help="in each process")
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    engine_arguments(parser)
     parser.add_argument(
         "--tests", type=lambda text: list(map(Test.parse, text.split(","))), default=TESTS
     )
@@ -207,7 +219,6 @@ def main() -> None:
         "--threads", type=lambda text: list(map(int, text.split(","))), default=[1, 2]
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repetitions", type=int, default=1, help="in each process")
     parser.add_argument("--bound", type=_numbers, default={}, metavar="1=GB/S,2=GB/S")
     parser.add_argument("--peak", type=_numbers, default={}, metavar="1=TOP/S,2=TOP/S")
     parser.add_argument(
