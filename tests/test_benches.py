@@ -80,7 +80,7 @@ def test_ik_llama_cpp(monkeypatch):
     assert "-p 0 -n 0 -gp 4096,32" in " ".join(engine.command(deep, 2))
     assert engine.command(batch, 2)[4:] == ["ik/llama-batched-bench", "-m", "f", "-fa", "1", "-rtr"]
     table = "|  PP |  TG |  B | N_KV | T_PP s | S_PP t/s | T_TG s | S_TG t/s | T s | S t/s |\n"
-    table += "|-----|-----|\n|  16 |   4 |  4 |   32 |  2.668 |     6.00 | 11.200 | 1.43 | 13.8 | 2.31 |\n"
+    table += "|-----|-----|\n| 16 | 4 | 4 | 32 | 2.668 | 6.00 | 11.200 | 1.43 | 13.8 | 2.31 |\n"
     assert engine.samples(table, batch) == [1.43]
 
 
