@@ -75,11 +75,10 @@ CONDITIONS = {
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    compare.engine_arguments(parser)
-    parser.set_defaults(flash="0")
+    compare.options(parser)
     parser.add_argument("--test", type=compare.Test.parse, default="tg64")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, required=True, help="writes OUT.json and OUT.md")
+    parser.set_defaults(flash="0")
     args = parser.parse_args()
     config = json.loads((args.model / "config.json").read_text())
     contestants = compare.engines(args, config)

@@ -40,6 +40,7 @@ def test_speeds(test, expected, shape):
 
 def arguments(**given):
     base = {"quantization": "int4", "gguf": [], "llama_bench": "no-such", "ik_bench": "no-such"}
+    base["kv_cache_dtype"] = "f16"
     return argparse.Namespace(**base | {"peer": [], "repetitions": 1} | given)
 
 
