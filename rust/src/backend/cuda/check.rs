@@ -5,7 +5,7 @@ use super::Cuda;
 use crate::Result;
 use crate::backend::cpu::{self, Bytes};
 use crate::backend::{
-    Activation, Attention, Backend, Form, KvDtype, KvLayer, Part, Parts, QkNorm, Span,
+    Activation, Attention, Backend, Form, KvDtype, KvLayer, Part, Parts, Place, QkNorm, Span,
 };
 use crate::quant::Grouped;
 
@@ -47,7 +47,7 @@ fn matrix<B: Backend>(
     if matches!(form, Form::Grouped(_)) {
         let mut bytes = Bytes::zeroed(form.bytes(n, k), "a test")?;
         bytes.get_mut().fill_with(|| random.next() as u8 & 0x3f);
-        return b.place(cpu::Mat::new(form, n, k, bytes)?);
+        return b.place(Place::End, cpu::Mat::new(form, n, k, bytes)?);
     }
     let n = if interleaved { n / 2 } else { n };
     let stored = if form.is_quantized() { Form::F32 } else { form };
@@ -79,7 +79,7 @@ fn operations<B: Backend>(b: &B) -> Result<Found> {
     for form in forms.into_iter().chain(grouped.map(Form::Grouped)) {
         let [n, k] = [128, 544];
         let w = matrix(b, &mut random, form, [n, k], true)?;
-        let bias = b.row(&random.floats(n));
+        let bias = b.row(Place::End, &random.floats(n));
         for tokens in [1, 3, 20] {
             let x = rows(b, &mut random, tokens, k)?;
             let (mut y, mut z) = (b.buf(), b.buf());
@@ -93,7 +93,7 @@ fn operations<B: Backend>(b: &B) -> Result<Found> {
         found.push((format!("{} embedding", form.name()), b.read(&out)));
     }
     let x = rows(b, &mut random, 5, 1056)?;
-    let (gain, mut out) = (b.row(&random.floats(1056)), b.buf());
+    let (gain, mut out) = (b.row(Place::End, &random.floats(1056)), b.buf());
     b.rms_norm(&x, &gain, 1e-5, &mut out);
     found.push(("norm".into(), b.read(&out)));
     b.layer_norm(&x, &gain, Some(&gain), 1e-5, &mut out);
@@ -131,7 +131,7 @@ fn attention<B: Backend>(
     };
     let table: Vec<u32> = (0..12).rev().collect();
     let mut kv = b.kv(dtype, &[KvLayer { pages: 12, heads: 2, head_dim, values: true }])?;
-    let gain = b.row(&random.floats(head_dim));
+    let gain = b.row(Place::End, &random.floats(head_dim));
     let inv_freq: Vec<f32> = (0..head_dim / 2).map(|i| 0.8f32.powi(i as i32)).collect();
     for (start, len) in [(0, 500), (500, 60), (560, 1)] {
         let spans = [Span { first_row: 0, len, start, table: &table }];
