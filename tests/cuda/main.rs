@@ -10,6 +10,7 @@
 
 mod draw;
 mod grouped;
+mod layers;
 mod models;
 mod ops;
 
@@ -52,9 +53,12 @@ fn emulator() -> Option<&'static Path> {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let (kernels, here) = (root.join("rust/src/backend/cuda/kernels"), root.join("tests/cuda"));
         let header = format!("{}/emulator.h", here.display());
-        let with = |file: &str| (kernels.join(file), vec!["-include".to_owned(), header.clone()]);
-        let mut sources =
-            ["attention.cu", "gemm.cu", "gemv.cu", "rows.cu", "sample.cu"].map(with).to_vec();
+        let with = |file: &str| {
+            (kernels.join(file).with_extension("cu"), vec!["-include".to_owned(), header.clone()])
+        };
+        let mut sources = ["attention", "experts", "gemm", "gemv", "recurrent", "rows", "sample"]
+            .map(with)
+            .to_vec();
         sources.push((here.join("emulator.cpp"), Vec::new()));
         let built = library("emulator", &sources);
         if built.is_none() {
@@ -154,6 +158,14 @@ fn grouped_forms_have_the_cpus_bits() {
 fn tokens_are_those_of_the_cpu() {
     let _ = passes("draw::tokens", &[]);
     let _ = passes("draw::tokens", &[("FAKE_DOWN", "1")]);
+}
+
+#[test]
+fn mixtures_heads_and_states_have_the_cpus_bits() {
+    for case in ["layers::mixtures", "layers::heads", "layers::states"] {
+        let _ = passes(case, &[]);
+        let _ = passes(case, &[("FAKE_DOWN", "1")]);
+    }
 }
 
 #[test]
