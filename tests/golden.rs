@@ -124,16 +124,16 @@ fn goldens() -> Vec<PathBuf> {
     all
 }
 
-/// `check` of every golden and its number, as many at a time as there are CPUs.
-fn for_each_golden(check: impl Fn(usize, &Path) + Sync) {
-    let all = Mutex::new(goldens().into_iter().enumerate());
+/// `check` of every golden, as many at a time as there are CPUs.
+fn for_each_golden(check: impl Fn(&Path) + Sync) {
+    let all = Mutex::new(goldens().into_iter());
     std::thread::scope(|scope| {
         for _ in 0..std::thread::available_parallelism().map_or(1, |n| n.get()) {
             scope.spawn(|| {
                 loop {
                     let next = all.lock().unwrap().next();
-                    let Some((number, folder)) = next else { break };
-                    check(number, &folder);
+                    let Some(folder) = next else { break };
+                    check(&folder);
                 }
             });
         }
@@ -309,12 +309,12 @@ fn hidden_states_of_every_layer() {
 
 #[test]
 fn chunks_batches_threads_and_sets_do_not_change_a_bit() {
-    for_each_golden(|number, folder| {
+    for_each_golden(|folder| {
         let golden = Golden::open(folder);
         let ids = golden.ints("p130.ids").unwrap();
-        for (i, &quantization) in quantizations(folder).iter().enumerate() {
-            // Each golden meets both, and over the goldens each quantization does.
-            let kv_dtype = [KvDtype::F16, KvDtype::Int8][(number + i) % 2];
+        let dtypes = [KvDtype::F16, KvDtype::Int8];
+        let all = quantizations(folder).iter().flat_map(|&q| dtypes.map(|kv| (q, kv)));
+        for (quantization, kv_dtype) in all {
             let open = |threads, isa: &str| {
                 let isa = Some(isa.to_owned());
                 let options =

@@ -14,6 +14,26 @@ from .llm import cache_dir
 from .progress import Steps
 
 Quantization = Literal["auto", "int4", "int8", "none"]
+Format = Literal[
+    "auto",
+    "int4",
+    "int5",
+    "int6",
+    "int8",
+    "none",
+    "f32",
+    "f16",
+    "bf16",
+    "q8_0",
+    "q6_k",
+    "q5_k",
+    "q5_1",
+    "q5_0",
+    "q4_k",
+    "q4_1",
+    "q4_0",
+    "iq4_nl",
+]
 
 
 class Estimate(NamedTuple):
@@ -149,11 +169,11 @@ def quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    format: str | None = None,
+    format: Format | None = None,
     bits: float | None = None,
     calibrate: str | Sequence[str] | None = None,
     chunks: int | None = None,
-    rules: Mapping[str, str] | None = None,
+    rules: Mapping[str, Format] | None = None,
     threads: int | None = None,
     family: str | os.PathLike[str] | None = None,
     revision: str | None = None,

@@ -3,7 +3,7 @@
 
 use super::ops::Both;
 use ferrule::backend::cpu::{self, Bytes};
-use ferrule::backend::{Activation, Backend, Form};
+use ferrule::backend::{Activation, Backend, Form, Place};
 use ferrule::kernels::layout::{ROWS, pack_grouped};
 use ferrule::quant::{BLOCK, BlockGrouped, Codes, Grouped, Offset, Scales};
 
@@ -69,7 +69,7 @@ fn every_form() {
     let mut b = Both::new();
     for (i, how) in all().enumerate() {
         let (n, k) = [(40, 300), (33, 520), (130, 64), (16, 33)][i % 4];
-        let w = (packed(how, n, k), b.cuda.place(packed(how, n, k)).unwrap());
+        let w = (packed(how, n, k), b.cuda.place(Place::End, packed(how, n, k)).unwrap());
         let bias = b.vector(n);
         for rows in [1, 3, 8, 9, 70] {
             if rows > 9 && i % 7 != 0 {
@@ -89,7 +89,7 @@ fn every_form() {
     }
     // More than 16 blocks of inputs, so that warps go round; gates with their ups.
     for how in [Grouped::Q4_K, Grouped::Q6_K, Grouped::IQ4_XS, Grouped::MXFP4, Grouped::Q5_0] {
-        let w = (packed(how, 64, 4360), b.cuda.place(packed(how, 64, 4360)).unwrap());
+        let w = (packed(how, 64, 4360), b.cuda.place(Place::End, packed(how, 64, 4360)).unwrap());
         for rows in [1, 4, 11] {
             let x = b.rows(rows, 4360);
             let mut out = b.empty();

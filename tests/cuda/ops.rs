@@ -3,7 +3,7 @@
 use ferrule::backend::cpu::{self, Cpu};
 use ferrule::backend::cuda::{self, Cuda};
 use ferrule::backend::{
-    Activation, Attention, Backend, Form, KvDtype, KvLayer, PAGE, Part, Parts, QkNorm, Span,
+    Activation, Attention, Backend, Form, KvDtype, KvLayer, PAGE, Part, Parts, Place, QkNorm, Span,
 };
 
 /// Both back ends, and numbers.
@@ -37,7 +37,7 @@ impl Both {
     }
     pub(super) fn vector(&mut self, n: usize) -> (Vec<f32>, cuda::Row) {
         let values = self.floats(n);
-        (self.cpu.row(&values), self.cuda.row(&values))
+        (self.cpu.row(Place::End, &values), self.cuda.row(Place::End, &values))
     }
     pub(super) fn matrix(
         &mut self,
@@ -65,7 +65,7 @@ impl Both {
         let parts = bytes.iter().map(|bytes| Part::floats(stored, n, k, bytes)).collect();
         let parts = Parts { parts, k, interleaved };
         let pack = || self.cpu.pack(form, &parts).unwrap().unwrap();
-        (pack(), self.cuda.place(pack()).unwrap())
+        (pack(), self.cuda.place(Place::End, pack()).unwrap())
     }
     #[track_caller]
     pub(super) fn same(&self, what: &str, pair: &Pair) {

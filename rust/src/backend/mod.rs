@@ -273,12 +273,8 @@ pub trait Backend: Send + Sync {
 
     /// The CPU that packs its weights.
     fn packer(&self) -> &cpu::Cpu;
-    /// A packed matrix, where this machine wants it.
-    fn place(&self, packed: cpu::Mat) -> Result<Self::Mat>;
-    /// The same of a matrix that is used at `at`.
-    fn place_at(&self, _at: Place, packed: cpu::Mat) -> Result<Self::Mat> {
-        self.place(packed)
-    }
+    /// A packed matrix that is used at `at`, where this machine wants it.
+    fn place(&self, at: Place, packed: cpu::Mat) -> Result<Self::Mat>;
     /// Whether packed matrices of `at` stay in the computer's memory.
     fn holds(&self, _at: Place) -> bool {
         true
@@ -296,12 +292,8 @@ pub trait Backend: Send + Sync {
 
     /// An empty buffer.
     fn buf(&self) -> Self::Buf;
-    /// A vector.
-    fn row(&self, values: &[f32]) -> Self::Row;
     /// A vector that is used at `at`.
-    fn row_at(&self, _at: Place, values: &[f32]) -> Self::Row {
-        self.row(values)
-    }
+    fn row(&self, at: Place, values: &[f32]) -> Self::Row;
     /// Quantizes (or keeps, for float forms) and packs `parts`.
     fn pack(
         &self,

@@ -1,5 +1,6 @@
 //! Sums over predicted tokens, in f64. Knows logits and the tokens that came; no model.
 
+use crate::model::divergence::{kl, log_sum_exp};
 use crate::{Error, Result};
 
 /// Quantiles of the divergence that are given.
@@ -190,12 +191,7 @@ impl Row {
         row.reference_loss = reference_norm - f64::from(y[token]);
         row.reference_right = reference_top == token;
         row.same = top == reference_top;
-        let shift = norm - reference_norm;
-        for (&x, &y) in x.iter().zip(y) {
-            let (x, y) = (f64::from(x), f64::from(y));
-            row.kl += libm::exp(y - reference_norm) * (y - x + shift);
-        }
-        row.kl = row.kl.max(0.0); // a rounding error below zero is none
+        row.kl = kl((y, reference_norm), (x, norm));
         row
     }
 }
@@ -203,11 +199,6 @@ impl Row {
 /// The lowest index of the largest value.
 fn top(x: &[f32]) -> usize {
     (0..x.len()).fold(0, |best, i| if x[i] > x[best] { i } else { best })
-}
-
-fn log_sum_exp(x: &[f32]) -> f64 {
-    let most = f64::from(x.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-    most + libm::log(x.iter().map(|&x| libm::exp(f64::from(x) - most)).sum())
 }
 
 /// Quantile `q` of sorted values.

@@ -2,10 +2,9 @@
 //! another name until it is whole. Never keeps a tensor.
 
 use super::gguf::{self, Kind};
-use super::{Checkpoint, Dtype};
+use super::{Checkpoint, Dtype, partial};
 use crate::{Error, Result};
 use std::fs::{self, File};
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
@@ -84,7 +83,8 @@ fn text(out: &mut Vec<u8>, x: &str) {
 /// A tensor to be: name, type, shape with the outermost dimension first.
 pub type Announced = (String, Dtype, Vec<usize>);
 
-fn bytes((_, dtype, shape): &Announced) -> usize {
+/// Bytes of it.
+pub fn size((_, dtype, shape): &Announced) -> usize {
     shape.iter().product::<usize>() / dtype.block() * dtype.size()
 }
 
@@ -105,7 +105,7 @@ pub fn header(items: &[(String, Datum)], tensors: &[Announced]) -> Vec<u8> {
         shape.iter().rev().for_each(|d| out.extend((*d as u64).to_le_bytes()));
         out.extend(gguf::number(*dtype).to_le_bytes());
         out.extend((at as u64).to_le_bytes());
-        at = (at + bytes(tensor)).next_multiple_of(ALIGNMENT);
+        at = (at + size(tensor)).next_multiple_of(ALIGNMENT);
     }
     out.resize(out.len().next_multiple_of(ALIGNMENT), 0);
     out
@@ -129,13 +129,9 @@ impl GgufWriter {
         items: &[(String, Datum)],
         tensors: &[Announced],
     ) -> Result<GgufWriter> {
-        let name = path
-            .file_name()
-            .ok_or_else(|| Error::parameter("out", path.display(), "the path of a file to make"))?;
-        let random = RandomState::new().build_hasher().finish();
-        let own = path.with_file_name(format!(".{}.{random:016x}.partial", name.to_string_lossy()));
+        let own = partial(path)?;
         let header = header(items, tensors);
-        let mut left: Vec<usize> = tensors.iter().map(bytes).collect();
+        let mut left: Vec<usize> = tensors.iter().map(size).collect();
         left.reverse();
         let io = |e| Error::io(&own, e);
         let file = File::create_new(&own).map_err(io)?;

@@ -7,7 +7,7 @@ pub mod safetensors;
 mod write;
 
 pub use inspect::inspect;
-pub use write::Writer;
+pub use write::{Writer, partial};
 
 use crate::quant::Blocks;
 use crate::{Error, Result};

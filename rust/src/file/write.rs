@@ -4,8 +4,18 @@ use super::Dtype;
 use crate::{Error, Result};
 use serde_json::{Map, Value, json};
 use std::fs::File;
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
+
+/// A name beside `out` that nobody has, for what becomes `out` when it is whole.
+pub fn partial(out: &Path) -> Result<PathBuf> {
+    let name = out
+        .file_name()
+        .ok_or_else(|| Error::parameter("out", out.display(), "the path of something to make"))?;
+    let random = RandomState::new().build_hasher().finish();
+    Ok(out.with_file_name(format!(".{}.{random:016x}.partial", name.to_string_lossy())))
+}
 
 /// A file whose tensors are known and come in their order.
 pub struct Writer {

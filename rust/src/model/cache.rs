@@ -23,7 +23,7 @@ use std::time::Duration;
 const MAGIC: &[u8; 16] = b"ferrule packed 2";
 /// Bytes before the first matrix.
 const HEADER: usize = 64;
-/// Models whose packed weights are smaller are quicker packed than looked up.
+/// Models whose packed weights are smaller are quicker packed than looked up (what fuzzing reads is always looked up).
 pub(super) const WORTH: u64 = if cfg!(fuzzing) { 0 } else { 64 << 20 };
 
 /// The place of one model's packed weights.

@@ -6,7 +6,7 @@ use super::weights::Reader;
 use super::{LoadOptions, MAX_CONFIG, Written, quantize};
 use crate::backend::Core;
 use crate::backend::cpu::{Cpu, topology};
-use crate::file::gguf_writer::{Announced, Datum, GgufWriter};
+use crate::file::gguf_writer::{Announced, Datum, GgufWriter, size};
 use crate::file::{self, Checkpoint, Dtype};
 use crate::quant::Blocks;
 use crate::{Error, Result};
@@ -117,7 +117,7 @@ pub fn export(
     // With layers one by one only where that is needed: not every reader of GGUF takes such lists.
     let xielu = reader.xielu()?;
     let family = load.family.as_deref();
-    let mut first = None;
+    let (mut first, mut tokenizer) = (None, Vec::new());
     for by_layer in [false, true] {
         let said = match checkpoint.metadata() {
             Some(_) => copied(&checkpoint, &spec, names)?,
@@ -142,7 +142,10 @@ pub fn export(
         }
         items.extend(said.items.iter().cloned());
         if checkpoint.metadata().is_none() {
-            items.extend(tokens(&said.architecture, spec.vocab)?);
+            if tokenizer.is_empty() {
+                tokenizer = tokens(&said.architecture, spec.vocab)?;
+            }
+            items.extend(tokenizer.iter().cloned());
         }
         let (tensors, unused) = match tensors(&spec, names, &said, &checkpoint, (format, &rules)) {
             Ok(tensors) => tensors,
@@ -417,9 +420,6 @@ fn write(
     written: &mut Written,
     progress: &(dyn Fn(&'static str, u64, u64) + Sync),
 ) -> Result<()> {
-    let size = |(_, dtype, shape): &Announced| {
-        shape.iter().product::<usize>() / dtype.block() * dtype.size()
-    };
     let total: u64 = tensors.iter().map(|t| size(&t.announced) as u64).sum();
     let mut done = 0;
     let mut buffer = Vec::new();

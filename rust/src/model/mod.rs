@@ -3,6 +3,7 @@
 mod budget;
 mod cache;
 mod describe;
+pub mod divergence;
 pub mod export;
 mod forward;
 pub mod kv;

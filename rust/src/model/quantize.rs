@@ -13,7 +13,6 @@ use crate::{Error, Result};
 use calibrate::Observer;
 use serde_json::{Value, json};
 use std::fs;
-use std::hash::{BuildHasher, Hasher, RandomState};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -335,13 +334,7 @@ struct Partial(PathBuf);
 impl Partial {
     /// Beside `out`, so that it can be renamed.
     fn new(out: &Path) -> Result<Partial> {
-        let name = out.file_name().ok_or_else(|| {
-            Error::parameter("out", out.display(), "the path of a folder to make")
-        })?;
-        let random = RandomState::new().build_hasher().finish();
-        let own = format!(".{}.{random:016x}.partial", name.to_string_lossy());
-        let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let path = parent.join(own);
+        let path = file::partial(out)?;
         fs::create_dir_all(&path).map_err(|e| Error::io(&path, e))?;
         Ok(Partial(path))
     }

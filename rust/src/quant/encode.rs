@@ -2,7 +2,7 @@
 //! each offset beside it the one of least squares, both as f16, and codes are the nearest: the square of the error is
 //! what counts. Never reads a block; what it makes, [`Blocks::decode`] reads.
 
-use super::{Blocks, UNEVEN};
+use super::{Blocks, UNEVEN, amax};
 use half::f16;
 
 /// Scales that are tried, each way.
@@ -58,10 +58,6 @@ fn half(x: f32, out: &mut [u8]) -> (f32, bool) {
 
 fn rounded(x: f32) -> f32 {
     f16::from_f32(x).to_f32()
-}
-
-fn amax(x: &[f32]) -> f32 {
-    x.iter().fold(0.0, |m, x| m.max(x.abs()))
 }
 
 /// The nearest of the whole numbers from `low` to `high`.

@@ -27,7 +27,7 @@ pub use statistics::Inputs;
 
 use super::{
     Activation, Attention, Backend, Expert, HeadRows, KvDtype, KvLayer, Latent, NotFinite, Part,
-    Parts, QkNorm, Recurrent, Routing, Score, Span,
+    Parts, Place, QkNorm, Recurrent, Routing, Score, Span,
 };
 use crate::kernels::{Acts, Form, Kernels, layout};
 use crate::{Error, Result};
@@ -191,7 +191,7 @@ impl Backend for Cpu {
         self
     }
 
-    fn place(&self, packed: Mat) -> Result<Mat> {
+    fn place(&self, _at: Place, packed: Mat) -> Result<Mat> {
         Ok(packed)
     }
 
@@ -203,7 +203,7 @@ impl Backend for Cpu {
         Buf::default()
     }
 
-    fn row(&self, values: &[f32]) -> Vec<f32> {
+    fn row(&self, _at: Place, values: &[f32]) -> Vec<f32> {
         values.to_vec()
     }
 

@@ -6,7 +6,7 @@ use crate::Result;
 use crate::backend::cpu::{self, Bytes};
 use crate::backend::{
     Activation, Attention, Backend, Core, Expert, Form, HeadRows, Heads, KvDtype, KvLayer, Latent,
-    Part, Parts, QkNorm, Recurrent, Routing, Score, Span,
+    Part, Parts, Place, QkNorm, Recurrent, Routing, Score, Span,
 };
 use crate::quant::Grouped;
 
@@ -48,7 +48,7 @@ fn matrix<B: Backend>(
     if matches!(form, Form::Grouped(_)) {
         let mut bytes = Bytes::zeroed(form.bytes(n, k), "a test")?;
         bytes.get_mut().fill_with(|| random.next() as u8 & 0x3f);
-        return b.place(cpu::Mat::new(form, n, k, bytes)?);
+        return b.place(Place::End, cpu::Mat::new(form, n, k, bytes)?);
     }
     let n = if interleaved { n / 2 } else { n };
     let stored = if form.is_quantized() { Form::F32 } else { form };
@@ -80,7 +80,7 @@ fn operations<B: Backend>(b: &B) -> Result<Found> {
     for form in forms.into_iter().chain(grouped.map(Form::Grouped)) {
         let [n, k] = [128, 544];
         let w = matrix(b, &mut random, form, [n, k], true)?;
-        let bias = b.row(&random.floats(n));
+        let bias = b.row(Place::End, &random.floats(n));
         for tokens in [1, 3, 20] {
             let x = rows(b, &mut random, tokens, k)?;
             let (mut y, mut z) = (b.buf(), b.buf());
@@ -94,7 +94,7 @@ fn operations<B: Backend>(b: &B) -> Result<Found> {
         found.push((format!("{} embedding", form.name()), b.read(&out)));
     }
     let x = rows(b, &mut random, 5, 1056)?;
-    let (gain, mut out) = (b.row(&random.floats(1056)), b.buf());
+    let (gain, mut out) = (b.row(Place::End, &random.floats(1056)), b.buf());
     b.rms_norm(&x, &gain, 1e-5, &mut out);
     found.push(("norm".into(), b.read(&out)));
     b.layer_norm(&x, &gain, Some(&gain), 1e-5, &mut out);
@@ -146,7 +146,7 @@ fn experts<B: Backend>(b: &B, random: &mut Random, found: &mut Found) -> Result<
 fn heads<B: Backend>(b: &B, random: &mut Random, found: &mut Found) -> Result<()> {
     let how = Latent { heads: 3, nope: 96, rope: 32, rank: 80 };
     let w = matrix(b, random, Form::Q8, [how.heads * how.rank, how.nope], false)?;
-    let gain = b.row(&random.floats(how.rank));
+    let gain = b.row(Place::End, &random.floats(how.rank));
     for tokens in [1, 5, 20] {
         let q = rows(b, random, tokens, how.heads * (how.nope + how.rope))?;
         let (kv, mut out) = (rows(b, random, tokens, how.rank + how.rope)?, b.buf());
@@ -161,7 +161,7 @@ fn states<B: Backend>(b: &B, random: &mut Random, delta: bool, found: &mut Found
     let h = Heads { heads: 4, groups: 2, tiled: false, key_dim: 128, value_dim: 64 };
     let how = Recurrent { width: 4, core: if delta { Core::DeltaNet(h) } else { Core::Mamba2(h) } };
     let channels = how.channels().1;
-    let mut row = |n: usize| b.row(&random.floats(n));
+    let mut row = |n: usize| b.row(Place::End, &random.floats(n));
     let (taps, bias) = (row(4 * channels), row(channels));
     let norm = row(if delta { h.value_dim } else { h.values() });
     let skip = (!delta).then(|| row(4));
@@ -210,7 +210,7 @@ fn attention<B: Backend>(
         dtype,
         &[KvLayer { pages: 12, heads: how.kv_heads, head_dim, values: latent.is_none() }],
     )?;
-    let gain = b.row(&random.floats(head_dim));
+    let gain = b.row(Place::End, &random.floats(head_dim));
     let inv_freq: Vec<f32> = (0..head_dim / 2).map(|i| 0.8f32.powi(i as i32)).collect();
     for (start, len) in [(0, 500), (500, 60), (560, 1)] {
         let spans = [Span { first_row: 0, len, start, table: &table }];

@@ -202,7 +202,7 @@ impl Backend for Cuda {
         Buf::new(&self.device)
     }
 
-    fn row(&self, values: &[f32]) -> Row {
+    fn row(&self, _at: Place, values: &[f32]) -> Row {
         let mut memory = Memory::none();
         self.device.grow(&mut memory, size_of_val(values));
         self.device.upload(memory.at, values);
@@ -213,7 +213,7 @@ impl Backend for Cuda {
         &self.cpu
     }
 
-    fn place(&self, packed: cpu::Mat) -> Result<Mat> {
+    fn place(&self, _at: Place, packed: cpu::Mat) -> Result<Mat> {
         let mat = self.copied(&packed);
         packed.release(); // where memory is one, it would be there twice
         mat
@@ -237,7 +237,7 @@ impl Backend for Cuda {
     fn pack(&self, form: Form, parts: &Parts<'_>) -> Result<std::result::Result<Mat, NotFinite>> {
         self.cpu
             .pack(form, parts)?
-            .map(|mat| self.place(mat))
+            .map(|mat| self.place(Place::End, mat))
             .map_or_else(|at| Ok(Err(at)), |mat| mat.map(Ok))
     }
 

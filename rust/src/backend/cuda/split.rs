@@ -243,18 +243,14 @@ impl Backend for Split {
         self.cpu()
     }
 
-    fn place(&self, packed: cpu::Mat) -> Result<Mat> {
-        self.place_at(Place::End, packed)
-    }
-
-    fn place_at(&self, at: Place, packed: cpu::Mat) -> Result<Mat> {
+    fn place(&self, at: Place, packed: cpu::Mat) -> Result<Mat> {
         match (at, self.side(at)) {
             (Place::Both, _) => {
                 let copy = self.cuda.copied(&packed)?;
                 Ok(Mat::Both(packed, copy))
             }
             (_, Side::Cpu) => Ok(Mat::Cpu(packed)),
-            (_, Side::Cuda) => self.cuda.place(packed).map(Mat::Cuda),
+            (_, Side::Cuda) => self.cuda.place(at, packed).map(Mat::Cuda),
         }
     }
 
@@ -283,12 +279,8 @@ impl Backend for Split {
         }
     }
 
-    fn row(&self, values: &[f32]) -> Row {
-        self.row_at(Place::End, values)
-    }
-
-    fn row_at(&self, at: Place, values: &[f32]) -> Row {
-        Row { cpu: values.to_vec(), cuda: self.cuda.row(values), home: self.side(at) }
+    fn row(&self, at: Place, values: &[f32]) -> Row {
+        Row { cpu: values.to_vec(), cuda: self.cuda.row(at, values), home: self.side(at) }
     }
 
     fn pack(&self, form: Form, parts: &Parts<'_>) -> Result<std::result::Result<Mat, NotFinite>> {

@@ -4,6 +4,7 @@ use super::super::weights::{Plan, Reader};
 use super::super::{Forward, LoadOptions, Model, Quantization, Sequence, Wanted, forward};
 use super::mixed;
 use crate::backend::cpu::{Cpu, Inputs, Mat, topology};
+use crate::model::divergence::{kl, log_sum_exp};
 use crate::model::spec::Spec;
 use crate::{Error, Result};
 use std::sync::atomic::AtomicBool;
@@ -82,6 +83,7 @@ impl<'a> Observer<'a> {
     /// The divergence from the unquantized model, in nats a token, with the matrices of each group (plan, matrix) in their
     /// places.
     pub(super) fn costs(&mut self, groups: &[Vec<(usize, Mat)>]) -> Result<Vec<f64>> {
+        let of = |p: &[f32], q: &[f32]| kl((p, log_sum_exp(p)), (q, log_sum_exp(q)));
         let mut costs = vec![0.0; groups.len()];
         let mut tokens = 0;
         let total = self.contexts.iter().map(Vec::len).sum::<usize>().min(PROBE);
@@ -109,7 +111,7 @@ impl<'a> Observer<'a> {
                 read(&self.model, contexts, self.stop, |_, at, logits| {
                     let rows = reference[at * vocab..].chunks_exact(vocab);
                     *cost +=
-                        rows.zip(logits.chunks_exact(vocab)).map(|(p, q)| kl(p, q)).sum::<f64>();
+                        rows.zip(logits.chunks_exact(vocab)).map(|(p, q)| of(p, q)).sum::<f64>();
                     Ok(())
                 })?;
             }
@@ -138,19 +140,4 @@ fn read(
         }
     }
     Ok(())
-}
-
-/// `sum of p ln(p / q)` of the distributions with these logits.
-fn kl(p: &[f32], q: &[f32]) -> f64 {
-    let log_sum = |x: &[f32]| {
-        let most = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = x.iter().map(|x| libm::exp(f64::from(x - most))).sum();
-        f64::from(most) + libm::log(sum)
-    };
-    let (a, b) = (log_sum(p), log_sum(q));
-    let term = |(p, q): (&f32, &f32)| {
-        let (p, q) = (f64::from(*p) - a, f64::from(*q) - b);
-        libm::exp(p) * (p - q)
-    };
-    p.iter().zip(q).map(term).sum()
 }

@@ -229,7 +229,7 @@ impl Reader<'_> {
     ) -> Result<Weights<B::Mat, B::Row>> {
         let mut mats = mats.into_iter();
         self.weights(
-            |values| backend.row_at(self.at.get(), values),
+            |values| backend.row(self.at.get(), values),
             |_| mats.next().ok_or(Error::Closed),
         )
     }
@@ -247,7 +247,7 @@ impl Reader<'_> {
         let cpu = backend.packer();
         let placed = |mats: Vec<Mat>| {
             let mats = mats.into_iter().zip(plans);
-            mats.map(|(mat, plan)| backend.place_at(plan.at, mat)).collect()
+            mats.map(|(mat, plan)| backend.place(plan.at, mat)).collect()
         };
         let total: u64 = plans.iter().map(|p| p.bytes() as u64).sum();
         let mut cache = match &options.cache_dir {
@@ -307,7 +307,7 @@ impl Reader<'_> {
                     Mat::new(plan.form, plan.n, plan.k, bytes)?
                 }
             };
-            mats.push(backend.place_at(plan.at, mat)?);
+            mats.push(backend.place(plan.at, mat)?);
             done += plan.bytes() as u64;
             options.report(done, total);
         }
