@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,10 +30,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from peers import PEERS
 from random_model import head_dim, stored
 
 ROOT = Path(__file__).parent.parent
-BITS = {"int4": 4.5, "int8": 8.125}  # of ferrule's forms, scales included
+# Of ferrule's forms, scales included.
+BITS = {"int4": 4.5, "int5": 5.375, "int6": 6.625, "int8": 8.125}
 TESTS = "pp512,tg128,tg128@4096," + ",".join(f"tg32@128x{n}" for n in (1, 2, 4, 8, 16))
 
 
@@ -63,18 +66,22 @@ class Engine(NamedTuple):
     command: Callable[[Test, int], list[str]]
     samples: Callable[[str, Test], list[float]]  # stdout -> tokens per second
     peer: bool = True
+    kv_bits: float = 16  # of a number among the keys and values
 
 
 # The adapters. Another peer is one more function of this kind, and a line in `engines`.
 
 
-def ferrule(args: argparse.Namespace, config: dict[str, Any], quantization: str) -> Engine:
+def ferrule(
+    args: argparse.Namespace, config: dict[str, Any], quantization: str, kv: str = "f16"
+) -> Engine:
     """`ferrule bench`."""
 
     def command(test: Test, threads: int) -> list[str]:
         counts = {"pp": (test.tokens, 0), "tg": (0, test.tokens)}[test.kind]
         flags = f"-q {quantization} -p {counts[0]} -n {counts[1]} -d {test.depth}"
         flags += f" -b {test.batch or 1} -t {threads} -r {args.repetitions} --json"
+        flags += f" --kv-cache-dtype {kv}"
         return [*shlex.split(args.ferrule), "bench", str(args.model), *flags.split()]
 
     def samples(stdout: str, _: Test) -> list[float]:
@@ -83,11 +90,18 @@ def ferrule(args: argparse.Namespace, config: dict[str, Any], quantization: str)
         return found
 
     read = sum(n * (bits or BITS[quantization]) / 8 for n, bits in matrices(config))
-    return Engine(f"ferrule {quantization}", read, command, samples, peer=False)
+    name = f"ferrule {quantization}" + (f" kv {kv}" if kv != "f16" else "")
+    bits = 16 if kv == "f16" else 8 * (1 + 4 / head_dim(config))  # an f32 for each key and value
+    return Engine(name, read, command, samples, peer=False, kv_bits=bits)
 
 
 def llama_cpp(
-    args: argparse.Namespace, config: dict[str, Any], name: str, file: str, flash: str
+    args: argparse.Namespace,
+    config: dict[str, Any],
+    name: str,
+    file: str,
+    flash: str,
+    kv: str = "f16",
 ) -> Engine:
     """llama-bench, and llama-batched-bench for tests with a batch."""
     import gguf
@@ -97,16 +111,18 @@ def llama_cpp(
     held = gguf.GGUFReader(file).tensors
     read = sum(int(tensor.n_bytes) for tensor in held if tensor.name != looked_up)
 
+    types = "" if kv == "f16" else " -ctk q8_0 -ctv q8_0"
+
     def command(test: Test, threads: int) -> list[str]:
         if test.batch is None:
             counts = {"pp": (test.tokens, 0), "tg": (0, test.tokens)}[test.kind]
             flags = f"-p {counts[0]} -n {counts[1]} -d {test.depth} -t {threads}"
-            flags += f" -r {args.repetitions} -fa {flash} -o json"
+            flags += f" -r {args.repetitions} -fa {flash}{types} -o json"
             return [args.llama_bench, "-m", file, *flags.split()]
         before = max(test.depth, 1)
         context = test.batch * (-(before + test.tokens + 1) // 256 * -256)
         flags = f"-npp {before} -ntg {test.tokens} -npl {test.batch} -pps -c {context}"
-        flags += f" -t {threads} -tb {threads} -fa {flash} --output-format jsonl"
+        flags += f" -t {threads} -tb {threads} -fa {flash}{types} --output-format jsonl"
         tool = Path(args.llama_bench).with_name("llama-batched-bench")
         return [str(tool), "-m", file, *flags.split()]
 
@@ -118,26 +134,102 @@ def llama_cpp(
         rows = [json.loads(line) for line in stdout.splitlines() if line.startswith("{")]
         return [row["speed_tg"] for row in rows]
 
-    return Engine(f"llama.cpp {name} -fa {flash}", read, command, samples)
+    bits = 8.5 if types else 16
+    return Engine(f"llama.cpp {name} -fa {flash}{types}", read, command, samples, kv_bits=bits)
+
+
+def ik_llama_cpp(args: argparse.Namespace, config: dict[str, Any], name: str, file: str) -> Engine:
+    """ik_llama.cpp's programs of the same names; weights are repacked when it loads them."""
+    base = llama_cpp(args, config, name, file, "1")
+
+    def command(test: Test, threads: int) -> list[str]:
+        if test.batch is None:
+            counts = f"-p {test.tokens} -n 0" if test.kind == "pp" else f"-p 0 -n {test.tokens}"
+            if test.depth:
+                counts = f"-p 0 -n 0 -gp {test.depth},{test.tokens}"
+            fixed = f"-t {threads} -fa 1 -rtr 1 -r {args.repetitions} -o json"
+            return [args.ik_bench, "-m", file, *counts.split(), *fixed.split()]
+        flags = base.command(test, threads)[1:-2]
+        tool = Path(args.ik_bench).with_name("llama-batched-bench")
+        # Its table goes to the standard error.
+        return ["sh", "-c", 'exec "$@" 2>&1', "sh", str(tool), *flags, "-rtr", "--log-disable"]
+
+    def samples(stdout: str, test: Test) -> list[float]:
+        if test.batch is None:
+            return base.samples(stdout, test)
+        cells = [line.split("|") for line in stdout.splitlines() if line.startswith("|")]
+        return [float(row[8]) for row in cells if row[1].strip().isdigit()]
+
+    return base._replace(name=f"ik_llama.cpp {name}", command=command, samples=samples)
+
+
+def by_python(args: argparse.Namespace, name: str, python: str, model: str) -> Engine:
+    """An engine of peers.py, run by the interpreter that has it."""
+    files = Path(model).glob(PEERS[name].weights)
+
+    def command(test: Test, threads: int) -> list[str]:
+        numbers = (test.tokens, test.depth, test.batch or 1, threads, args.repetitions)
+        program = Path(__file__).with_name("peers.py")
+        return [python, str(program), name, model, test.kind, *map(str, numbers)]
+
+    def samples(stdout: str, _: Test) -> list[float]:
+        found: list[float] = json.loads(stdout.splitlines()[-1])
+        return found
+
+    return Engine(name, sum(file.stat().st_size for file in files), command, samples)
 
 
 def engines(args: argparse.Namespace, config: dict[str, Any]) -> list[Engine]:
-    """What the command line asks for."""
-    found = [ferrule(args, config, q) for q in args.quantization.split(",") if q]
+    """What the command line asks for, as far as it is installed; a line about each of the rest."""
+    dtypes = args.kv_cache_dtype.split(",")
+    asked = [q for q in args.quantization.split(",") if q]
+    found = [ferrule(args, config, q, kv) for q in asked for kv in dtypes]
+    for tool, flag in ((args.llama_bench, "--llama-bench"), (args.ik_bench, "--ik-bench")):
+        if not (args.gguf and shutil.which(tool)):
+            print(f"left out: {tool}: build it (README.md), {flag} PATH --gguf NAME=FILE")
     for name, file in args.gguf:
-        found += [llama_cpp(args, config, name, file, f) for f in args.flash.split(",")]
+        if shutil.which(args.llama_bench):
+            flash = args.flash.split(",") if "f16" in dtypes else []
+            found += [llama_cpp(args, config, name, file, f) for f in flash]
+            if "int8" in dtypes:  # quantized values need flash attention there
+                found.append(llama_cpp(args, config, name, file, "1", "int8"))
+        if shutil.which(args.ik_bench):
+            found.append(ik_llama_cpp(args, config, name, file))
+    placed = {name: place.rpartition(":")[::2] for name, place in args.peer}
+    for name, peer in PEERS.items():
+        python, model = placed.get(name, ("", ""))
+        if python and not _output(python, "-c", f"import {peer.module}; print(1)"):
+            print(f"left out: {name}: {python} cannot import {peer.module}: {peer.install}")
+        elif python:
+            found.append(by_python(args, name, python, model))
+        else:
+            print(f"left out: {name}: {peer.install}; --peer {name}=PYTHON:MODEL")
     return found
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """What runs, and where the result goes."""
+    parser.add_argument("model", type=Path, help="a Hugging Face folder")
+    parser.add_argument("--ferrule", default=f"{sys.executable} -m ferrule", metavar="COMMAND")
+    parser.add_argument("--quantization", default="int4", help="of ferrule; several with commas")
+    parser.add_argument(
+        "--kv-cache-dtype", default="f16", help="f16, int8, or f16,int8: in llama.cpp q8_0"
+    )
+    parser.add_argument("--llama-bench", default="llama-bench", metavar="PATH")
+    parser.add_argument("--gguf", type=_named, action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--ik-bench", default="ik-llama-bench", metavar="PATH")
+    parser.add_argument(
+        "--peer", type=_named, action="append", default=[], metavar="NAME=PYTHON:MODEL"
+    )
+    parser.add_argument("--flash", default="1,0", help="llama.cpp's -fa; several with commas")
+    parser.add_argument("--repetitions", type=int, default=1, help="in each process")
+    parser.add_argument("--out", type=Path, required=True, help="writes OUT.json and OUT.md")
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", type=Path, help="a Hugging Face folder")
-    parser.add_argument("--ferrule", default=f"{sys.executable} -m ferrule", metavar="COMMAND")
-    parser.add_argument("--quantization", default="int4", help="of ferrule; several with commas")
-    parser.add_argument("--llama-bench", default="llama-bench", metavar="PATH")
-    parser.add_argument("--gguf", type=_named, action="append", default=[], metavar="NAME=FILE")
-    parser.add_argument("--flash", default="1,0", help="llama.cpp's -fa; several with commas")
+    options(parser)
     parser.add_argument(
         "--tests", type=lambda text: list(map(Test.parse, text.split(","))), default=TESTS
     )
@@ -145,14 +237,12 @@ def main() -> None:
         "--threads", type=lambda text: list(map(int, text.split(","))), default=[1, 2]
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repetitions", type=int, default=1, help="in each process")
     parser.add_argument("--bound", type=_numbers, default={}, metavar="1=GB/S,2=GB/S")
     parser.add_argument("--peak", type=_numbers, default={}, metavar="1=TOP/S,2=TOP/S")
     parser.add_argument(
         "--disturbed", type=float, default=0.06, help="share of the CPUs' time that others may take"
     )
     parser.add_argument("--retries", type=int, default=2, help="of a disturbed sample")
-    parser.add_argument("--out", type=Path, required=True, help="writes OUT.json and OUT.md")
     args = parser.parse_args()
     config = json.loads((args.model / "config.json").read_text())
     contestants = engines(args, config)
@@ -257,7 +347,7 @@ def bound(
         if gb_per_s is None:
             return None
         batch, position = test.batch or 1, test.depth + test.tokens / 2
-        kv = position * layers * 2 * config["num_key_value_heads"] * dim * 2  # f16
+        kv = position * layers * 2 * config["num_key_value_heads"] * dim * engine.kv_bits / 8
         return batch * gb_per_s * 1e9 / (engine.weight_bytes + batch * kv)
     if tops is None:
         return None
@@ -277,8 +367,9 @@ def measure_limits(report: dict[str, Any], args: argparse.Namespace) -> None:
             if not found:
                 memory["method"] = "fallback: memchr over 1.5 GB; a tuned loop may read more"
                 # In a process of its own: a child's peak memory counts from that of its parent.
-                call = f"import compare; print(compare.memchr_gb_per_s({count}))"
-                found = [float(_output(sys.executable, "-c", call, cwd=Path(__file__).parent))]
+                call = f"import compare; print(min(compare.memchr_s({count}, 1_536_000_000, 7)))"
+                best = float(_output(sys.executable, "-c", call, cwd=Path(__file__).parent))
+                found = [1.536 / best]
             memory["gb_per_s"][count] = max([memory["gb_per_s"].get(count, 0.0), *found])
         if not args.peak and report["isa"]:
             found = kernel_bench("peak", report["isa"], count, r"([\d.]+) GOP/s")
@@ -293,8 +384,8 @@ def kernel_bench(what: str, kernels: str, threads: int, pattern: str) -> list[fl
     return list(map(float, re.findall(pattern, _output(*command.split(), cwd=ROOT))))
 
 
-def memchr_gb_per_s(threads: int, total: int = 1_536_000_000) -> float:
-    """The best of seven: libc's memchr looks for a byte that is not there, all threads at once."""
+def memchr_s(threads: int, total: int, times: int) -> list[float]:
+    """Seconds to read so many bytes: libc's memchr looks for one that is not there, in threads."""
     libc = ctypes.CDLL(None)
     libc.memchr.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
     libc.memchr.restype = ctypes.c_void_p
@@ -303,8 +394,8 @@ def memchr_gb_per_s(threads: int, total: int = 1_536_000_000) -> float:
     held = ctypes.c_char.from_buffer(area)
     start, part = ctypes.addressof(held), total // threads
     ctypes.memset(start, 1, total)
-    best = 0.0
-    for _ in range(7):
+    found = []
+    for _ in range(times):
         workers = [
             threading.Thread(target=libc.memchr, args=(start + i * part, 0, part))
             for i in range(threads)
@@ -314,10 +405,10 @@ def memchr_gb_per_s(threads: int, total: int = 1_536_000_000) -> float:
             worker.start()
         for worker in workers:
             worker.join()
-        best = max(best, part * threads / (time.perf_counter() - began) / 1e9)
+        found.append(time.perf_counter() - began)
     del held
     area.close()
-    return best
+    return found
 
 
 # The report.

@@ -75,16 +75,10 @@ CONDITIONS = {
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", type=Path, help="a Hugging Face folder")
-    parser.add_argument("--ferrule", default=f"{sys.executable} -m ferrule", metavar="COMMAND")
-    parser.add_argument("--quantization", default="int4", help="of ferrule; several with commas")
-    parser.add_argument("--llama-bench", default="llama-bench", metavar="PATH")
-    parser.add_argument("--gguf", type=compare._named, action="append", default=[])
-    parser.add_argument("--flash", default="0", help="llama.cpp's -fa; several with commas")
+    compare.options(parser)
     parser.add_argument("--test", type=compare.Test.parse, default="tg64")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repetitions", type=int, default=1, help="in each process")
-    parser.add_argument("--out", type=Path, required=True, help="writes OUT.json and OUT.md")
+    parser.set_defaults(flash="0")
     args = parser.parse_args()
     config = json.loads((args.model / "config.json").read_text())
     contestants = compare.engines(args, config)

@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from compare import memchr_s
+
 LOAD = """
 import resource, sys, time, ferrule
 began = time.perf_counter()
@@ -39,6 +41,11 @@ def load(args: argparse.Namespace, cache: str) -> tuple[float, float, float]:
     )
     seconds, peak, weights = map(float, done.stdout.split())
     return seconds, peak, weights
+
+
+def p99(ordered: list[float]) -> float:
+    """The 99th percentile over the median."""
+    return ordered[len(ordered) * 99 // 100] / statistics.median(ordered)
 
 
 def main() -> None:
@@ -79,7 +86,8 @@ def main() -> None:
         found[f"first token, {args.prompt} tokens of prompt, s"] = statistics.median(fresh[1:])
         found["first token, the same prompt again, s"] = statistics.median(cached[1:])
 
-        gaps, shares = [], []
+        gaps, shares, plain = [], [], []
+        threads = llm.info.threads
         for _ in range(args.rounds + 1):
             prompt = [rng.randrange(llm.info.vocab_size) for _ in range(16)]
             times = []
@@ -91,11 +99,13 @@ def main() -> None:
                 stats = s.completion.stats
             shares.append((ended - began - stats.total_s) / args.tokens)
             gaps.append([b - a for a, b in itertools.pairwise(times)])
+            # What the machine gives a program that does nothing else but read as many bytes.
+            plain.append(memchr_s(threads, llm.info.weight_bytes, args.tokens))
         flat = sorted(gap for each in gaps[1:] for gap in each)
         found["gap between chunks, median, ms"] = statistics.median(flat) * 1e3
-        found["gap between chunks, p99 over median"] = flat[len(flat) * 99 // 100] / (
-            statistics.median(flat)
-        )
+        found["gap between chunks, p99 over median"] = p99(flat)
+        reads = [s for each in plain for s in each]
+        found["plain reads of the weights, p99 over median"] = p99(sorted(reads))
         found["beside the engine (Python), us a token"] = statistics.median(shares[1:]) * 1e6
     if args.json:
         print(json.dumps(found, indent=1))

@@ -42,8 +42,10 @@ def test_greedy_ids_in_one_batch(exact: LLM) -> None:
         assert answer.token_ids == golden[exact.info.name]["greedy_ids"]
 
 
-@pytest.mark.parametrize("kept", ["int8", "int4"])
-def test_quantized_models_agree_with_the_reference(kept: Any) -> None:
+@pytest.mark.parametrize(
+    ("kept", "agreement"), [("int4", 0.85), ("int5", 0.88), ("int6", 0.91), ("int8", 0.95)]
+)
+def test_quantized_models_agree_with_the_reference(kept: Any, agreement: float) -> None:
     """Not bit for bit: the likeliest next token of most positions stays the likeliest."""
     with LLM("tales-4m", quantization=kept, progress=False) as llm:
         same = total = 0
@@ -53,4 +55,4 @@ def test_quantized_models_agree_with_the_reference(kept: Any) -> None:
             picks = logits[len(golden["input_ids"]) - 1 :].argmax(axis=1)
             same += int((picks == answer).sum())
             total += len(answer)
-    assert same / total > (0.95 if kept == "int8" else 0.85)
+    assert same / total > agreement

@@ -260,10 +260,10 @@ def test_plan() -> None:
     done = cli("plan", "tales-4m", "--json")
     assert done.returncode == 0
     rows = {row["quantization"]: row for row in json.loads(done.stdout)}
-    assert list(rows) == ["int4", "int8", "none"]
+    assert list(rows) == ["int4", "int5", "int6", "int8", "none"]
     weights = [sum(row["weight_bytes"].values()) for row in rows.values()]
     assert weights == sorted(weights)
-    assert weights[2] == pytest.approx(rows["none"]["stored_bytes"]["BF16"], rel=0.01)
+    assert weights[-1] == pytest.approx(rows["none"]["stored_bytes"]["BF16"], rel=0.01)
     assert all(row["fits"] and row["context_length_here"] == 1024 for row in rows.values())
     table = cli("plan", "tales-4m", "-q", "int8", "-c", "256").stdout.splitlines()
     assert len(table) == 5

@@ -36,6 +36,9 @@ if TYPE_CHECKING:
     Params: TypeAlias = SamplingParams | None
     Answers: TypeAlias = Completion | list[Completion] | list[list[Completion]]
 
+# How weights are kept: bits a weight, as stored, or what is nearest to the file.
+Quantization = Literal["auto", "int4", "int5", "int6", "int8", "none"]
+
 _log = logging.getLogger("ferrule")
 
 
@@ -59,8 +62,9 @@ class LLM:
     - gpu_layers: layers on the CUDA device, the last ones and the head, the others on the CPU;
       "auto" = as many as its memory holds (`info.gpu_layers`). A number that it does not hold is
       an `OutOfMemoryError`.
-    - quantization: "int4", "int8"; "none" = the stored weights with f32 arithmetic; "auto" = the
-      bits in the file, or the nearest form that takes next to nothing away (models/README.md).
+    - quantization: "int4", "int5", "int6", "int8" (4.5, 5.375, 6.625, 8.125 bits a weight);
+      "none" = the stored weights with f32 arithmetic; "auto" = the bits in the file, or the nearest
+      form that takes next to nothing away (models/README.md).
     - threads: "auto" = what `ferrule tune` found, or what the process may use (affinity, cgroup
       quota, kinds of core).
     - context_length: "auto" = the model's, lowered to what memory holds (`info.notes` tell). A
@@ -87,7 +91,7 @@ class LLM:
         *,
         device: str = "cpu",
         gpu_layers: int | Literal["auto"] = "auto",
-        quantization: Literal["auto", "int4", "int8", "none"] = "auto",
+        quantization: Quantization = "auto",
         threads: int | Literal["auto"] = "auto",
         context_length: int | Literal["auto"] = "auto",
         kv_cache_dtype: Literal["f32", "f16", "int8"] = "f16",

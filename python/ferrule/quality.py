@@ -10,29 +10,23 @@ from typing import Any, Literal, NamedTuple
 
 from . import _core, hub
 from .errors import InvalidParameterError
-from .llm import cache_dir
+from .llm import Quantization, cache_dir
 from .progress import Steps
 
-Quantization = Literal["auto", "int4", "int8", "none"]
-Format = Literal[
-    "auto",
-    "int4",
-    "int5",
-    "int6",
-    "int8",
-    "none",
-    "f32",
-    "f16",
-    "bf16",
-    "q8_0",
-    "q6_k",
-    "q5_k",
-    "q5_1",
-    "q5_0",
+# The types of a GGUF file that is written.
+GgufType = Literal[
     "q4_k",
-    "q4_1",
     "q4_0",
+    "q4_1",
     "iq4_nl",
+    "q5_k",
+    "q5_0",
+    "q5_1",
+    "q6_k",
+    "q8_0",
+    "bf16",
+    "f16",
+    "f32",
 ]
 
 
@@ -169,11 +163,11 @@ def quantize(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    format: Format | None = None,
+    format: Quantization | GgufType | None = None,
     bits: float | None = None,
     calibrate: str | Sequence[str] | None = None,
     chunks: int | None = None,
-    rules: Mapping[str, Format] | None = None,
+    rules: Mapping[str, Quantization | GgufType] | None = None,
     threads: int | None = None,
     family: str | os.PathLike[str] | None = None,
     revision: str | None = None,

@@ -4,7 +4,9 @@
 For each: its instructions, its multiply-accumulates, and the cycles that llvm-mca estimates for it.
 Estimates are not measurements.
 
-usage: count.py DISASSEMBLY, the output of `objdump -d -C --no-show-raw-insn`; count.sh makes one
+usage: count.py DISASSEMBLY [FUNCTIONS CPU,...]
+DISASSEMBLY is the output of `objdump -d -C --no-show-raw-insn`; count.sh makes one. FUNCTIONS is a
+regular expression: those of another library, on these CPUs; count_llama.sh does that.
 """
 
 import re
@@ -12,6 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+OURS = r"kernels::arm::((neon|dotprod|i8mm)::(?:tile|gemm)\w*'*)$"
 # Multiply-accumulates of one instruction.
 MACS = {"smull": 8, "smull2": 8, "smlal": 8, "smlal2": 8, "sdot": 16, "smmla": 32}
 CPUS = {"neon": ["cortex-a72"], "dotprod": ["neoverse-n1"], "i8mm": ["neoverse-n2", "neoverse-v1"]}
@@ -51,9 +54,10 @@ def main() -> None:
         elif code := re.match(r"\s*([0-9a-f]+):\s+(.*)", line):
             functions[name].append((int(code[1], 16), code[2].strip()))
     for name, lines in sorted(functions.items()):
-        found = re.search(r"kernels::arm::((neon|dotprod|i8mm)::(?:tile|gemm)\w*'*)$", name)
+        found = re.search(OURS if len(sys.argv) == 2 else f"({sys.argv[2]})", name)
         if not found:
             continue
+        cpus = CPUS[found[2]] if len(sys.argv) == 2 else sys.argv[3].split(",")
         for body in loops(lines):
             ops = [code.split()[0] for code in body]
             macs = sum(
@@ -64,7 +68,7 @@ def main() -> None:
             if macs:
                 # A jump inside (to code behind the loop) has no place in a straight block.
                 body = [code for code in body if not re.match(r"(b|cb|tb)", code)]
-                speed = [f"{cpu} {cycles(body, cpu):.1f}" for cpu in CPUS[found[2]]]
+                speed = [f"{cpu} {cycles(body, cpu):.1f}" for cpu in cpus]
                 print(f"{found[1]:24} {len(ops):4} instructions {macs:5} MAC  {', '.join(speed)}")
 
 

@@ -9,10 +9,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 from .. import __version__
 from ..errors import FerruleError
+from ..llm import Quantization
+from ..quality import GgufType
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -241,10 +243,9 @@ def _text_options(parser: argparse.ArgumentParser, reference: str) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-_FORMATS = ["int4", "int5", "int6", "int8", "none"]
-_GGUF = ["q4_k", "q4_0", "q4_1", "iq4_nl", "q5_k", "q5_0", "q5_1", "q6_k", "q8_0"]
-_GGUF += ["bf16", "f16", "f32"]
-_QUANTIZATIONS = ["auto", "int4", "int8", "none"]
+_QUANTIZATIONS = get_args(Quantization)
+_FORMATS = [name for name in _QUANTIZATIONS if name != "auto"]
+_GGUF = get_args(GgufType)
 _SAMPLING: dict[str, type] = {
     "max_tokens": int,
     "temperature": float,

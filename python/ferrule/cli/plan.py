@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import Any, get_args
 
 from .. import _core, hub
 from ..errors import UnsupportedModelError
+from ..llm import Quantization
 from .info import described
 
 _COLUMNS = ("quantization", "weights", "keys and values", "rest", "context here", "fits")
@@ -17,7 +18,8 @@ def main(args: argparse.Namespace) -> int:
     """Run the command."""
     folder = hub.resolve(args.model, revision=args.revision, offline=args.offline)
     rows: list[dict[str, Any]] = []
-    for quantization in [args.quantization] if args.quantization else ["int4", "int8", "none"]:
+    quantizations = [q for q in get_args(Quantization) if q != "auto"]
+    for quantization in [args.quantization] if args.quantization else quantizations:
         try:
             facts = described(folder, args, quantization)
         except UnsupportedModelError:

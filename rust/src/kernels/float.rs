@@ -9,7 +9,7 @@
 pub(super) use super::activation::{Activation, exp, gate, sigmoid};
 use super::layout::{self, ROWS};
 use super::simd::F32x16;
-use crate::quant::{self, BLOCK, BlockQ8, GROUP, GROUPS, Grouped};
+use crate::quant::{self, BLOCK, BlockGrouped, BlockQ8, GROUP, GROUPS, Grouped};
 
 /// What a router makes of its logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +30,8 @@ pub(super) struct Floats {
     pub(super) quantize: unsafe fn(&[f32], &mut [i8], &mut [i16; GROUPS]) -> (f32, i32),
     pub(super) pack_q4: unsafe fn(&[[f32; BLOCK]; ROWS], usize, &mut [u8]),
     pub(super) pack_q8: unsafe fn(&[[f32; BLOCK]; ROWS], usize, &mut [u8]),
+    pub(super) quantize_grouped:
+        unsafe fn(Grouped, &[[f32; BLOCK]; ROWS], usize, &mut [BlockGrouped; ROWS]),
     pub(super) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     pub(super) mean_square: unsafe fn(&[f32]) -> f32,
     pub(super) cut: unsafe fn(&mut [f32], f32),
@@ -57,7 +59,7 @@ macro_rules! instantiate {
             use crate::kernels::float::{self, Activation, Floats, Score};
             use crate::kernels::layout::ROWS;
             use crate::kernels::{Attend, Recur, attention, grouped, recurrent};
-            use crate::quant::{BLOCK, GROUPS, Grouped};
+            use crate::quant::{BLOCK, BlockGrouped, GROUPS, Grouped};
             type Rows = [[f32; BLOCK]; ROWS];
 
             $(#[target_feature(enable = $features)])?
@@ -93,6 +95,15 @@ macro_rules! instantiate {
             $(#[target_feature(enable = $features)])?
             unsafe fn pack_q8(x: &Rows, k: usize, out: &mut [u8]) {
                 float::pack_q8(x, k, out)
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn quantize_grouped(
+                how: Grouped,
+                x: &Rows,
+                k: usize,
+                out: &mut [BlockGrouped; ROWS],
+            ) {
+                crate::kernels::pack::quantize_grouped::<$v>(how, x, k, out)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn rms_norm(x: &[f32], gain: &[f32], eps: f32, out: &mut [f32]) {
@@ -199,6 +210,7 @@ macro_rules! instantiate {
                 quantize,
                 pack_q4,
                 pack_q8,
+                quantize_grouped,
                 rms_norm,
                 mean_square,
                 cut,

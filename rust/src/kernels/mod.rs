@@ -25,7 +25,7 @@ pub use float::Score;
 pub use layout::Form;
 pub use recurrent::{Recur, rates};
 
-use crate::quant::{BLOCK, GROUPS, Grouped};
+use crate::quant::{BLOCK, BlockGrouped, GROUPS, Grouped};
 use crate::{Error, Result};
 use layout::ROWS;
 
@@ -227,10 +227,27 @@ impl Kernels {
         let pack = match form {
             Form::Q4 => self.float.pack_q4,
             Form::Q8 => self.float.pack_q8,
+            Form::Grouped(how) => {
+                return layout::pack_grouped(how, &self.quantize_grouped(how, x, k), out);
+            }
             _ => unreachable!("other forms are kept as they come"),
         };
         // SAFETY: see above.
         unsafe { pack(x, k, out) }
+    }
+
+    /// Quantizes 16 rows to int5 or int6; the first `k` weights of each row count.
+    pub fn quantize_grouped(
+        &self,
+        how: Grouped,
+        x: &[[f32; BLOCK]; ROWS],
+        k: usize,
+    ) -> [BlockGrouped; ROWS] {
+        assert!(k <= BLOCK && (how == Grouped::INT5 || how == Grouped::INT6));
+        let mut blocks = [BlockGrouped::ZERO; ROWS];
+        // SAFETY: see above.
+        unsafe { (self.float.quantize_grouped)(how, x, k, &mut blocks) }
+        blocks
     }
 
     /// `out = x / sqrt(mean(x^2) + eps) * gain`.

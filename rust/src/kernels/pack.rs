@@ -1,10 +1,11 @@
-//! Quantizing 16 rows of weights to int4 side by side: lane = row, so that nothing is summed across lanes. The
-//! numbers are those of [`BlockQ4::quantize`], bit by bit; this only makes them faster.
+//! Quantizing 16 rows of weights to int4, int5 or int6 side by side: lane = row, so that nothing is summed across
+//! lanes. The numbers are those of [`BlockQ4::quantize`] and [`BlockGrouped::quantize`], bit by bit; this only makes
+//! them faster.
 
 use super::layout::{self, Q4_HEADER, ROWS};
 use super::simd::F32x16;
 use super::{array, array_mut};
-use crate::quant::{BLOCK, BlockQ4, GROUP, MAX, TINY};
+use crate::quant::{BLOCK, BlockGrouped, BlockQ4, FACTORS, GROUP, Grouped, MAX, TINY};
 
 /// An integer of magnitude below 2^22, plus this: its low bits are those of the sum.
 const INTEGER: f32 = 12_582_912.0; // 1.5 * 2^23
@@ -26,17 +27,11 @@ pub(super) fn pack_q4<V: F32x16>(x: &[[f32; BLOCK]; ROWS], k: usize, out: &mut [
 /// All rows at once. Gives those that are to be done alone: with zeros.
 #[inline(always)]
 fn lanes<V: F32x16>(x: &[[f32; BLOCK]; ROWS], k: usize, out: &mut [u8]) -> [bool; ROWS] {
-    let mut w = [V::splat(0.0); BLOCK];
+    let mut w = columns::<V>(x, k);
     let (mut most, mut least) = (V::splat(0.0), V::splat(f32::INFINITY));
-    for (i, w) in w[..k].as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
-        for r in 0..ROWS {
-            w[r] = V::load(array(&x[r], ROWS * i));
-        }
-        V::transpose(w);
-        for w in w {
-            most = most.max(w.abs());
-            least = least.min(w.abs());
-        }
+    for w in &w[..k] {
+        most = most.max(w.abs());
+        least = least.min(w.abs());
     }
     let (top, mut lanes) = (V::splat(MAX), [0.0; ROWS]);
     most.div(top).store(&mut lanes);
@@ -76,6 +71,78 @@ fn lanes<V: F32x16>(x: &[[f32; BLOCK]; ROWS], k: usize, out: &mut [u8]) -> [bool
     }
     least.store(&mut lanes);
     lanes.map(|least| least < TINY)
+}
+
+/// The first `k` numbers of each row, those of a column side by side.
+#[inline(always)]
+fn columns<V: F32x16>(x: &[[f32; BLOCK]; ROWS], k: usize) -> [V; BLOCK] {
+    let mut w = [V::splat(0.0); BLOCK];
+    for (i, w) in w[..k.next_multiple_of(ROWS)].as_chunks_mut::<ROWS>().0.iter_mut().enumerate() {
+        for r in 0..ROWS {
+            w[r] = V::load(array(&x[r], ROWS * i));
+        }
+        V::transpose(w);
+    }
+    w
+}
+
+/// Quantizes one block of 16 rows of `k` finite weights each to int5 or int6.
+#[inline(always)]
+pub(super) fn quantize_grouped<V: F32x16>(
+    how: Grouped,
+    x: &[[f32; BLOCK]; ROWS],
+    k: usize,
+    out: &mut [BlockGrouped; ROWS],
+) {
+    let (zero, one, half) = (V::splat(0.0), V::splat(1.0), -f32::from(how.signed()));
+    let (bottom, top, half) = (V::splat(-half), V::splat(half - 1.0), V::splat(half));
+    let w = columns::<V>(x, k);
+    let mut most = zero;
+    for w in &w[..k] {
+        most = most.max(w.abs());
+    }
+    let (mut lanes, mut d) = ([0.0; ROWS], [1.0; ROWS]);
+    most.store(&mut lanes);
+    for r in 0..ROWS {
+        let scale;
+        (out[r], scale) = BlockGrouped::begun(how, lanes[r]);
+        d[r] = scale.unwrap_or(1.0);
+        lanes[r] = scale.map_or(0.0, |_| 1.0);
+    }
+    let (d, done) = (V::load(&d), lanes);
+    for (u, w) in w[..k].chunks(how.unit()).enumerate() {
+        let (mut lo, mut hi) = (zero, zero);
+        for &w in w {
+            (lo, hi) = (lo.min(w), hi.max(w));
+        }
+        let (lo, hi) = (zero.sub(lo), zero.sub(hi));
+        let whole = lo.if_less(zero.sub(hi), hi, lo).div(half);
+        let (mut least, mut found) = (V::splat(f32::INFINITY), one);
+        for factor in FACTORS {
+            let integer = whole.mul(V::splat(factor)).div(d).round();
+            let integer = integer.max(V::splat(-MAX)).min(V::splat(MAX));
+            let integer = integer.abs().if_less(one, one, integer);
+            let s = integer.mul(d);
+            let mut error = zero;
+            for &w in w {
+                let rest = w.sub(w.div(s).round().max(bottom).min(top).mul(s));
+                error = error.add(rest.mul(rest));
+            }
+            found = error.if_less(least, integer, found);
+            least = error.min(least);
+        }
+        let s = found.mul(d);
+        found.store(&mut lanes);
+        for r in (0..ROWS).filter(|&r| done[r] != 0.0) {
+            out[r].s[u] = u16::from(lanes[r] as i8 as u8);
+        }
+        for (i, &w) in w.iter().enumerate() {
+            let codes = integers(w.div(s).round().max(bottom).min(top).add(half));
+            for r in (0..ROWS).filter(|&r| done[r] != 0.0) {
+                out[r].q[u * how.unit() + i] = codes[r] as u8;
+            }
+        }
+    }
 }
 
 /// Scale and offset of a group of each row, as the function of that name beside [`BlockQ4::quantize`].

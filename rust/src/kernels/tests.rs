@@ -6,7 +6,7 @@ mod grouped;
 
 use super::layout::{Form, ROWS, block_offset, pack_float, pack_q4, pack_q8, unpack_row};
 use super::*;
-use crate::quant::{BLOCK, BlockQ4, BlockQ8};
+use crate::quant::{BLOCK, BlockGrouped, BlockQ4, BlockQ8, Grouped};
 use proptest::prelude::*;
 
 /// Bytes that start at a multiple of 64.
@@ -216,6 +216,12 @@ proptest! {
             let mut out = vec![0xa5; expected.len()];
             kernels.pack(Form::Q4, &x, k, &mut out);
             prop_assert!(out == expected, "{}", kernels.name);
+            for how in [Grouped::INT5, Grouped::INT6] {
+                let found = kernels.quantize_grouped(how, &x, k);
+                for (x, found) in x.iter().zip(found) {
+                    prop_assert_eq!(found, BlockGrouped::quantize(how, &x[..k]), "{}", kernels.name);
+                }
+            }
         }
     }
 

@@ -68,7 +68,7 @@ impl Cache {
     }
 
     /// A file of one's own to fill; `None` if that can't be had.
-    pub(super) fn writer(&self, plans: &[Plan]) -> Option<Writer> {
+    pub(super) fn writer(&self) -> Option<Writer> {
         let dir = self.path.parent()?;
         fs::create_dir_all(dir).ok()?;
         sweep(dir);
@@ -77,7 +77,7 @@ impl Cache {
         let own = self.path.with_extension(format!("{random:016x}.tmp"));
         let mut file = BufWriter::with_capacity(1 << 20, File::create_new(&own).ok()?);
         let good = file.write_all(&self.header).is_ok();
-        Some(Writer { file, own, path: self.path.clone(), left: plans.len(), good, renamed: false })
+        Some(Writer { file, own, path: self.path.clone(), good, renamed: false })
     }
 }
 
@@ -100,22 +100,20 @@ pub(super) struct Writer {
     file: BufWriter<File>,
     own: PathBuf,
     path: PathBuf,
-    left: usize,
     good: bool,
     renamed: bool,
 }
 
 impl Writer {
-    /// Appends a matrix. `false`: the cache can't be written.
+    /// Appends bytes. `false`: the cache can't be written, now or before.
     pub(super) fn write(&mut self, bytes: &[u8]) -> bool {
         self.good = self.good && self.file.write_all(bytes).is_ok();
-        self.left -= 1;
         self.good
     }
 
-    /// Puts the file in its place, if it is whole.
+    /// Puts the file in its place, if all could be written.
     pub(super) fn finish(mut self) -> bool {
-        self.good = self.good && self.left == 0 && self.file.flush().is_ok();
+        self.good = self.good && self.file.flush().is_ok();
         self.renamed = self.good && fs::rename(&self.own, &self.path).is_ok();
         self.renamed
     }

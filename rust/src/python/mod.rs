@@ -36,14 +36,7 @@ const SIGNALS: Duration = Duration::from_millis(50);
 
 /// Tokens of prompts computed in one step.
 const CHUNK_TOKENS: usize = model::CHUNK;
-const QUANTIZATIONS: [(&str, Quantization); 4] = [
-    ("auto", Quantization::Auto),
-    ("int4", Quantization::Int4),
-    ("int8", Quantization::Int8),
-    ("none", Quantization::None),
-];
-/// What `quantize` writes.
-const FORMATS: [(&str, Quantization); 6] = [
+const QUANTIZATIONS: [(&str, Quantization); 6] = [
     ("auto", Quantization::Auto),
     ("int4", Quantization::Int4),
     ("int5", Quantization::Int5),

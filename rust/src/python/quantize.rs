@@ -2,7 +2,7 @@
 
 use super::quality::encode;
 use super::watch::watched;
-use super::{FORMATS, convert, named, raise};
+use super::{QUANTIZATIONS, convert, named, raise};
 use crate::model::export::Export;
 use crate::model::{self, LoadOptions, Quantize, Rule, Written};
 use crate::{Error, Result, chat, evaluate, tokenizer};
@@ -34,10 +34,10 @@ pub(super) fn quantize<'py>(
 ) -> PyResult<Bound<'py, PyDict>> {
     let prepare = || {
         let rule = |(pattern, form): (String, String)| {
-            Ok(Rule { pattern, form: named("rules", &form, &FORMATS)? })
+            Ok(Rule { pattern, form: named("rules", &form, &QUANTIZATIONS)? })
         };
         let how = Quantize {
-            format: named("format", format, &FORMATS)?,
+            format: named("format", format, &QUANTIZATIONS)?,
             bits,
             rules: rules.into_iter().map(rule).collect::<Result<_>>()?,
             calibration: Vec::new(),

@@ -107,7 +107,7 @@ impl Feedback {
 /// Block scales that are tried, over the one that just holds the largest weight.
 const STRETCHES: [f32; 4] = [0.92, 1.0, 1.04, 1.08];
 /// Scales of a group that are tried, likewise.
-const FACTORS: [f32; 5] = [1.0, 0.96, 0.92, 0.86, 0.8];
+pub(crate) const FACTORS: [f32; 5] = [1.0, 0.96, 0.92, 0.86, 0.8];
 
 /// A block on its way.
 #[derive(Clone, Copy)]
@@ -218,27 +218,33 @@ impl BlockGrouped {
     pub fn quantize(how: Grouped, x: &[f32]) -> BlockGrouped {
         grouped(how, None, x, x)
     }
+
+    /// The block of weights up to `m` in magnitude before it has any, and its scale: none if nothing is to be added.
+    pub(crate) fn begun(how: Grouped, m: f32) -> (BlockGrouped, Option<f32>) {
+        debug_assert!(how == Grouped::INT5 || how == Grouped::INT6);
+        if m < TINY {
+            return (BlockGrouped::ZERO, None);
+        }
+        let half = -f32::from(how.signed());
+        // Rounded up, so that the largest integer is at most 127; the smallest f16 is coarse.
+        let (least, mut d) = (m / half / MAX, f16::from_f32(m / half / MAX));
+        if d.to_f32() < least {
+            d = f16::from_bits(d.to_bits() + 1);
+        }
+        let zero = how.signed().unsigned_abs();
+        let mut block = BlockGrouped { d: d.to_bits(), q: [zero; BLOCK], ..BlockGrouped::ZERO };
+        let d = Some(d.to_f32()).filter(|d| d.is_finite());
+        if d.is_none() {
+            block.s.fill(1);
+        }
+        (block, d)
+    }
 }
 
 fn grouped(how: Grouped, inside: Option<&Inside>, x: &[f32], v: &[f32]) -> BlockGrouped {
-    debug_assert!(how == Grouped::INT5 || how == Grouped::INT6);
-    let m = amax(x);
-    if m < TINY {
-        return BlockGrouped::ZERO;
-    }
+    let (mut block, d) = BlockGrouped::begun(how, amax(x));
+    let Some(d) = d else { return block };
     let half = -f32::from(how.signed());
-    // Rounded up, so that the largest integer is at most 127; the smallest f16 is coarse.
-    let (least, mut d) = (m / half / MAX, f16::from_f32(m / half / MAX));
-    if d.to_f32() < least {
-        d = f16::from_bits(d.to_bits() + 1);
-    }
-    let zero = how.signed().unsigned_abs();
-    let mut block = BlockGrouped { d: d.to_bits(), q: [zero; BLOCK], ..BlockGrouped::ZERO };
-    let d = d.to_f32();
-    if !d.is_finite() {
-        block.s.fill(1);
-        return block;
-    }
     let inside = inside.unwrap_or(&NONE);
     let mut row = Row::new(x, v, 1.0);
     for (u, exact) in x.chunks(how.unit()).enumerate() {

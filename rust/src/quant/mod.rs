@@ -35,6 +35,7 @@ pub use bitsandbytes::{llm_int8, nibbles};
 pub use blocks::{Blocks, Kept};
 pub use compressed::{fp4, int8, packed};
 pub use encoded::{Encoded, Floats, Groups, Scaling};
+pub(crate) use feedback::FACTORS;
 pub use feedback::Feedback;
 pub use float8::float8;
 pub use gptq::gptq;

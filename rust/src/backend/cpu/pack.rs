@@ -4,13 +4,16 @@ use super::memory::Disjoint;
 use super::pool::Claims;
 use super::{Cpu, Form, Mat, NotFinite, Part, Parts, exact};
 use crate::kernels::layout::{self, ROWS};
-use crate::quant::{self, BLOCK, BlockGrouped};
+use crate::quant::{self, BLOCK};
 use std::borrow::Cow;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+/// Blocks of a row that are read in one go.
+const AT_ONCE: usize = 8;
+
 impl Cpu {
-    /// Packs `parts` into `out`, which is as long as the packed matrix and zero.
+    /// Packs `parts` into `out`, which is as long as the packed matrix.
     pub fn pack_into(
         &self,
         form: Form,
@@ -29,7 +32,7 @@ impl Cpu {
         bad.into_inner().unwrap_or_else(|e| e.into_inner()).map_or(Ok(()), Err)
     }
 
-    /// Has `work` fill the first `blocks` pieces of `size` bytes of `out`, in parallel.
+    /// Has `work` fill the first `blocks` pieces of `size` bytes of `out`, in parallel; the rest is zero.
     pub fn fill(
         &self,
         size: usize,
@@ -37,6 +40,7 @@ impl Cpu {
         out: &mut [u8],
         work: impl Fn(usize, &mut [u8]) + Sync,
     ) {
+        out[size * blocks..].fill(0);
         let out = Disjoint::new(out);
         let claims = Claims::new(blocks, self.pool.threads(), 4);
         self.pool.run(&|thread| {
@@ -90,30 +94,36 @@ impl Cpu {
             }
             return Ok(());
         }
-        let mut rows = [[0.0f32; BLOCK]; ROWS];
+        // Several blocks of a row are read in one go: short pieces of 16 rows would wait for the memory.
+        let mut read = vec![[[0.0f32; BLOCK]; ROWS]; AT_ONCE.min(k.div_ceil(BLOCK))];
         let mut done = 0;
-        for b in (0..k).step_by(BLOCK) {
-            let len = BLOCK.min(k - b);
-            for (r, values) in rows.iter_mut().enumerate() {
+        for first in (0..k).step_by(AT_ONCE * BLOCK) {
+            let blocks = || (first..k).step_by(BLOCK).take(AT_ONCE).enumerate();
+            for r in 0..ROWS {
                 let Some((p, i)) = row(r) else { continue };
-                parts.parts[p].values(i, b, &mut values[..len]);
-                finite(&values[..len]).map_err(|c| (p, i, b + c))?;
-            }
-            let bytes = form.row_block_bytes(len);
-            let out = &mut out[done..done + bytes];
-            done += bytes;
-            let Form::Grouped(how) = form else {
-                self.kernels.pack(form, &rows, len, out);
-                continue;
-            };
-            let mut blocks = [BlockGrouped::ZERO; ROWS];
-            for (r, block) in blocks.iter_mut().enumerate() {
-                *block = BlockGrouped::quantize(how, &rows[r][..len]);
-                if let (Some(at), Some((p, i))) = (block.not_finite(how), row(r)) {
-                    return Err((p, i, b + at));
+                for (at, b) in blocks() {
+                    let values = &mut read[at][r][..BLOCK.min(k - b)];
+                    parts.parts[p].values(i, b, values);
+                    finite(values).map_err(|c| (p, i, b + c))?;
                 }
             }
-            layout::pack_grouped(how, &blocks, out);
+            for (at, b) in blocks() {
+                let (rows, len) = (&read[at], BLOCK.min(k - b));
+                let bytes = form.row_block_bytes(len);
+                let out = &mut out[done..done + bytes];
+                done += bytes;
+                let Form::Grouped(how) = form else {
+                    self.kernels.pack(form, rows, len, out);
+                    continue;
+                };
+                let blocks = self.kernels.quantize_grouped(how, rows, len);
+                for (r, block) in blocks.iter().enumerate() {
+                    if let (Some(at), Some((p, i))) = (block.not_finite(how), row(r)) {
+                        return Err((p, i, b + at));
+                    }
+                }
+                layout::pack_grouped(how, &blocks, out);
+            }
         }
         Ok(())
     }

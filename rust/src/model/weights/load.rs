@@ -260,21 +260,27 @@ impl Reader<'_> {
             options.report(total, total);
             return placed(mats);
         }
-        // Straight to disk, one matrix in memory at a time, then mapped; or, without a cache, into memory.
-        if let Some(mut writer) = cache.as_mut().and_then(|cache| cache.writer(plans)) {
+        // Straight to disk, then mapped; or, without a cache, into memory.
+        if let Some(mut writer) = cache.as_mut().and_then(|cache| cache.writer()) {
+            let (mut packed, mut last) = (Vec::new(), Vec::new());
             let mut done = 0;
-            let mut buffer = Vec::new();
             for plan in plans {
-                buffer.clear();
-                buffer.resize(plan.bytes(), 0);
-                self.pack(cpu, plan, &mut buffer)?;
-                if !writer.write(&buffer) {
+                packed.resize(plan.bytes(), 0);
+                // One is packed while the one before it is written.
+                let written = std::thread::scope(|scope| {
+                    let writing = scope.spawn(|| writer.write(&last));
+                    self.pack(cpu, plan, &mut packed)?;
+                    Ok(writing.join().unwrap_or(false))
+                })?;
+                if !written {
                     break; // a full disk: without a cache, then
                 }
+                std::mem::swap(&mut packed, &mut last);
                 done += plan.bytes() as u64;
                 options.report(done, total);
             }
-            drop(buffer);
+            writer.write(&last);
+            drop((packed, last));
             if writer.finish()
                 && let Some(mats) = cache.and_then(|cache| cache.read(plans))
             {
