@@ -223,7 +223,9 @@ def compared(name: str, options: dict[str, Any]) -> list[str]:
                 different.append(f"logits by {how}, by {float(np.max(np.abs(want - found))):.3g}")
         prompts = [ids[i : i + 20 + 7 * i] for i in range(5)]
         rules: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True}
-        for what, more in (("greedy", {"temperature": 0.0}), ("sampled", {"temperature": 0.8})):
+        free = {"temperature": 0.8, "top_k": 0, "top_p": 1.0}
+        few = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
+        for what, more in (("greedy", {"temperature": 0.0}), ("sampled", free), ("top-p", few)):
             on = {
                 "cpu": cpu.generate(prompts, seed=5, **rules, **more),
                 "a batch": cuda.generate(prompts, seed=5, **rules, **more),

@@ -34,6 +34,7 @@ try:
         again = llm.generate(prompts[0], max_tokens=8, temperature=0)
         plain = dict(temperature=0.9, top_p=1.0, top_k=0, seed=4, max_tokens=8)
         drawn = llm.generate(prompts, **plain) + llm.generate(prompts, min_p=0.1, **plain)
+        drawn += llm.generate(prompts, **plain | dict(top_p=0.8, top_k=30))
         # One of a batch needs its logits; all of them are then read.
         one = llm.submit(prompts[1], logprobs=1, **plain)
         two = llm.submit(prompts[2], **plain)

@@ -295,15 +295,14 @@ fn min_weight(min_p: f32) -> u64 {
 }
 
 impl Sampling {
-    /// The least weight of a token that may be drawn, if that is all that decides: there is nothing that changes logits,
-    /// and no filter that needs their order.
-    pub fn least_weight(&self, vocab: usize) -> Option<u64> {
+    /// The least weight of a token that `min_p` keeps, if it, top-k and top-p are all that decides: there is nothing that
+    /// changes logits, and no typical sampling.
+    pub fn least_weight(&self) -> Option<u64> {
         let untouched = self.repetition_penalty == 1.0
             && self.presence_penalty == 0.0
             && self.frequency_penalty == 0.0
             && self.logit_bias.is_empty();
-        let filters = (1..vocab).contains(&self.top_k) || self.top_p < 1.0 || self.typical_p < 1.0;
-        let decided = untouched && (self.temperature == 0.0 || !filters);
+        let decided = untouched && (self.temperature == 0.0 || self.typical_p == 1.0);
         decided.then(|| min_weight(self.min_p))
     }
 }

@@ -29,19 +29,35 @@ fn tokens() {
                 logits[2 * vocab + vocab / 5] = -7.0;
                 logits[3 * vocab..].iter_mut().step_by(2).for_each(|x| *x = f32::NEG_INFINITY);
             }
-            for (temperature, min_p) in
-                [(0.0, 0.0), (1.0, 0.0), (0.3, 0.0), (1.5, 0.05), (1e-6, 1.0), (1e6, 0.0)]
-            {
-                let sampling = Sampling { temperature, min_p, ..Sampling::default() };
-                let least = sampling.least_weight(vocab).unwrap();
+            for (temperature, min_p, top_k, top_p) in [
+                (0.0, 0.0, 3, 0.5),
+                (1.0, 0.0, 0, 1.0),
+                (0.3, 0.0, 0, 1.0),
+                (1.5, 0.05, 0, 1.0),
+                (1e-6, 1.0, 0, 1.0),
+                (1e6, 0.0, 0, 1.0),
+                (1.0, 0.0, 1, 1.0),
+                (1.3, 0.0, 20, 0.8),
+                (1e6, 0.0, 200, 1.0),
+                (1.0, 0.0, 0, 0.9),
+                (3.0, 0.1, 50, 0.99),
+                (1e6, 0.0, 0, 0.3),
+                (0.7, 0.0, 0, 1e-30),
+            ] {
+                if vocab > 5000 && round > 0 && (top_k, top_p) != (0, 1.0) {
+                    continue; // slow, and no other code
+                }
+                let sampling = Sampling { temperature, min_p, top_k, top_p, ..Sampling::default() };
+                let least = sampling.least_weight().unwrap();
+                let top_k = if top_k < vocab { top_k as u32 } else { 0 };
                 let coins = [0.0, coin(round as u64, 1), coin(9, vocab as u64), 1.0 - f64::EPSILON];
-                let how = coins.map(|coin| Draw { temperature, least, coin });
+                let how = coins.map(|coin| Draw { temperature, least, coin, top_k, top_p });
                 let found = cuda.draw(&cuda.upload(&logits, vocab), &how);
                 cuda.finish().unwrap();
                 for (r, coin) in coins.into_iter().enumerate() {
                     let row = &logits[r * vocab..(r + 1) * vocab];
                     let want = draw(&sampling, row, coin, &mut Scratch::default()).unwrap();
-                    assert_eq!(found[r], Some(want), "{vocab} {round} {temperature} {min_p} {r}");
+                    assert_eq!(found[r], Some(want), "{vocab} {round} {sampling:?} {r}");
                     different.insert(want);
                 }
             }
@@ -51,22 +67,25 @@ fn tokens() {
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let mut logits = vec![if bad < 0.0 { bad } else { 1.0 }; 2500];
         logits[2400] = bad;
-        let how = [0.0, 1.0].map(|temperature| Draw { temperature, least: 1, coin: 0.5 });
-        let found = cuda.draw(&cuda.upload(&[&logits[..], &logits].concat(), 2500), &how);
-        assert_eq!(found, [None, None], "{bad}");
+        let plain = Draw { temperature: 0.0, least: 1, coin: 0.5, top_k: 0, top_p: 1.0 };
+        let how = [
+            plain,
+            Draw { temperature: 1.0, ..plain },
+            Draw { temperature: 1.0, top_k: 7, top_p: 0.5, ..plain },
+        ];
+        let found = cuda.draw(&cuda.upload(&[&logits[..]; 3].concat(), 2500), &how);
+        assert_eq!(found, [None; 3], "{bad}");
     }
-    // What changes logits or needs their order is not drawn there.
+    // What changes logits is not drawn there, nor is typical sampling.
     let with = |change: fn(&mut Sampling)| {
         let mut sampling = Sampling::default();
         change(&mut sampling);
-        sampling.least_weight(100)
+        sampling.least_weight()
     };
     assert_eq!(with(|_| {}), Some(1));
-    assert_eq!(with(|s| s.top_k = 100), Some(1));
-    assert_eq!(with(|s| (s.temperature, s.top_k) = (0.0, 5)), Some(1));
+    assert_eq!(with(|s| (s.top_k, s.top_p) = (5, 0.5)), Some(1));
+    assert_eq!(with(|s| (s.temperature, s.typical_p) = (0.0, 0.5)), Some(1));
     for change in [
-        |s: &mut Sampling| s.top_k = 99,
-        |s: &mut Sampling| s.top_p = 0.9,
         |s: &mut Sampling| s.typical_p = 0.9,
         |s: &mut Sampling| s.repetition_penalty = 1.1,
         |s: &mut Sampling| s.presence_penalty = 0.1,

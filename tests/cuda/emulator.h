@@ -89,6 +89,7 @@ DEVICE float stream_f32(const float* at) {
     return *at;
 }
 DEVICE uint4 read16(const void* at) { return stream(at); }
+DEVICE uint4 reload16(const void* at) { return stream(at); }
 DEVICE u32 read4(const void* at) {
     aligned((u64)at, 4);
     return *(const u32*)at;
@@ -102,6 +103,7 @@ DEVICE u32 permute(u32 a, u32 b, u32 which) {
     }
     return d;
 }
+DEVICE void add(u64* to, u64 x) { *to += x; }
 DEVICE float as_float(u32 x) {
     float f;
     memcpy(&f, &x, 4);

@@ -10,6 +10,7 @@
 
 mod draw;
 mod grouped;
+mod layers;
 mod models;
 mod ops;
 
@@ -52,9 +53,12 @@ fn emulator() -> Option<&'static Path> {
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
         let (kernels, here) = (root.join("rust/src/backend/cuda/kernels"), root.join("tests/cuda"));
         let header = format!("{}/emulator.h", here.display());
-        let with = |file: &str| (kernels.join(file), vec!["-include".to_owned(), header.clone()]);
-        let mut sources =
-            ["attention.cu", "gemm.cu", "gemv.cu", "rows.cu", "sample.cu"].map(with).to_vec();
+        let with = |file: &str| {
+            (kernels.join(file).with_extension("cu"), vec!["-include".to_owned(), header.clone()])
+        };
+        let mut sources = ["attention", "experts", "gemm", "gemv", "recurrent", "rows", "sample"]
+            .map(with)
+            .to_vec();
         sources.push((here.join("emulator.cpp"), Vec::new()));
         let built = library("emulator", &sources);
         if built.is_none() {
@@ -157,6 +161,14 @@ fn tokens_are_those_of_the_cpu() {
 }
 
 #[test]
+fn mixtures_heads_and_states_have_the_cpus_bits() {
+    for case in ["layers::mixtures", "layers::heads", "layers::states"] {
+        let _ = passes(case, &[]);
+        let _ = passes(case, &[("FAKE_DOWN", "1")]);
+    }
+}
+
+#[test]
 fn attention_has_the_cpus_bits() {
     let _ = passes("ops::attention", &[]);
     let _ = passes("ops::attention", &[("FAKE_DOWN", "1")]);
@@ -181,9 +193,12 @@ fn models_on_two_machines_have_the_cpus_bits() {
 fn graphs_have_the_bits_of_launches() {
     let Some(out) = passes("models::generation_by_graphs", &[]) else { return };
     // When the device is let go, the emulator says what became of it.
-    let line = out.lines().find_map(|line| line.strip_prefix("emulator: ")).unwrap();
-    let numbers: Vec<u64> = line.split(' ').filter_map(|word| word.parse().ok()).collect();
-    assert!(numbers[0] >= 20 && numbers[1] == 0, "{line}");
+    let lines: Vec<_> = out.lines().filter_map(|line| line.strip_prefix("emulator: ")).collect();
+    assert_eq!(lines.len(), 3); // models
+    for (number, line) in lines.into_iter().enumerate() {
+        let numbers: Vec<u64> = line.split(' ').filter_map(|word| word.parse().ok()).collect();
+        assert!(numbers[0] >= 20 * (number as u64 + 1) && numbers[1] == 0, "{line}");
+    }
 }
 
 #[test]

@@ -39,7 +39,7 @@ impl Both {
         let values = self.floats(n);
         (self.cpu.row(Place::End, &values), self.cuda.row(Place::End, &values))
     }
-    fn matrix(
+    pub(super) fn matrix(
         &mut self,
         form: Form,
         n: usize,
@@ -230,6 +230,7 @@ struct Case {
     clip: Option<f32>,
     growth: Option<(f32, usize)>,
     interleaved: bool,
+    latent: Option<usize>,
 }
 
 const CASE: Case = Case {
@@ -245,6 +246,7 @@ const CASE: Case = Case {
     clip: None,
     growth: None,
     interleaved: false,
+    latent: None,
 };
 
 #[test]
@@ -268,6 +270,9 @@ fn attention() {
         Case { heads: 2, kv_heads: 1, d: 256, clip: Some(1.0), growth: Some((0.1, 100)), ..CASE },
         Case { heads: 4, kv_heads: 1, d: 20, dtype: KvDtype::F32, sinks: true, ..CASE },
         Case { heads: 4, kv_heads: 1, d: 20, dtype: KvDtype::Int8, sinks: true, ..CASE },
+        Case { heads: 5, kv_heads: 1, d: 44, latent: Some(30), ..CASE },
+        Case { heads: 2, kv_heads: 1, d: 576, dtype: KvDtype::Int8, latent: Some(512), ..CASE },
+        Case { heads: 3, kv_heads: 1, d: 72, dtype: KvDtype::F32, latent: Some(64), ..CASE },
     ];
     for (number, case) in cases.iter().enumerate() {
         check(number, case);
@@ -280,7 +285,7 @@ fn check(number: usize, c: &Case) {
         heads: c.heads,
         kv_heads: c.kv_heads,
         head_dim: c.d,
-        latent: None,
+        latent: c.latent,
         scale: 0.3,
         clip: c.clip,
         softcap: c.softcap,
@@ -290,7 +295,7 @@ fn check(number: usize, c: &Case) {
         rope_interleaved: c.interleaved,
     };
     let pages = 24;
-    let layer = KvLayer { pages, heads: c.kv_heads, head_dim: c.d, values: true };
+    let layer = KvLayer { pages, heads: c.kv_heads, head_dim: c.d, values: c.latent.is_none() };
     let mut kv = (b.cpu.kv(c.dtype, &[layer]).unwrap(), b.cuda.kv(c.dtype, &[layer]).unwrap());
     let (q_gain, k_gain, sinks) =
         (b.vector(c.d), b.vector(c.heads.min(c.kv_heads) * c.d), b.vector(c.heads));

@@ -143,6 +143,32 @@ pub struct Expert<M, V> {
     pub down_bias: Option<V>,
 }
 
+impl<M, V> Expert<M, V> {
+    /// The same of each part.
+    pub fn as_ref(&self) -> Expert<&M, &V> {
+        Expert {
+            gate_up: &self.gate_up,
+            gate_up_bias: self.gate_up_bias.as_ref(),
+            down: &self.down,
+            down_bias: self.down_bias.as_ref(),
+        }
+    }
+}
+
+impl<'a, M, V> Expert<&'a M, &'a V> {
+    /// A part of each.
+    #[cfg(feature = "cuda")]
+    fn map<N, W>(&self, mat: fn(&'a M) -> &'a N, row: fn(&'a V) -> &'a W) -> Expert<&'a N, &'a W> {
+        let Expert { gate_up, gate_up_bias, down, down_bias } = self;
+        Expert {
+            gate_up: mat(gate_up),
+            gate_up_bias: gate_up_bias.map(row),
+            down: mat(down),
+            down_bias: down_bias.map(row),
+        }
+    }
+}
+
 /// Norms of queries and keys.
 pub struct QkNorm<'a, R> {
     /// Of queries: as wide as a head (for every head), or as all queries.
@@ -201,7 +227,7 @@ pub struct Parts<'a> {
     pub interleaved: bool,
 }
 
-/// How a token is drawn from a row of logits, where no filter needs their order: as `sample::draw` does.
+/// How a token is drawn from a row of logits: as `sample::draw` does, without typical sampling.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Draw {
     /// 0 = the likeliest, the lowest id of equals.
@@ -210,6 +236,10 @@ pub struct Draw {
     pub least: u64,
     /// From 0 to 1.
     pub coin: f64,
+    /// Keep the k likeliest; 0 = all.
+    pub top_k: u32,
+    /// Keep the smallest set with at least this probability; 1 = all.
+    pub top_p: f32,
 }
 
 /// A number in the stored weights that is not finite: its part, row and column.
@@ -347,7 +377,7 @@ pub trait Backend: Send + Sync {
         logits: &mut Self::Buf,
         correction: Option<&Self::Row>,
         scales: Option<&Self::Row>,
-        experts: &[Expert<Self::Mat, Self::Row>],
+        experts: &[Expert<&Self::Mat, &Self::Row>],
         act: Activation,
         width: usize,
         x: &Self::Buf,
@@ -420,7 +450,7 @@ pub trait Backend: Send + Sync {
     fn gate_heads(&self, qkv: &Self::Buf, how: &Attention, out: &mut Self::Buf);
     /// `out` = the convolution of a part of the rows of `x` (see [`Core`]): `bias? + sum over j of taps[j] * u[r - j]`,
     /// `j` from `width - 1` down to 0. `taps`: `[width, channels]`, the oldest position first. `u` are the channels of `x`,
-    /// times `B` if the core is a gate (then `x` is left with them); positions before the span are those of its state.
+    /// times `B` if the core is a gate (then `x` may be left with them); positions before the span are those of its state.
     /// The last `width - 1` of `u` go into the next state. Of a gate `out` is times `C`, of the others it is its `silu`.
     fn conv(
         &self,
@@ -441,7 +471,7 @@ pub trait Backend: Send + Sync {
         rates: &Self::Buf,
         conv: &mut Self::Buf,
         how: &Recurrent,
-        rows: &HeadRows<Self::Row>,
+        rows: &HeadRows<&Self::Row>,
         eps: f32,
         states: &mut Self::States,
         layer: usize,

@@ -119,3 +119,25 @@ pub struct HeadRows<V> {
     /// Gain of the norm: `[value_dim]` (delta net) or `[values]`.
     pub norm: V,
 }
+
+impl<V> HeadRows<V> {
+    /// The same of each vector.
+    pub fn as_ref(&self) -> HeadRows<&V> {
+        let HeadRows { decay, dt_bias, skip, norm } = self;
+        HeadRows { decay, dt_bias, skip: skip.as_ref(), norm }
+    }
+}
+
+impl<'a, V> HeadRows<&'a V> {
+    /// A part of each.
+    #[cfg(feature = "cuda")]
+    pub(super) fn map<W>(&self, part: fn(&'a V) -> &'a W) -> HeadRows<&'a W> {
+        let HeadRows { decay, dt_bias, skip, norm } = self;
+        HeadRows {
+            decay: part(decay),
+            dt_bias: part(dt_bias),
+            skip: skip.map(part),
+            norm: part(norm),
+        }
+    }
+}

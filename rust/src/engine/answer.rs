@@ -83,9 +83,11 @@ impl Answer {
             || !request.processors.is_empty()
             || answered < request.min_tokens
             || self.limit == 0;
-        let Sampling { temperature, seed, .. } = request.sampling;
-        let least = request.sampling.least_weight(self.vocab).filter(|_| !seen)?;
-        Some(Draw { temperature, least, coin: sample::coin(seed, answered as u64) })
+        let Sampling { temperature, top_k, top_p, seed, .. } = request.sampling;
+        let least = request.sampling.least_weight().filter(|_| !seen)?;
+        let top_k = if top_k < self.vocab { top_k as u32 } else { 0 };
+        let coin = sample::coin(seed, answered as u64);
+        Some(Draw { temperature, least, coin, top_k, top_p })
     }
 
     /// Adds a token that was drawn.

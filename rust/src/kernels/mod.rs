@@ -23,7 +23,7 @@ pub use activation::Activation;
 pub use attention::{Attend, KvDtype, MAX_ROWS, PAGE, scratch_len};
 pub use float::Score;
 pub use layout::Form;
-pub use recurrent::Recur;
+pub use recurrent::{Recur, rates};
 
 use crate::quant::{BLOCK, BlockGrouped, GROUPS, Grouped};
 use crate::{Error, Result};

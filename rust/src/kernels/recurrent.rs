@@ -5,6 +5,7 @@
 //! first; a sum over the rows of a state is four chains by index modulo 4, ascending, then
 //! `(0 + 1) + (2 + 3)`.
 
+use super::activation::{exp, sigmoid};
 use super::simd::F32x16;
 
 /// One position of one head's recurrence, for 16 columns of its state `S`, `[k.len(), 16]`.
@@ -22,6 +23,30 @@ pub struct Recur<'a> {
     pub beta: f32,
     /// What the state already holds for `k` is not written again.
     pub delta: bool,
+}
+
+/// Decay and strength of a head, of its rates: with `d = ln(1 + e^(dt + bias))`, `e^(decay d)`, and `sigmoid(b)` of a delta
+/// net, else `d`.
+pub fn rates(dt: f32, bias: f32, decay: f32, b: Option<f32>) -> [f32; 2] {
+    let d = softplus(dt + bias);
+    [exp(decay * d), b.map_or(d, sigmoid)]
+}
+
+/// `ln(1 + e^x) = max(x, 0) + 2 artanh(z)`, `z = y / (2 + y)`, `y = e^-|x|`: z is at most 1/3, and the first term left
+/// out of the series 1e-9 of the sum.
+fn softplus(x: f32) -> f32 {
+    let y = exp(-x.abs());
+    let z = y / (2.0 + y);
+    let t = z * z;
+    let series = (1.0f32 / 15.0)
+        .mul_add(t, 1.0 / 13.0)
+        .mul_add(t, 1.0 / 11.0)
+        .mul_add(t, 1.0 / 9.0)
+        .mul_add(t, 1.0 / 7.0)
+        .mul_add(t, 1.0 / 5.0)
+        .mul_add(t, 1.0 / 3.0)
+        .mul_add(t, 1.0);
+    (2.0 * z).mul_add(series, x.max(0.0))
 }
 
 /// `out = bias? + sum over j of rows[j] * taps[j]`, then `out * sigmoid(out)` if `silu`.

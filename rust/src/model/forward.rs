@@ -194,7 +194,8 @@ impl<B: Backend> Model<B> {
             None => (out, a),
             Some(heads) => {
                 let eps = self.spec.eps;
-                b.recur(wide, after, out, shape, &heads.rows, eps, states, l, spans, a);
+                let rows = heads.rows.as_ref();
+                b.recur(wide, after, out, shape, &rows, eps, states, l, spans, a);
                 (a, out)
             }
         };
@@ -238,7 +239,8 @@ impl<B: Backend> Model<B> {
         let input = if s.parallel { &*a } else { self.normed(layer.ffn_norm.as_ref(), x, a) };
         b.linear(&w.router, w.router_bias.as_ref(), input, wide);
         let correction = w.correction.as_ref();
-        b.moe(&how.routing, wide, correction, None, &w.experts, w.act, how.width, input, out);
+        let experts: Vec<_> = w.experts.iter().map(backend::Expert::as_ref).collect();
+        b.moe(&how.routing, wide, correction, None, &experts, w.act, how.width, input, out);
         if let (Some(how), Some(shared)) = (&how.shared, &w.shared) {
             b.gated(&shared.gate_up, None, w.act, how.width, input, wide);
             match &shared.router {

@@ -93,9 +93,11 @@ impl Offload {
                 super::spec::Mixer::Attention(how) => Sees::from(how.window),
                 _ => Sees::All,
             };
-            let (paged, _) = forward::kv_layer(layer, 1);
+            let (paged, (states, size)) = forward::kv_layer(layer, 1);
             let pages = kv::pages_for(sees, positions, CHUNK) * paged.pages;
-            (pages * paged.page_bytes(options.kv_dtype)) as u64
+            // A sequence is worth four states.
+            (pages * paged.page_bytes(options.kv_dtype) + 4 * states * size * size_of::<f32>())
+                as u64
         };
         let mut pages: Vec<u64> = spec.layers.iter().map(page).collect();
         if let Some(bytes) = kv_bytes {

@@ -31,7 +31,7 @@ impl Cpu {
         logits: &mut Buf,
         correction: Option<&Vec<f32>>,
         scales: Option<&Vec<f32>>,
-        experts: &[Expert<Mat, Vec<f32>>],
+        experts: &[Expert<&Mat, &Vec<f32>>],
         gate: Into,
         x: &Buf,
         out: &mut Buf,
@@ -79,7 +79,8 @@ impl Cpu {
             unsafe { values.part(r * x.width..(r + 1) * x.width) }.copy_from_slice(x.row(rows[r]));
         });
         let Into::Gate(_, width) = gate else { unreachable!("experts are gated") };
-        let jobs = |w: fn(&Expert<Mat, Vec<f32>>) -> (&Mat, Option<&Vec<f32>>)| {
+        type Layer<'a> = (&'a Mat, Option<&'a Vec<f32>>);
+        let jobs = |w: for<'a> fn(&Expert<&'a Mat, &'a Vec<f32>>) -> Layer<'a>| {
             let mut jobs = Vec::new();
             let mut start = 0;
             for (expert, &end) in experts.iter().zip(&*ends) {
@@ -98,9 +99,9 @@ impl Cpu {
             jobs
         };
         hidden.shape(rows.len(), width);
-        self.products(&jobs(|e| (&e.gate_up, e.gate_up_bias.as_ref())), input, gate, hidden);
+        self.products(&jobs(|e| (e.gate_up, e.gate_up_bias)), input, gate, hidden);
         output.shape(rows.len(), x.width);
-        self.products(&jobs(|e| (&e.down, e.down_bias.as_ref())), hidden, Into::Store, output);
+        self.products(&jobs(|e| (e.down, e.down_bias)), hidden, Into::Store, output);
         out.shape(x.rows, x.width);
         let values = Disjoint::new(out.values_mut());
         self.each(x.rows, 4, |t| {

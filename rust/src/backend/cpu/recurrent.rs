@@ -5,7 +5,7 @@ use super::memory::Disjoint;
 use super::{Activation, Buf, Bytes, Cpu, Span};
 use crate::Result;
 use crate::backend::{Core, HeadRows, Heads, Recurrent};
-use crate::kernels::Recur;
+use crate::kernels::{self, Recur};
 
 /// Channels of a piece of a convolution.
 const STRIP: usize = 1024;
@@ -136,7 +136,7 @@ impl Cpu {
         (x, rates): (&Buf, &Buf),
         conv: &mut Buf,
         how: &Recurrent,
-        w: &HeadRows<Vec<f32>>,
+        w: &HeadRows<&Vec<f32>>,
         eps: f32,
         (states, layer): (&mut States, usize),
         spans: &[Span<'_>],
@@ -166,9 +166,8 @@ impl Cpu {
             };
             let rates = rates.row(r);
             for (i, to) in scalars.iter_mut().enumerate() {
-                let dt = softplus(rates[rates.len() - h.heads + i] + w.dt_bias[i]);
-                let beta = if delta { 1.0 / (1.0 + libm::expf(-rates[i])) } else { dt };
-                *to = [libm::expf(w.decay[i] * dt), beta];
+                let dt = rates[rates.len() - h.heads + i];
+                *to = kernels::rates(dt, w.dt_bias[i], w.decay[i], delta.then_some(rates[i]));
             }
             if delta {
                 self.unit_lengths(&h, &mut row[..2 * keys]);
@@ -214,13 +213,13 @@ impl Cpu {
                 for (out, gate) in
                     out.chunks_exact_mut(h.value_dim).zip(gate.chunks_exact_mut(h.value_dim))
                 {
-                    self.kernels.rms_norm(out, &w.norm, eps, &mut normed);
+                    self.kernels.rms_norm(out, w.norm, eps, &mut normed);
                     self.kernels.gate(Activation::Silu, gate, &normed);
                     out.copy_from_slice(gate);
                 }
                 return;
             }
-            if let Some(skip) = &w.skip {
+            if let Some(skip) = w.skip {
                 let v = conv.row(r)[v..].chunks_exact(h.value_dim);
                 for ((out, v), skip) in out.chunks_exact_mut(h.value_dim).zip(v).zip(skip) {
                     out.iter_mut().zip(v).for_each(|(out, v)| *out += skip * v);
@@ -249,11 +248,6 @@ impl Cpu {
             head.copy_from_slice(&normed);
         }
     }
-}
-
-/// `ln(1 + e^x)`.
-fn softplus(x: f32) -> f32 {
-    if x > 20.0 { x } else { libm::log1pf(libm::expf(x)) }
 }
 
 #[cfg(test)]

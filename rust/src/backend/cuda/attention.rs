@@ -6,8 +6,20 @@ use super::{Attention, Buf, Cuda, Kv, KvDtype, QkNorm, Row, Span, kv, launch};
 const ROWS: usize = 8;
 /// Keys of a chunk: part of the definition (kernels/attention.rs).
 const CHUNK: usize = 512;
-/// Dimensions of a head at most.
-pub(super) const MAX_D: usize = 512;
+/// Dimensions of a head at most, and of a key of latent attention.
+const MAX_D: usize = 512;
+const MAX_KEY: usize = 576;
+
+/// What there is no kernel for.
+fn refused(how: &Attention) -> Option<&'static str> {
+    match how.latent {
+        None if how.head_dim > MAX_D => Some("heads of more than 512 dimensions"),
+        Some(values) if how.head_dim > MAX_KEY || values > MAX_D => {
+            Some("latent attention over more than 576 dimensions")
+        }
+        _ => None,
+    }
+}
 
 impl Cuda {
     /// [`Backend::rotate_and_store`](super::Backend::rotate_and_store).
@@ -25,8 +37,6 @@ impl Cuda {
         let full = norms.as_ref().is_some_and(|n| n.full);
         let gated = qkv.width > how.qkv_width();
         let odd = [
-            (d > MAX_D, "heads of more than 512 dimensions"),
-            (how.latent.is_some(), "latent attention"),
             (
                 how.clip.is_some() && (gated || full),
                 "clipped queries with a gate or a norm over all heads",
@@ -36,11 +46,13 @@ impl Cuda {
                 "a norm over all heads after the rotation",
             ),
         ];
-        if let Some((_, what)) = odd.iter().find(|(odd, _)| *odd) {
+        let odd = odd.iter().find(|(odd, _)| *odd).map(|(_, what)| *what);
+        if let Some(what) = refused(how).or(odd) {
             return self.device.refuse(what);
         }
         qkv.fresh.set(false);
         let kv_heads = if how.queries_only { 0 } else { how.kv_heads };
+        let values = usize::from(how.latent.is_none());
         if let Some(norms) = norms.as_ref().filter(|_| full) {
             let parts = [(0, how.heads, norms.q), (how.heads * d, kv_heads, norms.k)];
             for (first, heads, gain) in parts.into_iter().filter(|(_, heads, _)| *heads > 0) {
@@ -74,9 +86,9 @@ impl Cuda {
             after: norms.as_ref().is_some_and(|n| n.after_rope).into(),
             clip: how.clip.unwrap_or(0.0),
             eps: norms.as_ref().map_or(0.0, |n| n.eps),
-            pad: 0,
+            values: values as u32,
         };
-        let heads = how.heads + 2 * kv_heads;
+        let heads = how.heads + (1 + values) * kv_heads;
         self.launch("rope_store", [qkv.rows, heads.div_ceil(4), 1], 128, &params);
     }
 
@@ -91,15 +103,16 @@ impl Cuda {
         spans: &[Span<'_>],
         out: &mut Buf,
     ) {
-        let d = how.head_dim;
-        if d > MAX_D || how.latent.is_some() {
-            return self.device.refuse("latent attention, or heads of more than 512 dimensions");
+        let (d, values) = (how.head_dim, how.value_dim());
+        if let Some(what) = refused(how) {
+            return self.device.refuse(what);
         }
-        out.shape(qkv.rows, how.heads * d);
+        out.shape(qkv.rows, how.heads * values);
         let single = spans.iter().all(|span| span.len == 1);
         let of_kv = how.heads / how.kv_heads;
-        let group = of_kv.min(ROWS);
-        let positions = if single { 1 } else { (ROWS / group).max(1) };
+        let most = if how.latent.is_some() { 4 } else { ROWS };
+        let group = of_kv.min(most);
+        let positions = if single { 1 } else { (most / group).max(1) };
         let tiles = spans.iter().map(|s| s.len.div_ceil(positions)).max().unwrap_or(0);
         // Chunks of generated tokens are blocks of their own: a power of two, so that one graph serves many lengths.
         let keys = spans.iter().map(|s| s.start + s.len).max().unwrap_or(0);
@@ -115,7 +128,7 @@ impl Cuda {
         });
         let mut parts = self.parts.lock().unwrap_or_else(|e| e.into_inner());
         if split {
-            self.device.grow(&mut parts, qkv.rows * how.heads * chunks * (d + 2) * 4);
+            self.device.grow(&mut parts, qkv.rows * how.heads * chunks * (values + 2) * 4);
         }
         let params = launch::Attend {
             qkv: qkv.at,
@@ -137,8 +150,13 @@ impl Cuda {
             split: split.into(),
             scale: how.scale,
             cap: how.softcap.unwrap_or(0.0),
+            values: values as u32,
+            pad: 0,
         };
         let kernel = match (kv.dtype, group * positions) {
+            (KvDtype::F32, _) if how.latent.is_some() => "attend_latent_f32",
+            (KvDtype::F16, _) if how.latent.is_some() => "attend_latent_f16",
+            (KvDtype::Int8, _) if how.latent.is_some() => "attend_latent_i8",
             (KvDtype::F32, 1) => "attend_f32_1",
             (KvDtype::F32, _) => "attend_f32_8",
             (KvDtype::F16, 1) => "attend_f16_1",

@@ -5,7 +5,8 @@ use super::Cuda;
 use crate::Result;
 use crate::backend::cpu::{self, Bytes};
 use crate::backend::{
-    Activation, Attention, Backend, Form, KvDtype, KvLayer, Part, Parts, Place, QkNorm, Span,
+    Activation, Attention, Backend, Core, Expert, Form, HeadRows, Heads, KvDtype, KvLayer, Latent,
+    Part, Parts, Place, QkNorm, Recurrent, Routing, Score, Span,
 };
 use crate::quant::Grouped;
 
@@ -100,11 +101,85 @@ fn operations<B: Backend>(b: &B) -> Result<Found> {
     found.push(("layer norm".into(), b.read(&out)));
     for (dtype, name) in [(KvDtype::F32, "f32"), (KvDtype::F16, "f16"), (KvDtype::Int8, "int8")] {
         for head_dim in [64, 128] {
-            attention(b, &mut random, dtype, name, head_dim, &mut found)?;
+            attention(b, &mut random, dtype, name, head_dim, None, &mut found)?;
         }
+        attention(b, &mut random, dtype, name, 576, Some(512), &mut found)?;
+    }
+    experts(b, &mut random, &mut found)?;
+    heads(b, &mut random, &mut found)?;
+    for delta in [false, true] {
+        states(b, &mut random, delta, &mut found)?;
     }
     b.finish()?;
     Ok(found)
+}
+
+/// Mixtures: a row an expert, a few, many.
+fn experts<B: Backend>(b: &B, random: &mut Random, found: &mut Found) -> Result<()> {
+    let (count, hidden, width) = (6, 544, 64);
+    let (score, renormalise) = (Score::Softmax, Some(0.0));
+    let how = Routing { top_k: 3, score, groups: None, renormalise, scale: 1.0 };
+    for form in [Form::Q4, Form::Bf16, Form::Grouped(Grouped::MXFP4)] {
+        let mut all = Vec::new();
+        for _ in 0..count {
+            let gate_up = matrix(b, random, form, [2 * width, hidden], true)?;
+            let down = matrix(b, random, form, [hidden, width], false)?;
+            all.push(Expert::<B::Mat, B::Row> {
+                gate_up,
+                gate_up_bias: None,
+                down,
+                down_bias: None,
+            });
+        }
+        let all: Vec<_> = all.iter().map(Expert::as_ref).collect();
+        for tokens in [1, 4, 40] {
+            let x = rows(b, random, tokens, hidden)?;
+            let (mut logits, mut out) = (rows(b, random, tokens, count)?, b.buf());
+            b.moe(&how, &mut logits, None, None, &all, Activation::Silu, width, &x, &mut out);
+            found.push((format!("{} experts of {tokens}", form.name()), b.read(&out)));
+        }
+    }
+    Ok(())
+}
+
+/// What latent attention reads and gives.
+fn heads<B: Backend>(b: &B, random: &mut Random, found: &mut Found) -> Result<()> {
+    let how = Latent { heads: 3, nope: 96, rope: 32, rank: 80 };
+    let w = matrix(b, random, Form::Q8, [how.heads * how.rank, how.nope], false)?;
+    let gain = b.row(Place::End, &random.floats(how.rank));
+    for tokens in [1, 5, 20] {
+        let q = rows(b, random, tokens, how.heads * (how.nope + how.rope))?;
+        let (kv, mut out) = (rows(b, random, tokens, how.rank + how.rope)?, b.buf());
+        b.latent_qk(&w, (&gain, 1e-6), &how, &q, &kv, &mut out);
+        found.push((format!("queries and keys of latent attention, {tokens}"), b.read(&out)));
+    }
+    Ok(())
+}
+
+/// A prompt and a generated token of a layer with a state.
+fn states<B: Backend>(b: &B, random: &mut Random, delta: bool, found: &mut Found) -> Result<()> {
+    let h = Heads { heads: 4, groups: 2, tiled: false, key_dim: 128, value_dim: 64 };
+    let how = Recurrent { width: 4, core: if delta { Core::DeltaNet(h) } else { Core::Mamba2(h) } };
+    let channels = how.channels().1;
+    let mut row = |n: usize| b.row(Place::End, &random.floats(n));
+    let (taps, bias) = (row(4 * channels), row(channels));
+    let norm = row(if delta { h.value_dim } else { h.values() });
+    let skip = (!delta).then(|| row(4));
+    let vectors = HeadRows { decay: row(4), dt_bias: row(4), skip, norm };
+    let mut kept = b.states(&[(3, how.state())])?;
+    for (start, len, table) in [(0, 30, [0, 1]), (30, 1, [1, 2])] {
+        let spans = [Span { first_row: 0, len, start, table: &table }];
+        let mut x = rows(b, random, len, how.projection())?;
+        let rates = rows(b, random, len, how.rates())?;
+        let (mut conv, mut out) = (b.buf(), b.buf());
+        b.conv(&mut x, &how, &taps, Some(&bias), &mut kept, 0, &spans, &mut conv);
+        let vectors = vectors.as_ref();
+        b.recur(&x, &rates, &mut conv, &how, &vectors, 1e-5, &mut kept, 0, &spans, &mut out);
+        let name = if delta { "delta net" } else { "Mamba 2" };
+        found.push((format!("{name}, {len} at {start}"), b.read(&out)));
+        b.finish()?;
+    }
+    Ok(())
 }
 
 /// A prompt in two parts, then a generated token that sees more than one chunk of keys.
@@ -114,13 +189,14 @@ fn attention<B: Backend>(
     dtype: KvDtype,
     name: &str,
     head_dim: usize,
+    latent: Option<usize>,
     found: &mut Found,
 ) -> Result<()> {
     let how = Attention {
-        heads: 8,
-        kv_heads: 2,
+        heads: if latent.is_some() { 4 } else { 8 },
+        kv_heads: if latent.is_some() { 1 } else { 2 },
         head_dim,
-        latent: None,
+        latent,
         scale: 0.2,
         clip: None,
         softcap: None,
@@ -130,7 +206,10 @@ fn attention<B: Backend>(
         rope_interleaved: false,
     };
     let table: Vec<u32> = (0..12).rev().collect();
-    let mut kv = b.kv(dtype, &[KvLayer { pages: 12, heads: 2, head_dim, values: true }])?;
+    let mut kv = b.kv(
+        dtype,
+        &[KvLayer { pages: 12, heads: how.kv_heads, head_dim, values: latent.is_none() }],
+    )?;
     let gain = b.row(Place::End, &random.floats(head_dim));
     let inv_freq: Vec<f32> = (0..head_dim / 2).map(|i| 0.8f32.powi(i as i32)).collect();
     for (start, len) in [(0, 500), (500, 60), (560, 1)] {
@@ -142,7 +221,8 @@ fn attention<B: Backend>(
         let norm =
             QkNorm { q, k, v: None, centred: false, full: false, after_rope: false, eps: 1e-6 };
         let mut out = b.buf();
-        b.rotate_and_store(&mut qkv, &how, Some(norm), Some(&turned), &mut kv, 0, &spans);
+        let norm = latent.is_none().then_some(norm);
+        b.rotate_and_store(&mut qkv, &how, norm, Some(&turned), &mut kv, 0, &spans);
         if start == 0 {
             continue; // long, and only the keys and values are needed
         }

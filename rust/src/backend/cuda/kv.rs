@@ -22,8 +22,9 @@ impl Kv {
         };
         let layer = |l: &KvLayer| {
             let keys = PAGE * l.head_dim.next_multiple_of(16 / number) * number;
-            let numbers = keys + PAGE * l.head_dim * number;
-            let scales = if dtype == KvDtype::Int8 { 2 * 4 * PAGE } else { 0 };
+            let values = usize::from(l.values);
+            let numbers = keys + values * PAGE * l.head_dim * number;
+            let scales = if dtype == KvDtype::Int8 { (1 + values) * 4 * PAGE } else { 0 };
             let head = (numbers + scales).next_multiple_of(16);
             let page = head * l.heads;
             let mut pages = launch::Pages {

@@ -6,18 +6,22 @@ mod attention;
 mod buf;
 mod check;
 mod device;
+mod experts;
 mod kv;
+mod latent;
 mod launch;
 mod modules;
 mod pack;
 mod probe;
 mod product;
+mod recurrent;
 mod split;
 mod time;
 
 pub use buf::Buf;
 pub use kv::Kv;
 pub use probe::{DeviceInfo, DriverInfo, Unavailable, probe};
+pub use recurrent::States;
 pub use split::Split;
 
 use super::cpu::{self, Cpu};
@@ -25,8 +29,9 @@ use super::{
     Activation, Attention, Backend, Draw, Expert, Form, HeadRows, KvDtype, KvLayer, Latent,
     NotFinite, Parts, Place, QkNorm, Recurrent, Routing, Span,
 };
-use crate::{Error, Result};
+use crate::Result;
 use device::{Device, Memory};
+use experts::Work;
 use product::Into;
 use std::sync::{Arc, Mutex};
 
@@ -42,6 +47,8 @@ pub struct Cuda {
     parts: Mutex<Memory>,
     /// What drawing tokens keeps between its kernels, and the tokens.
     drawn: Mutex<Memory>,
+    /// What operations of several launches keep between them.
+    work: Mutex<Work>,
 }
 
 /// A matrix in tiles.
@@ -62,7 +69,9 @@ impl Cuda {
     /// Device `ordinal`, or the first that kernels run on; `cpu` packs weights.
     pub fn new(ordinal: Option<usize>, cpu: Cpu) -> Result<Cuda> {
         let (parts, drawn) = (Mutex::new(Memory::none()), Mutex::new(Memory::none()));
-        Ok(Cuda { device: Device::open(ordinal)?, cpu, parts, drawn })
+        let device = Device::open(ordinal)?;
+        let work = Mutex::new(Work::new(&device));
+        Ok(Cuda { device, cpu, parts, drawn, work })
     }
     /// The device in use.
     pub fn info(&self) -> &DeviceInfo {
@@ -153,6 +162,13 @@ impl Cuda {
         out.fresh.set(acts.is_some());
     }
 
+    /// `out` = the rows of `x` that stand at `rows` on the device.
+    fn gather(&self, x: u64, rows: u64, out: &Buf) {
+        let (out, width, count) = (out.at, out.width as u32, out.rows);
+        let params = launch::Select { x, rows, out, width, row: width, heads: 0, count: 0 };
+        self.launch("select_rows", [count, 1, 1], THREADS, &params);
+    }
+
     fn altup(&self, coefficients: &Buf, seen: Option<&Buf>, streams: &mut [Buf]) {
         let mut params = launch::AltUp {
             coefficients: coefficients.at,
@@ -180,7 +196,7 @@ impl Backend for Cuda {
     type Mat = Mat;
     type Row = Row;
     type Kv = Kv;
-    type States = ();
+    type States = States;
 
     fn buf(&self) -> Buf {
         Buf::new(&self.device)
@@ -235,11 +251,8 @@ impl Backend for Cuda {
         self.device.copy(at(to), at(from), pages.page as usize);
     }
 
-    fn states(&self, layers: &[(usize, usize)]) -> Result<()> {
-        match layers.iter().any(|(count, _)| *count > 0) {
-            true => Err(Error::Unsupported("layers with a state do not run on CUDA yet".into())),
-            false => Ok(()),
-        }
+    fn states(&self, layers: &[(usize, usize)]) -> Result<States> {
+        States::new(&self.device, layers)
     }
 
     fn embed(&self, table: &Mat, ids: &[u32], scale: f32, out: &mut Buf) {
@@ -293,27 +306,35 @@ impl Backend for Cuda {
         self.product(w, bias, x, Into::Act(act), out);
     }
 
-    fn linear_heads(&self, _: &Mat, _: usize, _: &Buf, _: &mut Buf) {
-        self.device.refuse("latent attention");
+    fn linear_heads(&self, w: &Mat, heads: usize, x: &Buf, out: &mut Buf) {
+        self.product_heads(w, heads, x, out);
     }
 
-    fn latent_qk(&self, _: &Mat, _: (&Row, f32), _: &Latent, _: &Buf, _: &Buf, _: &mut Buf) {
-        self.device.refuse("latent attention");
+    fn latent_qk(
+        &self,
+        w: &Mat,
+        norm: (&Row, f32),
+        how: &Latent,
+        q: &Buf,
+        kv: &Buf,
+        out: &mut Buf,
+    ) {
+        self.latent(w, norm, how, q, kv, out);
     }
 
     fn moe(
         &self,
-        _: &Routing,
-        _: &mut Buf,
-        _: Option<&Row>,
-        _: Option<&Row>,
-        _: &[Expert<Mat, Row>],
-        _: Activation,
-        _: usize,
-        _: &Buf,
-        _: &mut Buf,
+        how: &Routing,
+        logits: &mut Buf,
+        correction: Option<&Row>,
+        scales: Option<&Row>,
+        experts: &[Expert<&Mat, &Row>],
+        act: Activation,
+        width: usize,
+        x: &Buf,
+        out: &mut Buf,
     ) {
-        self.device.refuse("a mixture of experts");
+        self.mixture(how, logits, [correction, scales], experts, (act, width), x, out);
     }
 
     fn add_gated(&self, gate: &mut Buf, y: &Buf, out: &mut Buf) {
@@ -443,46 +464,39 @@ impl Backend for Cuda {
 
     fn conv(
         &self,
-        _: &mut Buf,
-        _: &Recurrent,
-        _: &Row,
-        _: Option<&Row>,
-        (): &mut (),
-        _: usize,
-        _: &[Span<'_>],
-        _: &mut Buf,
+        x: &mut Buf,
+        how: &Recurrent,
+        taps: &Row,
+        bias: Option<&Row>,
+        states: &mut States,
+        layer: usize,
+        spans: &[Span<'_>],
+        out: &mut Buf,
     ) {
-        self.device.refuse("a layer with a state");
+        self.convolve(x, how, (taps, bias), (states, layer), spans, out);
     }
 
     fn recur(
         &self,
-        _: &Buf,
-        _: &Buf,
-        _: &mut Buf,
-        _: &Recurrent,
-        _: &HeadRows<Row>,
-        _: f32,
-        (): &mut (),
-        _: usize,
-        _: &[Span<'_>],
-        _: &mut Buf,
+        x: &Buf,
+        rates: &Buf,
+        conv: &mut Buf,
+        how: &Recurrent,
+        rows: &HeadRows<&Row>,
+        eps: f32,
+        states: &mut States,
+        layer: usize,
+        spans: &[Span<'_>],
+        out: &mut Buf,
     ) {
-        self.device.refuse("a layer with a state");
+        self.recurrence((x, rates), conv, how, rows, eps, (states, layer), spans, out);
     }
 
     fn select(&self, x: &Buf, rows: &[usize], out: &mut Buf) {
         assert!(rows.iter().all(|&r| r < x.rows));
         out.shape(rows.len(), x.width);
         let words: Vec<u32> = rows.iter().map(|&r| r as u32).collect();
-        let params = launch::Select {
-            x: x.at,
-            rows: self.device.input(&words),
-            out: out.at,
-            width: x.width as u32,
-            pad: 0,
-        };
-        self.launch("select_rows", [rows.len(), 1, 1], THREADS, &params);
+        self.gather(x.at, self.device.input(&words), out);
     }
 
     fn scale(&self, x: &mut Buf, scale: f32) {
@@ -504,24 +518,33 @@ impl Backend for Cuda {
         let parts = (logits.width / 2048).clamp(1, 64);
         let halves = |x: u64| [x as u32, (x >> 32) as u32];
         let words = how.iter().flat_map(|d| {
-            let numbers = [(1.0 / f64::from(d.temperature)).to_bits(), d.least, d.coin.to_bits()];
+            let per_temperature = 1.0 / f64::from(d.temperature);
+            let share = f64::from(d.top_p).to_bits();
+            let numbers = [per_temperature.to_bits(), d.least, d.coin.to_bits(), share];
             let greedy = (d.temperature == 0.0).into();
-            numbers.map(halves).into_iter().flatten().chain([greedy, 0])
+            numbers.map(halves).into_iter().flatten().chain([greedy, d.top_k])
         });
         let words: Vec<u32> = words.collect();
         let mut memory = self.drawn.lock().unwrap_or_else(|e| e.into_inner());
-        self.device.grow(&mut memory, rows * (16 * parts + 4));
-        let (best, sums) = (memory.at, memory.at + 8 * (rows * parts) as u64);
+        self.device.grow(&mut memory, rows * (16 * parts + 8 + 4));
+        let best = memory.at;
+        let limits = best + 8 * (rows * parts) as u64;
+        let sums = limits + 8 * rows as u64;
+        let filters = how.iter().any(|d| d.temperature > 0.0 && (d.top_k > 0 || d.top_p < 1.0));
         let params = launch::Draw {
             logits: logits.at,
             how: self.device.input(&words),
             best,
+            limits: if filters { limits } else { 0 },
             sums,
             out: sums + 8 * (rows * parts) as u64,
             vocab: logits.width as u32,
             parts: parts as u32,
         };
         self.launch("draw_best", [rows, parts, 1], THREADS, &params);
+        if filters {
+            self.launch("draw_limit", [rows, 1, 1], 512, &params);
+        }
         self.launch("draw_sums", [rows, parts, 1], THREADS, &params);
         self.launch("draw_pick", [rows, 1, 1], THREADS, &params);
         let ids = self.device.download(params.out, rows);

@@ -31,8 +31,10 @@ macro_rules! modules {
 /// Every module.
 pub(super) static MODULES: &[Module] = modules! {
     "attention": "sm80" >= (8, 0);
+    "experts": "sm80" >= (8, 0);
     "gemm": "sm80" >= (8, 0);
     "gemv": "sm80" >= (8, 0);
+    "recurrent": "sm80" >= (8, 0);
     "rows": "sm80" >= (8, 0);
     "sample": "sm80" >= (8, 0);
 };

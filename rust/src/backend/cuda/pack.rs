@@ -21,7 +21,7 @@ pub(super) fn groups(k: usize) -> (usize, usize) {
 }
 
 /// Bytes of a tile; `None`: kernels do not read this form.
-fn tile_bytes(form: Form, k: usize) -> Option<usize> {
+pub(super) fn tile_bytes(form: Form, k: usize) -> Option<usize> {
     let (groups, blocks) = groups(k);
     match form {
         Form::Q4 => Some(LINE * (blocks + groups)),

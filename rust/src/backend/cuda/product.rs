@@ -5,7 +5,7 @@ use crate::quant::Grouped;
 use crate::{Error, Result};
 
 /// Tokens up to which a product reads weights token by token; beyond, tensor cores take 64 at once.
-const FEW: usize = 8;
+pub(super) const FEW: usize = 8;
 /// Bytes of tiles made at once on their way to the device, unless one is larger.
 const STAGE: usize = 16 << 20;
 
@@ -16,6 +16,15 @@ pub(super) enum Into {
     Add,
     Act(Activation),
     Gate(Activation, usize),
+}
+
+/// Rows that a thread block takes.
+pub(super) fn rows_at_once(form: Form, rows: usize) -> usize {
+    match rows {
+        1 => 1,
+        _ if rows <= FEW || !form.is_quantized() => 4,
+        _ => 64,
+    }
 }
 
 impl Mat {
@@ -74,79 +83,94 @@ impl Cuda {
         acts
     }
 
+    /// What becomes of a product; `n`: rows of the matrix.
+    pub(super) fn epilogue(
+        n: usize,
+        bias: Option<&Row>,
+        into: Into,
+        out: &Buf,
+    ) -> launch::Epilogue {
+        let (mode, width, act) = match into {
+            Into::Store => (0, n, launch::Act::default()),
+            Into::Add => (1, n, launch::Act::default()),
+            Into::Act(a) => (2, n, a.into()),
+            Into::Gate(a, width) => (3, width, a.into()),
+        };
+        let bias = bias.map_or(0, |bias| bias.memory.at);
+        launch::Epilogue { bias, out: out.at, n: n as u32, width: width as u32, mode, act }
+    }
+
     pub(super) fn product(&self, w: &Mat, bias: Option<&Row>, x: &Buf, into: Into, out: &mut Buf) {
         assert_eq!(w.k, x.width);
-        let act = |act: Activation| launch::Act::from(act);
-        let (mode, width, act) = match into {
-            Into::Store => (0, w.n, launch::Act::default()),
-            Into::Add => (1, w.n, launch::Act::default()),
-            Into::Act(a) => (2, w.n, act(a)),
-            Into::Gate(a, width) => (3, width, act(a)),
-        };
         match into {
             Into::Add => assert!(out.rows == x.rows && out.width == w.n),
-            _ => out.shape(x.rows, width),
+            Into::Gate(_, width) => out.shape(x.rows, width),
+            Into::Store | Into::Act(_) => out.shape(x.rows, w.n),
         }
         out.fresh.set(false);
-        let e = launch::Epilogue {
-            bias: bias.map_or(0, |bias| bias.memory.at),
-            out: out.at,
-            n: w.n as u32,
-            width: width as u32,
-            mode,
-            act,
-        };
-        let (tokens, tiles) = (x.rows as u32, w.n.div_ceil(32));
+        let e = Cuda::epilogue(w.n, bias, into, out);
+        let each = rows_at_once(w.form, x.rows);
+        let grid = [x.rows.div_ceil(each), w.n.div_ceil(32)];
+        self.products(w, x, (grid, each), launch::Jobs::default(), e);
+    }
+
+    /// Products of `x` with `w`, or by jobs with matrices of its form and shape. The grid: blocks of `each` rows, tiles.
+    pub(super) fn products(
+        &self,
+        w: &Mat,
+        x: &Buf,
+        ([x_blocks, tiles], each): ([usize; 2], usize),
+        jobs: launch::Jobs,
+        e: launch::Epilogue,
+    ) {
+        let (grid, tokens, one) = ([x_blocks, tiles, 1], x.rows as u32, each == 1);
         if !w.form.is_quantized() {
-            let (kernel, each) = match (w.form, x.rows) {
-                (Form::Bf16, 1) => ("gemv_bf16_1", 1),
-                (Form::Bf16, _) => ("gemv_bf16_4", 4),
-                (Form::F16, 1) => ("gemv_f16_1", 1),
-                (Form::F16, _) => ("gemv_f16_4", 4),
-                (_, 1) => ("gemv_f32_1", 1),
-                _ => ("gemv_f32_4", 4),
+            let kernel = match (w.form, one) {
+                (Form::Bf16, true) => "gemv_bf16_1",
+                (Form::Bf16, _) => "gemv_bf16_4",
+                (Form::F16, true) => "gemv_f16_1",
+                (Form::F16, _) => "gemv_f16_4",
+                (_, true) => "gemv_f32_1",
+                _ => "gemv_f32_4",
             };
-            let (w, k, form) = (w.memory.at, w.k as u32, pack::code(w.form));
-            let params = launch::GemvFloat { w, x: x.at, k, tokens, form, pad: 0, e };
-            return self.launch(kernel, [x.rows.div_ceil(each), tiles, 1], 32, &params);
+            let (at, k, form) = (w.memory.at, w.k as u32, pack::code(w.form));
+            let params = launch::GemvFloat { w: at, x: x.at, k, tokens, form, pad: 0, e, jobs };
+            return self.launch(kernel, grid, 32, &params);
         }
-        let blocks = pack::groups(w.k).1;
-        let matrix = w.matrix();
         let acts = self.quantized(x);
-        if let Form::Grouped(how) = w.form {
-            let params = launch::OfGrouped { w: w.grouped(how), acts, tokens, pad: 0, e };
-            if x.rows > FEW {
-                let grid = [x.rows.div_ceil(64), tiles.div_ceil(4), 1];
-                return self.launch("gemm_grouped", grid, 256, &params);
-            }
-            let (kernel, each) = match (how.table().is_some(), how.high(), x.rows) {
-                (true, _, 1) => ("gemv_gt_1", 1),
-                (true, ..) => ("gemv_gt_4", 4),
-                (_, 0, 1) => ("gemv_g4_1", 1),
-                (_, 0, _) => ("gemv_g4_4", 4),
-                (_, 1, 1) => ("gemv_g5_1", 1),
-                (_, 1, _) => ("gemv_g5_4", 4),
-                (.., 1) => ("gemv_g6_1", 1),
-                _ => ("gemv_g6_4", 4),
-            };
-            let warps = blocks.clamp(each, 16);
-            return self.launch(kernel, [x.rows.div_ceil(each), tiles, 1], 32 * warps, &params);
-        }
-        let four = w.form == Form::Q4;
-        if x.rows > FEW {
-            let kernel = if four { "gemm_q4" } else { "gemm_q8" };
-            let params = launch::Gemm { w: matrix, acts, tokens, pad: 0, e };
-            return self.launch(kernel, [x.rows.div_ceil(64), tiles.div_ceil(4), 1], 256, &params);
-        }
-        let (kernel, each) = match (four, x.rows) {
-            (true, 1) => ("gemv_q4_1", 1),
-            (true, _) => ("gemv_q4_4", 4),
-            (false, 1) => ("gemv_q8_1", 1),
-            (false, _) => ("gemv_q8_4", 4),
-        };
+        let gemm_grid = [x_blocks, tiles.div_ceil(4), 1];
         // A warp for each 256 inputs, and at least as many as tokens.
-        let warps = blocks.clamp(each, 16);
-        let params = launch::Gemv { w: matrix, acts, tokens, pad: 0, e };
-        self.launch(kernel, [x.rows.div_ceil(each), tiles, 1], 32 * warps, &params);
+        let warps = pack::groups(w.k).1.clamp(each.min(16), 16);
+        if let Form::Grouped(how) = w.form {
+            let params = launch::OfGrouped { w: w.grouped(how), acts, tokens, pad: 0, e, jobs };
+            if each == 64 {
+                return self.launch("gemm_grouped", gemm_grid, 256, &params);
+            }
+            let kernel = match (how.table().is_some(), how.high(), one) {
+                (true, _, true) => "gemv_gt_1",
+                (true, ..) => "gemv_gt_4",
+                (_, 0, true) => "gemv_g4_1",
+                (_, 0, _) => "gemv_g4_4",
+                (_, 1, true) => "gemv_g5_1",
+                (_, 1, _) => "gemv_g5_4",
+                (.., true) => "gemv_g6_1",
+                _ => "gemv_g6_4",
+            };
+            return self.launch(kernel, grid, 32 * warps, &params);
+        }
+        let (four, m) = (w.form == Form::Q4, w.matrix());
+        if each == 64 {
+            let kernel = if four { "gemm_q4" } else { "gemm_q8" };
+            let params = launch::Gemm { w: m, acts, tokens, pad: 0, e, jobs };
+            return self.launch(kernel, gemm_grid, 256, &params);
+        }
+        let kernel = match (four, one) {
+            (true, true) => "gemv_q4_1",
+            (true, _) => "gemv_q4_4",
+            (false, true) => "gemv_q8_1",
+            (false, _) => "gemv_q8_4",
+        };
+        let params = launch::Gemv { w: m, acts, tokens, pad: 0, e, jobs };
+        self.launch(kernel, grid, 32 * warps, &params);
     }
 }

@@ -58,6 +58,12 @@ pub struct Kv {
     cuda: super::Kv,
 }
 
+/// States of the layers of each side.
+pub struct States {
+    cpu: cpu::States,
+    cuda: super::States,
+}
+
 impl Buf {
     fn side(&self) -> Side {
         if self.on_cuda.get() { Side::Cuda } else { Side::Cpu }
@@ -231,7 +237,7 @@ impl Backend for Split {
     type Mat = Mat;
     type Row = Row;
     type Kv = Kv;
-    type States = ();
+    type States = States;
 
     fn packer(&self) -> &Cpu {
         self.cpu()
@@ -295,8 +301,14 @@ impl Backend for Split {
         on!(self, self.of_layer(layer), copy_page(pages kv, as_is layer, as_is from, as_is to));
     }
 
-    fn states(&self, layers: &[(usize, usize)]) -> Result<()> {
-        self.cuda.states(layers)
+    fn states(&self, layers: &[(usize, usize)]) -> Result<States> {
+        let of = |side| -> Vec<_> {
+            let layers = layers.iter().enumerate();
+            let count = |l, count| if self.of_layer(l) == side { count } else { 0 };
+            layers.map(|(l, &(states, size))| (count(l, states), size)).collect()
+        };
+        let (cpu, cuda) = (of(Side::Cpu), of(Side::Cuda));
+        Ok(States { cpu: self.cpu().states(&cpu)?, cuda: self.cuda.states(&cuda)? })
     }
 
     fn embed(&self, table: &Mat, ids: &[u32], scale: f32, out: &mut Buf) {
@@ -364,17 +376,32 @@ impl Backend for Split {
 
     fn moe(
         &self,
-        _: &Routing,
-        _: &mut Buf,
-        _: Option<&Row>,
-        _: Option<&Row>,
-        _: &[Expert<Mat, Row>],
-        _: Activation,
-        _: usize,
-        _: &Buf,
-        _: &mut Buf,
+        how: &Routing,
+        logits: &mut Buf,
+        correction: Option<&Row>,
+        scales: Option<&Row>,
+        experts: &[Expert<&Mat, &Row>],
+        act: Activation,
+        width: usize,
+        x: &Buf,
+        out: &mut Buf,
     ) {
-        self.cuda.device.refuse("a mixture of experts");
+        match experts[0].gate_up.side() {
+            Side::Cpu => {
+                let (c, s) = (correction.map(Row::cpu), scales.map(Row::cpu));
+                let experts: Vec<_> = experts.iter().map(|e| e.map(Mat::cpu, Row::cpu)).collect();
+                let x = &self.on_cpu(x);
+                let logits = self.change_on_cpu(logits);
+                self.cpu().moe(how, logits, c, s, &experts, act, width, x, out.new_on_cpu());
+            }
+            Side::Cuda => {
+                let (c, s) = (correction.map(Row::cuda), scales.map(Row::cuda));
+                let experts: Vec<_> = experts.iter().map(|e| e.map(Mat::cuda, Row::cuda)).collect();
+                let x = &self.on_cuda(x);
+                let logits = self.change_on_cuda(logits);
+                self.cuda.moe(how, logits, c, s, &experts, act, width, x, out.new_on_cuda());
+            }
+        }
     }
 
     fn add_gated(&self, gate: &mut Buf, y: &Buf, out: &mut Buf) {
@@ -493,32 +520,49 @@ impl Backend for Split {
 
     fn conv(
         &self,
-        _: &mut Buf,
-        _: &Recurrent,
-        _: &Row,
-        _: Option<&Row>,
-        (): &mut (),
-        _: usize,
-        _: &[Span<'_>],
-        _: &mut Buf,
+        x: &mut Buf,
+        how: &Recurrent,
+        taps: &Row,
+        bias: Option<&Row>,
+        states: &mut States,
+        layer: usize,
+        spans: &[Span<'_>],
+        out: &mut Buf,
     ) {
-        self.cuda.device.refuse("a layer with a state");
+        on!(
+            self,
+            self.of_layer(layer),
+            conv(change x, as_is how, weight taps, maybe bias, pages states, as_is layer, as_is spans, write out)
+        );
     }
 
     fn recur(
         &self,
-        _: &Buf,
-        _: &Buf,
-        _: &mut Buf,
-        _: &Recurrent,
-        _: &HeadRows<Row>,
-        _: f32,
-        (): &mut (),
-        _: usize,
-        _: &[Span<'_>],
-        _: &mut Buf,
+        x: &Buf,
+        rates: &Buf,
+        conv: &mut Buf,
+        how: &Recurrent,
+        rows: &HeadRows<&Row>,
+        eps: f32,
+        states: &mut States,
+        layer: usize,
+        spans: &[Span<'_>],
+        out: &mut Buf,
     ) {
-        self.cuda.device.refuse("a layer with a state");
+        match self.of_layer(layer) {
+            Side::Cpu => {
+                let (x, rates) = (&self.on_cpu(x), &self.on_cpu(rates));
+                let (conv, rows) = (self.change_on_cpu(conv), rows.map(Row::cpu));
+                let (states, out) = (&mut states.cpu, out.new_on_cpu());
+                self.cpu().recur(x, rates, conv, how, &rows, eps, states, layer, spans, out);
+            }
+            Side::Cuda => {
+                let (x, rates) = (&self.on_cuda(x), &self.on_cuda(rates));
+                let (conv, rows) = (self.change_on_cuda(conv), rows.map(Row::cuda));
+                let (states, out) = (&mut states.cuda, out.new_on_cuda());
+                self.cuda.recur(x, rates, conv, how, &rows, eps, states, layer, spans, out);
+            }
+        }
     }
 
     fn select(&self, x: &Buf, rows: &[usize], out: &mut Buf) {

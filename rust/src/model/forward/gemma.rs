@@ -2,7 +2,7 @@
 //! [`spec::Inputs`], [`spec::Streams`] and [`spec::Ffn::Beside`].
 
 use super::{Kv, Model};
-use crate::backend::Backend;
+use crate::backend::{Backend, Expert};
 use crate::model::spec;
 use crate::model::weights::{AltUp, Beside, Layer};
 use std::f32::consts::FRAC_1_SQRT_2;
@@ -127,7 +127,8 @@ impl<B: Backend> Model<B> {
         b.linear(&moe.router, moe.router_bias.as_ref(), a, wide);
         b.rms_norm(x, &w.experts_norm, eps, a);
         let (correction, scales) = (moe.correction.as_ref(), moe.scales.as_ref());
-        b.moe(&how.routing, wide, correction, scales, &moe.experts, moe.act, how.width, a, out);
+        let experts: Vec<_> = moe.experts.iter().map(Expert::as_ref).collect();
+        b.moe(&how.routing, wide, correction, scales, &experts, moe.act, how.width, a, out);
         b.rms_norm(out, &w.experts_after_norm, eps, a);
         b.add(after, a);
         let sum = self.normed(layer.ffn_after_norm.as_ref(), after, a);

@@ -87,7 +87,8 @@ fn a_mixture_is_the_sum_of_its_experts_and_no_row_depends_on_the_others() {
                 let mut out = cpu.buf();
                 let act = Activation::Silu;
                 let c = Some(&correction);
-                cpu.moe(&how, &mut logits, c, None, &weights, act, width, &x, &mut out);
+                let all: Vec<_> = weights.iter().map(Expert::as_ref).collect();
+                cpu.moe(&how, &mut logits, c, None, &all, act, width, &x, &mut out);
                 // By hand: each expert on every row, then sums.
                 let mut sum = vec![0.0; out.values().len()];
                 let mut all = Vec::new();

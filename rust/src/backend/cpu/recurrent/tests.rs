@@ -101,7 +101,7 @@ impl Case {
                     &rates,
                     &mut conv,
                     &self.how,
-                    rows,
+                    &rows.as_ref(),
                     EPS,
                     &mut states,
                     1,

@@ -5,10 +5,15 @@
 //
 // A head's part of a page (64 positions), in numbers of E bytes, V = 16 / E of them side by side, d padded to V:
 //   K [d / V][64][V] | V [64][d] | int8: f32 scale of each key [64], of each value [64]
-#include "device.cuh"
+// Latent attention has keys only: the values are their last dimensions, and a dimension of a chunk is summed by key modulo
+// 16 and a tree.
+#include "spans.cuh"
 
 #define PAGE 64
 #define CHUNK 512
+/// Dimensions of a head, and of a key of latent attention, at most.
+#define MAX_D 512
+#define MAX_KEY 576
 
 /// The pages of one layer.
 struct Pages {
@@ -17,12 +22,6 @@ struct Pages {
     u32 page, head, keys, numbers;
     /// 0 f32, 1 f16, 2 int8.
     u32 dtype, pad;
-};
-/// Spans of a step: for each `first row, positions, first position, place of its page table`, then the tables, then for
-/// each row its span.
-struct Spans {
-    u64 words;
-    u32 tables, of_row;
 };
 
 DEVICE u64 head_of(const Pages& pages, const u32* words, const Spans& spans, u32 span, u32 position, u32 h) {
@@ -39,7 +38,8 @@ struct Rope {
     /// 1: keys are stored; 1: pairs are neighbours; 1: layer norms; 1: norms after the rotation.
     u32 store, interleaved, centred, after;
     float clip, eps;
-    u32 pad;
+    /// 1: there are values beside the keys.
+    u32 values;
 };
 
 /// x[0..d] divided by its root mean square (or deviation), times gain, in place; by one warp.
@@ -59,9 +59,9 @@ DEVICE void put(u64 at, u32 dtype, u64 index, float x, float inv) {
 
 /// One head of one row, by a warp: heads, then keys, then values.
 KERNEL(128, rope_store, Rope) {
-    SHARED float all[4][512];
+    SHARED float all[4][MAX_KEY];
     u32 lane = threadIdx.x % 32, h = blockIdx.y * 4 + threadIdx.x / 32, r = blockIdx.x, d = p.d;
-    if (h >= p.heads + 2 * p.kv_heads) return;
+    if (h >= p.heads + (1 + p.values) * p.kv_heads) return;
     u32 kind = h < p.heads ? 0 : h < p.heads + p.kv_heads ? 1 : 2;
     float* x = all[threadIdx.x / 32];
     float* row = (float*)p.qkv + (u64)r * p.row + (u64)h * d;
@@ -125,10 +125,11 @@ struct Attend {
     /// Query heads of a block; its positions; blocks of one span at most; 1: a block has one chunk and leaves it in parts.
     u32 group, positions, tiles, split;
     float scale, cap;
+    /// Dimensions of a value.
+    u32 values, pad;
 };
 
-/// Dimensions of a head at most; threads of a block; lines of 16 bytes of values in shared memory at once.
-#define MAX_D 512
+/// Threads of a block; lines of 16 bytes of values in shared memory at once.
 #define THREADS 256
 #define LINES 768
 
@@ -154,11 +155,55 @@ DEVICE void fetch(uint4 (&next)[LINES / THREADS], u64 at, u32 lines) {
     }
 }
 
-/// Rows of queries: `positions` x `group` of them share a key/value head.
+/// Weighted sums [R][values] of a chunk, where the values are the last numbers of the keys. A lane has every 16th key of a
+/// line of V dimensions.
 template <int DTYPE, int R>
-DEVICE void attend(const Attend& p, float (&q)[R][MAX_D], float (&w)[R][CHUNK], float (&best)[R], float (&total)[R],
+DEVICE void latent_values(const Attend& p, const u32* words, u32 span, u32 h, u32 chunk, u32 low, u32 high,
+                          const float (&w)[R][CHUNK], float* sums) {
+    const int V = DTYPE == 0 ? 4 : DTYPE == 1 ? 8 : 16;
+    u32 lane = threadIdx.x % 16, before = p.d - p.values, end = (p.d + V - 1) / V;
+    // Whole blocks of 16 keys: the weights of those that nobody sees are 0.
+    u32 from = low / 16 * 16, to = (high + 15) / 16 * 16;
+#pragma unroll 1
+    for (u32 first = before / V; first < end; first += THREADS / 16) {
+        u32 line = first + threadIdx.x / 16;
+        float acc[R][V];
+#pragma unroll
+        for (int r = 0; r < R; r++)
+#pragma unroll
+            for (int i = 0; i < V; i++) acc[r][i] = 0.0f;
+#pragma unroll 1
+        for (u32 key = from + lane; line < end && key < to; key += 16) {
+            u32 position = chunk * CHUNK + key, slot = position % PAGE;
+            u64 at = head_of(p.pages, words, p.spans, span, position, h);
+            const uint4 k = read16((const void*)(at + ((u64)line * PAGE + slot) * 16));
+            float scale = DTYPE == 2 ? ((const float*)(at + p.pages.numbers))[slot] : 1.0f;
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                float weight = DTYPE == 2 ? w[r][key] * scale : w[r][key];
+#pragma unroll
+                for (int i = 0; i < V; i++) acc[r][i] = fmaf(number<DTYPE>(k, i), weight, acc[r][i]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < V; i++) {
+            u32 at = line * V + i;
+#pragma unroll
+            for (int r = 0; r < R; r++) {
+                float sum = tree(acc[r][i]);
+                if (lane == 0 && at >= before && at < p.d) sums[r * p.values + at - before] = sum;
+            }
+        }
+    }
+    sync_block();
+}
+
+/// Rows of queries: `positions` x `group` of them share a key/value head.
+template <int DTYPE, int R, int D>
+DEVICE void attend(const Attend& p, float (&q)[R][D], float (&w)[R][CHUNK], float (&best)[R], float (&total)[R],
                    float (&old)[R], float (&fresh)[R], bool (&seen)[R], uint4 (&staged)[LINES]) {
     const int V = DTYPE == 0 ? 4 : DTYPE == 1 ? 8 : 16;
+    const bool LATENT = D == MAX_KEY;
     const u32* words = (const u32*)p.spans.words;
     u32 parts = (p.heads / p.kv_heads + p.group - 1) / p.group;
     u32 span = blockIdx.y / p.tiles, tile = blockIdx.y % p.tiles;
@@ -169,7 +214,7 @@ DEVICE void attend(const Attend& p, float (&q)[R][MAX_D], float (&w)[R][CHUNK], 
     if (first >= len) return;
     u32 positions = len - first < p.positions ? len - first : p.positions;
     u32 rows = positions * group, first_row = words[span * 4] + first, start = words[span * 4 + 2] + first;
-    u32 d = p.d, padded = (d + V - 1) / V * V;
+    u32 d = p.d, padded = (d + V - 1) / V * V, values = LATENT ? p.values : d;
     // Keys of row i: from `lo(i)` up to its own position.
     u32 to = start + positions;
     u32 from = p.window && start + 1 > p.window ? start + 1 - p.window : 0;
@@ -268,19 +313,29 @@ DEVICE void attend(const Attend& p, float (&q)[R][MAX_D], float (&w)[R][CHUNK], 
             }
         }
         sync_block();
+        float acc[2][R];
+#pragma unroll
+        for (int r = 0; r < R; r++) acc[0][r] = acc[1][r] = 0.0f;
+        if (LATENT) {
+            latent_values<DTYPE, R>(p, words, span, h, chunk, low, high, w, (float*)staged);
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                u32 i = c * THREADS + threadIdx.x;
+#pragma unroll
+                for (int r = 0; r < R; r++) acc[c][r] = i < values ? ((const float*)staged)[r * values + i] : 0.0f;
+            }
+        }
         // Values: a dimension a thread, or two. As many keys at once as fit into shared memory, a power of two: 16 or more
         // of one byte, 8 of two, 4 of four, so that they are whole lines. The next ones are on their way meanwhile.
         const u32 E = 16 / V;
         u32 at_once = PAGE;
         while (at_once * d * E > LINES * 16) at_once /= 2;
         u32 lines = at_once * d * E / 16;
-        float acc[2][R];
-#pragma unroll
-        for (int r = 0; r < R; r++) acc[0][r] = acc[1][r] = 0.0f;
-        u32 base = low / at_once * at_once;
+        u32 base = LATENT ? high : low / at_once * at_once;
         uint4 next[LINES / THREADS];
-        u64 page = head_of(p.pages, words, p.spans, span, chunk * CHUNK + base, h);
-        fetch(next, page + p.pages.keys + (u64)(base % PAGE) * d * E, lines);
+        u64 page = 0;
+        if (!LATENT) page = head_of(p.pages, words, p.spans, span, chunk * CHUNK + base, h);
+        if (!LATENT) fetch(next, page + p.pages.keys + (u64)(base % PAGE) * d * E, lines);
 #pragma unroll 1
         while (base < high) {
             sync_block();
@@ -314,15 +369,15 @@ DEVICE void attend(const Attend& p, float (&q)[R][MAX_D], float (&w)[R][CHUNK], 
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             u32 i = c * THREADS + threadIdx.x;
-            if (i >= d) continue;
+            if (i >= values) continue;
 #pragma unroll
             for (int r = 0; r < R; r++) {
                 if (r >= rows) continue;
                 u64 row = (u64)(first_row + r / group) * p.heads + first_head + r % group;
                 if (p.split) {
-                    ((float*)p.parts)[(row * p.chunks + chunk) * (d + 2) + 2 + i] = acc[c][r];
+                    ((float*)p.parts)[(row * p.chunks + chunk) * (values + 2) + 2 + i] = acc[c][r];
                 } else {
-                    float* out = (float*)p.out + row * d + i;
+                    float* out = (float*)p.out + row * values + i;
                     if (chunk == begin) *out = seen[r] ? acc[c][r] * fresh[r] : 0.0f;
                     else if (seen[r]) *out = fmaf(acc[c][r], fresh[r], *out * old[r]);
                 }
@@ -334,7 +389,7 @@ DEVICE void attend(const Attend& p, float (&q)[R][MAX_D], float (&w)[R][CHUNK], 
     for (u32 r = 0; r < rows; r++) {
         u64 row = (u64)(first_row + r / group) * p.heads + first_head + r % group;
         if (p.split) {
-            float* part = (float*)p.parts + (row * p.chunks + blockIdx.z) * (d + 2);
+            float* part = (float*)p.parts + (row * p.chunks + blockIdx.z) * (values + 2);
             if (threadIdx.x == 0) {
                 part[0] = best[r];
                 part[1] = total[r];
@@ -347,20 +402,21 @@ DEVICE void attend(const Attend& p, float (&q)[R][MAX_D], float (&w)[R][CHUNK], 
             float m = fmaxf(best[r], sink), keep = exp_(best[r] - m);
             inv = keep / fmaf(total[r], keep, exp_(sink - m));
         }
-        for (u32 i = threadIdx.x; i < d; i += THREADS) {
-            float* out = (float*)p.out + row * d + i;
+        for (u32 i = threadIdx.x; i < values; i += THREADS) {
+            float* out = (float*)p.out + row * values + i;
             *out = *out * inv;
         }
     }
 }
 
-#define ATTEND(name, DTYPE, R)                                                       \
-    KERNEL_BLOCKS(THREADS, 2, name, Attend) {                                                      \
-        SHARED float q[R][MAX_D], w[R][CHUNK], best[R], total[R], old[R], fresh[R];  \
-        SHARED bool seen[R];                                                         \
-        SHARED uint4 staged[LINES];                                                  \
-        attend<DTYPE, R>(p, q, w, best, total, old, fresh, seen, staged);            \
+#define ATTEND_OF(name, DTYPE, R, D)                                             \
+    KERNEL_BLOCKS(THREADS, 2, name, Attend) {                                    \
+        SHARED float q[R][D], w[R][CHUNK], best[R], total[R], old[R], fresh[R];  \
+        SHARED bool seen[R];                                                     \
+        SHARED uint4 staged[LINES];                                              \
+        attend<DTYPE, R, D>(p, q, w, best, total, old, fresh, seen, staged);     \
     }
+#define ATTEND(name, DTYPE, R) ATTEND_OF(name, DTYPE, R, MAX_D)
 ATTEND(attend_f32_1, 0, 1)
 ATTEND(attend_f32_8, 0, 8)
 ATTEND(attend_f16_1, 1, 1)
@@ -369,6 +425,9 @@ ATTEND(attend_f16_8, 1, 8)
 ATTEND(attend_i8_1, 2, 1)
 ATTEND(attend_i8_4, 2, 4)
 ATTEND(attend_i8_8, 2, 8)
+ATTEND_OF(attend_latent_f32, 0, 4, MAX_KEY)
+ATTEND_OF(attend_latent_f16, 1, 4, MAX_KEY)
+ATTEND_OF(attend_latent_i8, 2, 4, MAX_KEY)
 
 /// Merges the chunks of one head (blockIdx.y) of one row (blockIdx.x), ascending, the sink last.
 KERNEL(128, attend_merge, Attend) {
@@ -380,7 +439,7 @@ KERNEL(128, attend_merge, Attend) {
 #pragma unroll
     for (int c = 0; c < MAX_D / 128; c++) sums[c] = 0.0f;
     for (u32 chunk = from / CHUNK; chunk <= own / CHUNK; chunk++) {
-        const float* part = (const float*)p.parts + (((u64)r * p.heads + h) * p.chunks + chunk) * (p.d + 2);
+        const float* part = (const float*)p.parts + (((u64)r * p.heads + h) * p.chunks + chunk) * (p.values + 2);
         if (part[0] == -INFINITE) continue;
         float m = fmaxf(best, part[0]), old = exp_(best - m), fresh = exp_(part[0] - m);
         best = m;
@@ -388,7 +447,7 @@ KERNEL(128, attend_merge, Attend) {
 #pragma unroll
         for (int c = 0; c < MAX_D / 128; c++) {
             u32 i = c * 128 + threadIdx.x;
-            if (i < p.d) sums[c] = fmaf(part[2 + i], fresh, sums[c] * old);
+            if (i < p.values) sums[c] = fmaf(part[2 + i], fresh, sums[c] * old);
         }
     }
     float inv = 1.0f / total;
@@ -400,6 +459,31 @@ KERNEL(128, attend_merge, Attend) {
 #pragma unroll
     for (int c = 0; c < MAX_D / 128; c++) {
         u32 i = c * 128 + threadIdx.x;
-        if (i < p.d) ((float*)p.out)[((u64)r * p.heads + h) * p.d + i] = sums[c] * inv;
+        if (i < p.values) ((float*)p.out)[((u64)r * p.heads + h) * p.values + i] = sums[c] * inv;
+    }
+}
+
+struct LatentQk {
+    u64 q, kv, y, gain, out;
+    u32 heads, nope, rope, rank;
+    float eps;
+    u32 pad;
+};
+/// Queries (blockIdx.y) and, last, the key of row blockIdx.x: their numbers that turn, then y or the norm of the rest.
+KERNEL(128, latent_qk, LatentQk) {
+    SHARED float inv;
+    u32 h = blockIdx.y, r = blockIdx.x, wide = p.nope + p.rope;
+    float* out = (float*)p.out + ((u64)r * (p.heads + 1) + h) * (p.rope + p.rank);
+    const float* kv = (const float*)p.kv + (u64)r * (p.rank + p.rope);
+    const float* y = (const float*)p.y + ((u64)r * p.heads + h) * p.rank;
+    const float* turned = h < p.heads ? (const float*)p.q + ((u64)r * p.heads + h) * wide + p.nope : kv + p.rank;
+    if (h == p.heads && threadIdx.x < 32) {
+        float square = mean_square(kv, p.rank, 0.0f);
+        if (threadIdx.x == 0) inv = 1.0f / sqrtf(square + p.eps);
+    }
+    sync_block();
+    for (u32 i = threadIdx.x; i < p.rope; i += 128) out[i] = turned[i];
+    for (u32 i = threadIdx.x; i < p.rank; i += 128) {
+        out[p.rope + i] = h < p.heads ? y[i] : kv[i] * inv * ((const float*)p.gain)[i];
     }
 }

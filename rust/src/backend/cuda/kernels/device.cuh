@@ -68,6 +68,12 @@ DEVICE float stream_f32(const float* at) {
 }
 /// What every lane reads alike, and other blocks too.
 DEVICE uint4 read16(const void* at) { return __ldg((const uint4*)at); }
+/// The same, and never taken from an earlier read.
+DEVICE uint4 reload16(const void* at) {
+    uint4 v;
+    asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(at));
+    return v;
+}
 DEVICE u32 read4(const void* at) { return __ldg((const u32*)at); }
 /// Four of the bytes of b and a, those of a first, as the low three bits of the nibbles of `which` say.
 DEVICE u32 permute(u32 a, u32 b, u32 which) {
@@ -82,6 +88,7 @@ DEVICE u64 as_word(double x) { return (u64)__double_as_longlong(x); }
 DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(ALL, x, lanes); }
 DEVICE int shuffle_xor(int x, int lanes) { return __shfl_xor_sync(ALL, x, lanes); }
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(ALL, x, lane); }
+DEVICE void add(u64* to, u64 x) { atomicAdd(to, x); }
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 #endif

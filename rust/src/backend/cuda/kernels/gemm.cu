@@ -9,6 +9,7 @@ struct Gemm {
     Acts acts;
     u32 tokens, pad;
     Epilogue e;
+    Jobs jobs;
 };
 
 /// Rows and tokens of a thread block, its threads, inputs in shared memory at once, and bytes of their line: 16 more, so
@@ -71,13 +72,13 @@ DEVICE void stage_q8(const Matrix& w, u32 row_tile, u32 tiles, u32 block, u32 fi
 }
 /// The same inputs of the tokens, zeros beyond the last, their scales, and if asked for the sums of each 16.
 template <class Params>
-DEVICE void stage_acts(const Params& p, u32 blocks, u32 token, u32 block, u32 first, u8* to, float* s, int* sums) {
+DEVICE void stage_acts(const Params& p, const Task& task, u32 blocks, u32 token, u32 block, u32 first, u8* to, float* s, int* sums) {
 #pragma unroll
     for (int i = 0; i < TOKENS * INPUTS / 16 / THREADS; i++) {
         u32 unit = threadIdx.x + i * THREADS;
         u32 t = unit / (INPUTS / 16), part = unit % (INPUTS / 16);
         uint4 v = make_uint4(0, 0, 0, 0);
-        if (token + t < p.tokens) {
+        if (token + t < task.end) {
             u64 at = (u64)(token + t) * blocks + block;
             v = read16((const void*)(p.acts.q + at * 256 + first * 32 + part * 16));
         }
@@ -91,12 +92,13 @@ DEVICE void stage_acts(const Params& p, u32 blocks, u32 token, u32 block, u32 fi
     }
     if (threadIdx.x < TOKENS) {
         u32 t = token + threadIdx.x;
-        s[threadIdx.x] = t < p.tokens ? ((const float*)p.acts.s)[(u64)t * blocks + block] : 0.0f;
+        s[threadIdx.x] = t < task.end ? ((const float*)p.acts.s)[(u64)t * blocks + block] : 0.0f;
     }
 }
 
 /// The finished products of a thread block. `sums`: [16 tokens][ROWS].
-DEVICE void store(const Epilogue& e, u32 tokens, u32 row_tile, u32 token, float (&acc)[2][4][4], float* sums) {
+template <class Params>
+DEVICE void store(const Params& p, const Task& task, u32 row_tile, float (&acc)[2][4][4], float* sums) {
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, row = warp % 4 * 32;
     // Eight tokens of each warp at a time by way of shared memory, so that neighbours store neighbours and the code of
     // the activations is here once.
@@ -113,40 +115,39 @@ DEVICE void store(const Epilogue& e, u32 tokens, u32 row_tile, u32 token, float 
         sync_block();
 #pragma unroll 1
         for (u32 i = threadIdx.x; i < 16 * ROWS; i += THREADS) {
-            u32 r = i % ROWS, t = i / ROWS, at = token + t / 8 * 32 + j * 8 + t % 8;
-            if (at >= tokens || (e.mode == 3 && r / 16 % 2 == 1)) continue;
+            u32 r = i % ROWS, t = i / ROWS, at = task.first + t / 8 * 32 + j * 8 + t % 8;
+            if (at >= task.end || (p.e.mode == 3 && r / 16 % 2 == 1)) continue;
             float up = r + 16 < ROWS ? sums[i + 16] : 0.0f;
-            finish(e, row_tile * 32 + r, at, sums[i], up);
+            finish(p.e, p.jobs, task, row_tile * 32 + r, at, sums[i], up);
         }
     }
 }
 
+template <class Number>
+DEVICE void clear(Number (&x)[2][4][4]) {
+#pragma unroll
+    for (int i = 0; i < 32; i++) x[i / 16][i / 4 % 4][i % 4] = 0;
+}
+
 template <bool FOUR>
 DEVICE void gemm(const Gemm& p, u8* w, u8* a, float* d, float* s) {
+    const Task task = task_of(p.jobs, p.w.w, p.e, TOKENS, p.tokens);
+    if (task.first >= task.end) return;
+    const Matrix m = {task.w, p.w.groups, p.w.blocks};
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    u32 tiles = (p.e.n + 31) / 32, row_tile = blockIdx.y * (ROWS / 32), token = blockIdx.x * TOKENS;
+    u32 tiles = (p.e.n + task.skip + 31) / 32, row_tile = blockIdx.y * (ROWS / 32), token = task.first;
     u32 row = warp % 4 * 32, column = warp / 4 * 32;
     float acc[2][4][4];
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-#pragma unroll
-            for (int c = 0; c < 4; c++) acc[i][j][c] = 0.0f;
+    clear(acc);
     for (u32 block = 0; block < p.w.blocks; block++) {
         int sum[2][4][4];
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-#pragma unroll
-                for (int c = 0; c < 4; c++) sum[i][j][c] = 0;
-        u32 groups = groups_of(p.w, block);
+        clear(sum);
+        u32 groups = groups_of(m, block);
         for (u32 first = 0; first < groups; first += INPUTS / 32) {
             sync_block();
-            if (FOUR) stage_q4(p.w, row_tile, tiles, block, first, w, d);
-            else stage_q8(p.w, row_tile, tiles, block, first, w, d);
-            stage_acts(p, p.w.blocks, token, block, first, a, s, nullptr);
+            if (FOUR) stage_q4(m, row_tile, tiles, block, first, w, d);
+            else stage_q8(m, row_tile, tiles, block, first, w, d);
+            stage_acts(p, task, p.w.blocks, token, block, first, a, s, nullptr);
             sync_block();
 #pragma unroll
             for (int k = 0; k < INPUTS / 32; k++) {
@@ -182,7 +183,7 @@ DEVICE void gemm(const Gemm& p, u8* w, u8* a, float* d, float* s) {
                     acc[i][j][c] = fmaf((float)sum[i][j][c], scale, acc[i][j][c]);
                 }
     }
-    store(p.e, p.tokens, row_tile, token, acc, (float*)w);
+    store(p, task_of(p.jobs, p.w.w, p.e, TOKENS, p.tokens), row_tile, acc, (float*)w);
 }
 
 #define GEMM(name, FOUR)                                   \
@@ -199,11 +200,12 @@ struct GemmGrouped {
     Acts acts;
     u32 tokens, pad;
     Epilogue e;
+    Jobs jobs;
 };
 
 /// As `stage_q4`, of a grouped matrix: what the codes stand for, and for each 16 inputs (each 32, in every second place)
 /// the scale and the offset of each row.
-DEVICE void stage_grouped(const Grouped& w, u32 row_tile, u32 tiles, u32 block, u32 first, u8* to, Step* steps) {
+DEVICE void stage_grouped(const Grouped& w, u64 from, u32 row_tile, u32 tiles, u32 block, u32 first, u8* to, Step* steps) {
     u32 lane = threadIdx.x % 32, groups = groups_of(w.m, block), high = HIGH(w.how), table = TABLE(w.how);
     u32 unit = GROUP(w.how) == 16 ? 16 : 32;
 #pragma unroll 1
@@ -217,7 +219,7 @@ DEVICE void stage_grouped(const Grouped& w, u32 row_tile, u32 tiles, u32 block, 
             store16(out + 16, make_uint4(0, 0, 0, 0));
             step[0] = step[ROWS] = Step{0.0f, 0.0f};
         } else {
-            u64 header = block_grouped(w, row_tile + tile, block) + lane * 4, lines = header + 128 * w.header;
+            u64 header = block_grouped(w, from, row_tile + tile, block) + lane * 4, lines = header + 128 * w.header;
             u64 more = lines + (u64)groups * 512 + (u64)g * high * 128;
             u32 a = high > 0 ? read4((const void*)more) : 0, b = high > 1 ? read4((const void*)(more + 128)) : 0;
             uint4 q = stream((const void*)(lines + lane * 12 + (u64)g * 512)), low, top;
@@ -236,32 +238,24 @@ DEVICE void stage_grouped(const Grouped& w, u32 row_tile, u32 tiles, u32 block, 
 /// As `gemm`, with a float step for each unit: a product of 16 by 8 by 32 on the tensor cores is just one, or two, with
 /// zeros in the place of the other half of the weights.
 DEVICE void gemm_units(const GemmGrouped& p, u8* w, u8* a, Step* steps, float* s, int* sums) {
+    const Task task = task_of(p.jobs, p.w.m.w, p.e, TOKENS, p.tokens);
+    if (task.first >= task.end) return;
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    u32 tiles = (p.e.n + 31) / 32, row_tile = blockIdx.y * (ROWS / 32), token = blockIdx.x * TOKENS;
+    u32 tiles = (p.e.n + task.skip + 31) / 32, row_tile = blockIdx.y * (ROWS / 32), token = task.first;
     u32 row = warp % 4 * 32, column = warp / 4 * 32;
     bool short_units = GROUP(p.w.how) == 16, offsets = OFFSET(p.w.how) != 0;
     float acc[2][4][4];
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-#pragma unroll
-            for (int c = 0; c < 4; c++) acc[i][j][c] = 0.0f;
+    clear(acc);
 #pragma unroll 1
     for (u32 block = 0; block < p.w.m.blocks; block++) {
         float chain[2][4][4];
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-#pragma unroll
-            for (int j = 0; j < 4; j++)
-#pragma unroll
-                for (int c = 0; c < 4; c++) chain[i][j][c] = 0.0f;
+        clear(chain);
         u32 groups = groups_of(p.w.m, block);
 #pragma unroll 1
         for (u32 first = 0; first < groups; first += INPUTS / 32) {
             sync_block();
-            stage_grouped(p.w, row_tile, tiles, block, first, w, steps);
-            stage_acts(p, p.w.m.blocks, token, block, first, a, s, sums);
+            stage_grouped(p.w, task.w, row_tile, tiles, block, first, w, steps);
+            stage_acts(p, task, p.w.m.blocks, token, block, first, a, s, sums);
             sync_block();
 #pragma unroll 1
             for (u32 unit = 0; unit < INPUTS / 16; unit += short_units ? 1 : 2) {
@@ -309,7 +303,7 @@ DEVICE void gemm_units(const GemmGrouped& p, u8* w, u8* a, Step* steps, float* s
                     acc[i][j][c] = fmaf(chain[i][j][c], s[column + j * 8 + lane % 4 * 2 + c % 2], acc[i][j][c]);
                 }
     }
-    store(p.e, p.tokens, row_tile, token, acc, (float*)w);
+    store(p, task_of(p.jobs, p.w.m.w, p.e, TOKENS, p.tokens), row_tile, acc, (float*)w);
 }
 KERNEL_BLOCKS(THREADS, 2, gemm_grouped, GemmGrouped) {
     SHARED uint4 w[ROWS * LINE / 16], a[TOKENS * LINE / 16];

@@ -10,6 +10,7 @@ struct Gemv {
     Acts acts;
     u32 tokens, pad;
     Epilogue e;
+    Jobs jobs;
 };
 
 /// The integer dot product of one int4 row with one token over a block.
@@ -72,16 +73,19 @@ struct Q8 {
 template <class Form, int T>
 DEVICE void gemv(const Gemv& p, float2 (&part)[2][16 * T][32]) {
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    u32 tile = blockIdx.y, first = blockIdx.x * T;
+    const Task task = task_of(p.jobs, p.w.w, p.e, T, p.tokens);
+    if (task.first >= task.end) return;
+    const Matrix m = {task.w, p.w.groups, p.w.blocks};
+    u32 tile = blockIdx.y, first = task.first;
     float acc = 0.0f; // of token `warp`, row `lane`, in the first T warps
     u32 half = 0;
     for (u32 round = 0; round < p.w.blocks; round += warps, half ^= 1) {
         u32 block = round + warp;
         if (block < p.w.blocks) {
-            u32 groups = groups_of(p.w, block);
+            u32 groups = groups_of(m, block);
             Form w;
-            w.load(p.w, tile, block, lane, groups);
-            u32 count = p.tokens - first < T ? p.tokens - first : T;
+            w.load(m, tile, block, lane, groups);
+            u32 count = task.end - first < T ? task.end - first : T;
 #pragma unroll 1
             for (u32 t = 0; t < count; t++) {
                 u64 at = (u64)(first + t) * p.w.blocks + block;
@@ -92,7 +96,7 @@ DEVICE void gemv(const Gemv& p, float2 (&part)[2][16 * T][32]) {
         }
         // One barrier a round: the next round writes the other half.
         sync_block();
-        if (warp < T && first + warp < p.tokens) {
+        if (warp < T && first + warp < task.end) {
             u32 count = p.w.blocks - round < warps ? p.w.blocks - round : warps;
 #pragma unroll 4
             for (u32 i = 0; i < count; i++) {
@@ -101,9 +105,10 @@ DEVICE void gemv(const Gemv& p, float2 (&part)[2][16 * T][32]) {
             }
         }
     }
-    if (warp >= T || first + warp >= p.tokens) return;
+    const Task last = task_of(p.jobs, p.w.w, p.e, T, p.tokens);
+    if (warp >= T || last.first + warp >= last.end) return;
     float up = shuffle_xor(acc, 16);
-    if (p.e.mode != 3 || lane < 16) finish(p.e, tile * 32 + lane, first + warp, acc, up);
+    if (p.e.mode != 3 || lane < 16) finish(p.e, p.jobs, last, tile * 32 + lane, last.first + warp, acc, up);
 }
 
 #define GEMV(name, Form, T)              \
@@ -121,6 +126,7 @@ struct GemvFloat {
     /// form: 2 bf16, 3 f16, 4 f32, as `Form`.
     u32 k, tokens, form, pad;
     Epilogue e;
+    Jobs jobs;
 };
 
 /// Number j of 16 bytes of stored floats.
@@ -134,14 +140,16 @@ DEVICE float number(const uint4& line, int j) {
 template <int F, int T>
 DEVICE void gemv_float(const GemvFloat& p) {
     const int N = F == 4 ? 4 : 8; // numbers of 16 bytes
-    u32 lane = threadIdx.x, tile = blockIdx.y, first = blockIdx.x * T;
-    u64 at = p.w + (u64)tile * 512 * ((p.k + N - 1) / N) + lane * 16;
+    const Task task = task_of(p.jobs, p.w, p.e, T, p.tokens);
+    if (task.first >= task.end) return;
+    u32 lane = threadIdx.x, tile = blockIdx.y, first = task.first;
+    u64 at = task.w + (u64)tile * 512 * ((p.k + N - 1) / N) + lane * 16;
     const float* x[T];
     float acc[T];
 #pragma unroll
     for (int t = 0; t < T; t++) {
         // Tokens beyond the last are the last again, and not stored.
-        u32 token = first + t < p.tokens ? first + t : p.tokens - 1;
+        u32 token = first + t < task.end ? first + t : task.end - 1;
         x[t] = (const float*)p.x + (u64)token * p.k;
         acc[t] = 0.0f;
     }
@@ -170,14 +178,15 @@ DEVICE void gemv_float(const GemvFloat& p) {
 #pragma unroll
         for (int t = 0; t < T; t++) acc[t] = fmaf(w, x[t][k], acc[t]);
     }
+    const Task last = task_of(p.jobs, p.w, p.e, T, p.tokens);
     // Rolled, or the compiler makes a copy of the activations for each token and each choice.
 #pragma unroll 1
-    for (u32 t = 0; t < T && first + t < p.tokens; t++) {
+    for (u32 t = 0; t < T && first + t < last.end; t++) {
         float y = acc[0];
 #pragma unroll
         for (int i = 1; i < T; i++) y = t == i ? acc[i] : y;
         float up = shuffle_xor(y, 16);
-        if (p.e.mode != 3 || lane < 16) finish(p.e, tile * 32 + lane, first + t, y, up);
+        if (p.e.mode != 3 || lane < 16) finish(p.e, p.jobs, last, tile * 32 + lane, first + t, y, up);
     }
 }
 #define GEMV_FLOAT(name, F, T) \
@@ -194,6 +203,7 @@ struct GemvGrouped {
     Acts acts;
     u32 tokens, pad;
     Epilogue e;
+    Jobs jobs;
 };
 
 /// As `gemv`, of a grouped matrix: of 256 inputs a chain of its own over the units, ascending. HIGH: bits beyond 4; TABLE:
@@ -201,7 +211,9 @@ struct GemvGrouped {
 template <int HIGH_BITS, bool LOOK_UP, int T>
 DEVICE void gemv_grouped(const GemvGrouped& p, float2 (&part)[2][16 * T][32]) {
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    u32 tile = blockIdx.y, first = blockIdx.x * T, blocks = p.w.m.blocks;
+    const Task task = task_of(p.jobs, p.w.m.w, p.e, T, p.tokens);
+    if (task.first >= task.end) return;
+    u32 tile = blockIdx.y, first = task.first, blocks = p.w.m.blocks;
     u32 table = LOOK_UP ? TABLE(p.w.how) : 0;
     bool short_units = GROUP(p.w.how) == 16, offsets = OFFSET(p.w.how) != 0;
     float acc = 0.0f; // of token `warp`, row `lane`, in the first T warps
@@ -210,7 +222,7 @@ DEVICE void gemv_grouped(const GemvGrouped& p, float2 (&part)[2][16 * T][32]) {
         u32 block = round + warp;
         if (block < blocks) {
             u32 groups = groups_of(p.w.m, block);
-            u64 header = block_grouped(p.w, tile, block) + lane * 4, lines = header + 128 * p.w.header;
+            u64 header = block_grouped(p.w, task.w, tile, block) + lane * 4, lines = header + 128 * p.w.header;
             float chain[T];
 #pragma unroll
             for (int t = 0; t < T; t++) chain[t] = 0.0f;
@@ -228,7 +240,7 @@ DEVICE void gemv_grouped(const GemvGrouped& p, float2 (&part)[2][16 * T][32]) {
 #pragma unroll
                 for (int t = 0; t < T; t++) {
                     // Tokens beyond the last are the last again, and not stored.
-                    u64 at = (u64)(first + t < p.tokens ? first + t : p.tokens - 1) * blocks + block;
+                    u64 at = (u64)(first + t < task.end ? first + t : task.end - 1) * blocks + block;
                     const uint4 a = read16((const void*)(p.acts.q + at * 256 + g * 32));
                     const uint4 b = read16((const void*)(p.acts.q + at * 256 + g * 32 + 16));
                     int low = 0, high = 0, sum = 0;
@@ -255,12 +267,12 @@ DEVICE void gemv_grouped(const GemvGrouped& p, float2 (&part)[2][16 * T][32]) {
             }
 #pragma unroll
             for (int t = 0; t < T; t++) {
-                u64 at = (u64)(first + t < p.tokens ? first + t : p.tokens - 1) * blocks + block;
+                u64 at = (u64)(first + t < task.end ? first + t : task.end - 1) * blocks + block;
                 part[half][warp * T + t][lane] = make_float2(chain[t], ((const float*)p.acts.s)[at]);
             }
         }
         sync_block();
-        if (warp < T && first + warp < p.tokens) {
+        if (warp < T && first + warp < task.end) {
             u32 count = blocks - round < warps ? blocks - round : warps;
 #pragma unroll 4
             for (u32 i = 0; i < count; i++) {
@@ -269,9 +281,10 @@ DEVICE void gemv_grouped(const GemvGrouped& p, float2 (&part)[2][16 * T][32]) {
             }
         }
     }
-    if (warp >= T || first + warp >= p.tokens) return;
+    const Task last = task_of(p.jobs, p.w.m.w, p.e, T, p.tokens);
+    if (warp >= T || last.first + warp >= last.end) return;
     float up = shuffle_xor(acc, 16);
-    if (p.e.mode != 3 || lane < 16) finish(p.e, tile * 32 + lane, first + warp, acc, up);
+    if (p.e.mode != 3 || lane < 16) finish(p.e, p.jobs, last, tile * 32 + lane, last.first + warp, acc, up);
 }
 
 #define GEMV_GROUPED(name, HIGH_BITS, LOOK_UP, T)    \

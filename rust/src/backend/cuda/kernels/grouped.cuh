@@ -29,9 +29,10 @@ struct Grouped {
     u32 how, header, scales, offsets, scale_bytes, offset_bytes;
 };
 DEVICE u32 grouped_lines(const Grouped& w) { return 512 + 128 * HIGH(w.how); }
-DEVICE u64 block_grouped(const Grouped& w, u32 tile, u32 block) {
+/// Block of a tile of the matrix at `at`.
+DEVICE u64 block_grouped(const Grouped& w, u64 at, u32 tile, u32 block) {
     u32 header = 128 * w.header, lines = grouped_lines(w);
-    return w.m.w + (u64)tile * ((u64)header * w.m.blocks + (u64)lines * w.m.groups) + (u64)block * (header + 8 * lines);
+    return at + (u64)tile * ((u64)header * w.m.blocks + (u64)lines * w.m.groups) + (u64)block * (header + 8 * lines);
 }
 /// Byte `i` of a row's header, which begins at `at`, and so many as a field has: 1 or 2.
 DEVICE u32 field(u64 at, u32 i, u32 bytes) {

@@ -10,14 +10,42 @@ struct Epilogue {
     Act act;
 };
 
-/// Row `row` of the matrix, `y` for token t; `up`: of row + 16, where rows are 16 gates and their 16 ups.
-DEVICE void finish(const Epilogue& e, u32 row, u32 t, float y, float up) {
-    const float* bias = (const float*)e.bias;
+/// Products with several matrices of one shape by one launch, if there is a `list`: for each block of tokens
+/// {matrix, first row, end of rows, rows of the first tile that are another matrix's}. `mats`: {weights, bias} of each.
+/// Row t becomes row places[t] of out, or t; with `heads`, which have `rows` rows each, row t % rows * heads + t / rows.
+struct Jobs {
+    u64 list, mats, places;
+    u32 heads, rows;
+};
+/// What a thread block does: rows `first` to `end`, of which there may be none.
+struct Task {
+    u64 w, bias;
+    u32 first, end, skip;
+};
+/// `each`: rows of a block; without jobs the matrix is `w`. Kernels ask at their beginning and again at their end, so that
+/// what is needed in one place only takes no registers in between.
+DEVICE Task task_of(const Jobs& jobs, u64 w, const Epilogue& e, u32 each, u32 tokens) {
+    if (!jobs.list) return Task{w, e.bias, blockIdx.x * each, tokens, 0};
+    const uint4 job = reload16((const void*)(jobs.list + (u64)blockIdx.x * 16));
+    const uint4 mat = reload16((const void*)(jobs.mats + (u64)job.x * 16));
+    u64 at = (u64)mat.y << 32 | mat.x;
+    // A matrix of another form has no address: another launch has its rows.
+    return Task{at, (u64)mat.w << 32 | mat.z, job.y, at ? job.z : job.y, job.w};
+}
+DEVICE u32 place_of(const Jobs& jobs, u32 t) {
+    if (jobs.heads) return t % jobs.rows * jobs.heads + t / jobs.rows;
+    return jobs.places ? ((const u32*)jobs.places)[t] : t;
+}
+
+/// Row `row` of the first tile and on, `y` for token t; `up`: of row + 16, where rows are 16 gates and their 16 ups.
+DEVICE void finish(const Epilogue& e, const Jobs& jobs, const Task& task, u32 row, u32 t, float y, float up) {
+    const float* bias = (const float*)task.bias;
+    row -= task.skip; // below 0: beyond every width
     u32 column = e.mode == 3 ? row / 32 * 16 + row % 16 : row;
     if (column >= e.width) return;
     if (bias) y = y + bias[row];
     if (bias && e.mode == 3) up = up + bias[row + 16];
-    float* out = (float*)e.out + (u64)t * e.width + column;
+    float* out = (float*)e.out + (u64)place_of(jobs, t) * e.width + column;
     if (e.mode == 1) y = *out + y;
     if (e.mode >= 2) y = gate(e.act, y, e.mode == 3 ? up : 1.0f);
     *out = y;

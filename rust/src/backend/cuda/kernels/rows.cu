@@ -23,7 +23,7 @@ DEVICE float weight(u64 w, u32 form, const Grouped& how, u32 k_all, u32 n, u32 k
         return d * (float)*(const i8*)(tile + 128 + (i / 16) * 512 + lane * 16 + i % 16);
     }
     if (form == 5) {
-        u64 header = block_grouped(how, n / 32, b) + lane * 4, lines = header + 128 * how.header;
+        u64 header = block_grouped(how, how.m.w, n / 32, b) + lane * 4, lines = header + 128 * how.header;
         u32 left = groups - b * 8, count = left < 8 ? left : 8, g = i / 32, j = i % 16, top = i % 32 / 16;
         u32 high = HIGH(how.how), table = TABLE(how.how);
         const u32 q = read4((const void*)(lines + lane * 12 + (u64)g * 512 + j / 4 * 4));
@@ -169,13 +169,14 @@ KERNEL(256, each, Each) {
 
 struct Select {
     u64 x, rows, out;
-    u32 width, pad;
+    /// Numbers of a row of out; from a row of x to the next; parts of a row of x and positions, or 0.
+    u32 width, row, heads, count;
 };
-/// out[blockIdx.x] = x[rows[blockIdx.x]].
+/// out[r] = x[rows[r]], r = blockIdx.x; with heads all first parts of rows, then all second ones, and so on.
 KERNEL(256, select_rows, Select) {
-    u32 from = ((const u32*)p.rows)[blockIdx.x];
-    const float* x = (const float*)p.x + (u64)from * p.width;
-    float* out = (float*)p.out + (u64)blockIdx.x * p.width;
+    u32 r = blockIdx.x, from = p.heads ? r % p.count * p.heads + r / p.count : ((const u32*)p.rows)[r];
+    const float* x = (const float*)p.x + (u64)from * p.row;
+    float* out = (float*)p.out + (u64)r * p.width;
     for (u32 i = threadIdx.x; i < p.width; i += 256) out[i] = x[i];
 }
 

@@ -1,14 +1,16 @@
 // variants: sm80
-// A token from each row of logits: rust/src/sample.rs without filters that need an order. Weights are integers, so that
-// their sums are exact in any order, and every operation on doubles is the one that stands there.
+// A token from each row of logits: rust/src/sample.rs without typical sampling. Weights are integers, so that their sums
+// are exact in any order, and every operation on doubles is the one that stands there.
 #include "device.cuh"
 
 struct Draw {
-    /// `how`: 8 words for each row: 1 / temperature, the least weight and the coin, low word first; 1 if greedy.
-    u64 logits, how, best, sums, out;
+    /// `how`: HOW words for each row: 1 / temperature, the least weight, the coin and top-p, low word first; 1 if greedy;
+    /// top-k or 0. `limits`: of each row the least key that may be drawn, or 0: there are none.
+    u64 logits, how, best, limits, sums, out;
     /// Rows are cut into `parts`, a thread block each.
     u32 vocab, parts;
 };
+#define HOW 10
 #define THREADS 256
 /// Answers that are no ids: a logit is not a number or infinite; all are minus infinity.
 #define NOT_FINITE 0xffffffffu
@@ -79,17 +81,90 @@ DEVICE u64 best_of(const Draw& p) {
     return best;
 }
 
+/// What a filter of keys keeps of a token's weight.
+DEVICE u64 kept(float logit, u32 id, double max, double per_temperature, u64 least, u64 limit) {
+    if (limit && key_of(logit, id) < limit) return 0;
+    return weight_of(logit, max, per_temperature, least);
+}
+DEVICE u64 limit_of(const Draw& p) { return p.limits ? ((const u64*)p.limits)[blockIdx.x] : 0; }
+
+#define LIMIT_THREADS 512
+#define BINS 256
+/// The largest key such that those from it on, of keys not below `floor`, have a count of `k`; or without k, a weight of
+/// `share` of theirs. Digit by digit: what the keys with the digits so far have for each next digit, the largest first.
+DEVICE u64 select(const Draw& p, u64 floor, u32 k, double share, double max, double per_temperature,
+                  u64 (&bins)[LIMIT_THREADS / 32][BINS], u64 (&sums)[BINS], u64 (&found)[2]) {
+    const float* logits = (const float*)p.logits + (u64)blockIdx.x * p.vocab;
+    u64 prefix = 0, left = k;
+#pragma unroll 1
+    for (int shift = 56; shift >= 0; shift -= 8) {
+        for (u32 i = threadIdx.x; i < LIMIT_THREADS / 32 * BINS; i += LIMIT_THREADS) bins[i / BINS][i % BINS] = 0;
+        sync_block();
+        for (u32 id = threadIdx.x; id < p.vocab; id += LIMIT_THREADS) {
+            u64 key = key_of(logits[id], id);
+            if (key < floor || (shift < 56 && (key ^ prefix) >> (shift + 8))) continue;
+            u64 weight = k ? 1 : weight_of(logits[id], max, per_temperature, 0);
+            if (weight) add(&bins[threadIdx.x / 32][key >> shift & (BINS - 1)], weight);
+        }
+        sync_block();
+        // Sums from the largest digit on.
+        u32 digit = threadIdx.x;
+        u64 sum = 0;
+        if (digit < BINS) {
+            for (u32 i = 0; i < LIMIT_THREADS / 32; i++) sum += bins[i][digit];
+            sums[digit] = sum;
+        }
+        u64 own = sum;
+#pragma unroll 1
+        for (u32 n = 1; n < BINS; n *= 2) {
+            sync_block();
+            if (digit + n < BINS) sum += sums[digit + n];
+            sync_block();
+            if (digit < BINS) sums[digit] = sum;
+        }
+        sync_block();
+        if (!k && shift == 56) {
+            u64 total = sums[0];
+            left = (u64)ceil(share * (double)total);
+            left = left < 1 ? 1 : left < total ? left : total;
+        }
+        if (digit < BINS && sum >= left && sum - own < left) {
+            found[0] = prefix | (u64)digit << shift;
+            found[1] = left - (sum - own);
+        }
+        sync_block();
+        prefix = found[0];
+        left = found[1];
+    }
+    return prefix;
+}
+/// The limit of top-k and top-p.
+KERNEL(LIMIT_THREADS, draw_limit, Draw) {
+    SHARED u64 bins[LIMIT_THREADS / 32][BINS], sums[BINS], found[2];
+    const u32* how = (const u32*)p.how + blockIdx.x * HOW;
+    u64 best = best_of(p), limit = 0;
+    double share = as_double(pair(how + 6));
+    bool odd = best == ~0ull || logit_of(best) == -INFINITE;
+    if (!how[8] && !odd) {
+        double max = (double)logit_of(best), per_temperature = as_double(pair(how));
+        if (how[9]) limit = select(p, 0, how[9], 0.0, max, per_temperature, bins, sums, found);
+        if (share < 1.0) limit = select(p, limit, 0, share, max, per_temperature, bins, sums, found);
+    }
+    if (threadIdx.x == 0) ((u64*)p.limits)[blockIdx.x] = limit;
+}
+
 /// The sum of the weights of each part.
 KERNEL(THREADS, draw_sums, Draw) {
     SHARED u64 sums[THREADS];
-    const u32* how = (const u32*)p.how + blockIdx.x * 8;
-    if (how[6]) return;
+    const u32* how = (const u32*)p.how + blockIdx.x * HOW;
+    if (how[8]) return;
     const float* logits = (const float*)p.logits + (u64)blockIdx.x * p.vocab;
     double max = (double)logit_of(best_of(p)), per_temperature = as_double(pair(how));
-    u64 least = pair(how + 2), sum = 0;
+    u64 least = pair(how + 2), limit = limit_of(p), sum = 0;
     u32 length = part_length(p), first = blockIdx.y * length;
     for (u32 i = threadIdx.x; i < length; i += THREADS) {
-        if (first + i < p.vocab) sum += weight_of(logits[first + i], max, per_temperature, least);
+        u32 id = first + i;
+        if (id < p.vocab) sum += kept(logits[id], id, max, per_temperature, least, limit);
     }
     sums[threadIdx.x] = sum;
 #pragma unroll 1
@@ -103,11 +178,11 @@ KERNEL(THREADS, draw_sums, Draw) {
 /// The token at which the sum of weights, by ascending id, exceeds the coin times their total.
 KERNEL(THREADS, draw_pick, Draw) {
     SHARED u64 sums[THREADS];
-    const u32* how = (const u32*)p.how + blockIdx.x * 8;
+    const u32* how = (const u32*)p.how + blockIdx.x * HOW;
     u32* out = (u32*)p.out + blockIdx.x;
     u64 best = best_of(p);
     bool nothing = logit_of(best) == -INFINITE;
-    if (best == ~0ull || nothing || how[6]) {
+    if (best == ~0ull || nothing || how[8]) {
         if (threadIdx.x == 0) *out = best == ~0ull ? NOT_FINITE : nothing ? NOTHING : ~(u32)best;
         return;
     }
@@ -124,8 +199,8 @@ KERNEL(THREADS, draw_pick, Draw) {
     u32 length = part_length(p), each = (length + THREADS - 1) / THREADS;
     u32 end = (part + 1) * length < p.vocab ? (part + 1) * length : p.vocab;
     u32 id = part * length + threadIdx.x * each, last = id + each < end ? id + each : end;
-    u64 least = pair(how + 2), sum = 0;
-    for (u32 i = id; i < last; i++) sum += weight_of(logits[i], max, per_temperature, least);
+    u64 least = pair(how + 2), limit = limit_of(p), sum = 0;
+    for (u32 i = id; i < last; i++) sum += kept(logits[i], i, max, per_temperature, least, limit);
     sums[threadIdx.x] = sum;
     sync_block();
     if (threadIdx.x) return;
@@ -133,7 +208,7 @@ KERNEL(THREADS, draw_pick, Draw) {
     while (left >= sums[thread]) left -= sums[thread++];
     id = part * length + thread * each;
     for (;;) {
-        u64 weight = weight_of(logits[id], max, per_temperature, least);
+        u64 weight = kept(logits[id], id, max, per_temperature, least, limit);
         if (left < weight) break;
         left -= weight;
         id++;
