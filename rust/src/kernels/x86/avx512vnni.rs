@@ -1,7 +1,7 @@
 //! AVX-512 with VNNI: 16 rows are the 16 lanes of one register.
 //!
-//! Few tokens, four at a time, read the packed weights as they lie. More tokens unpack a block of 32
-//! rows to int8 once (8 KiB, in L1) and run it against all. Both give the exact integer of each block.
+//! Few tokens read the packed weights as they lie. More tokens unpack a block of 32 rows to int8 once
+//! (8 KiB, in L1) and run it against all tokens. Both give the exact integer of each block.
 
 use super::super::layout::{Q4_HEADER, Q8_HEADER, ROWS, block_offset};
 use super::super::simd::F32x16;
@@ -9,7 +9,6 @@ use super::super::{Acts, Form, Kernels, float};
 use super::grouped512;
 use crate::quant::BLOCK;
 use std::arch::x86_64::*;
-use std::ops::Range;
 use std::sync::OnceLock;
 
 float::instantiate!(Zmm, "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c");
@@ -187,53 +186,52 @@ impl F32x16 for Zmm {
 /// speed without. Tuned on Emerald Rapids; speed only, never results.
 const NEAR: usize = 2304;
 const FAR: usize = 18_432;
-/// Tokens up to which the packed weights are read directly, of int4 and of int8. int4 on Zen 4 (`kernels.rs
-/// gemm`): four at a time are 36 % faster than panels at 8 tokens, 22 % at 16, 8 % at 32, 6 % slower at 128.
-const DIRECT_Q4: usize = 32;
-const DIRECT: usize = 4;
+/// Tokens up to which the packed weights are read directly.
+const DIRECT: usize = 16;
+/// Kernels for one token to eight from the one with that number on.
+type Direct = [unsafe fn(&[u8], &Acts<'_>, &mut [f32], usize); 8];
+
+/// A [`Direct`] of the kernel `$kernel`.
+macro_rules! direct {
+    ($kernel:ident, $streams:expr; $($m:literal)+) => { [$($kernel::<$m, $streams>),+] };
+}
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) unsafe fn gemm_q4(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
-    let row_blocks = w.len() / Form::Q4.row_block_bytes(a.k);
+    const KERNELS: Direct = direct!(direct_q4, false; 1 2 3 4 5 6 7 8);
     // SAFETY: the shapes were checked by `Kernels::gemm`.
     unsafe {
-        if a.m > DIRECT_Q4 {
-            return panels::<true>(w, a, y);
-        }
-        if a.m == 1 && streams() {
-            direct_q4::<1, true>(w, a, y, 0, 0..row_blocks);
-            return;
-        }
-        // All tokens against a row block while it is in the caches.
-        for rb in 0..row_blocks {
-            let mut t = 0;
-            while t < a.m {
-                t += match a.m - t {
-                    1 => direct_q4::<1, false>(w, a, y, t, rb..rb + 1),
-                    2 => direct_q4::<2, false>(w, a, y, t, rb..rb + 1),
-                    3 => direct_q4::<3, false>(w, a, y, t, rb..rb + 1),
-                    _ => direct_q4::<4, false>(w, a, y, t, rb..rb + 1),
-                };
-            }
+        match a.m {
+            1 if streams() => direct_q4::<1, true>(w, a, y, 0),
+            ..=DIRECT => few(&KERNELS, w, a, y),
+            _ => panels::<true>(w, a, y),
         }
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) unsafe fn gemm_q8(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
+    const KERNELS: Direct = direct!(direct_q8, false; 1 2 3 4 5 6 7 8);
+    const STREAMS: Direct = direct!(direct_q8, true; 1 2 3 4 5 6 7 8);
     // SAFETY: the shapes were checked by `Kernels::gemm`.
     unsafe {
         match a.m {
-            1 if streams() => direct_q8::<1, true>(w, a, y, 0),
-            2 if streams() => direct_q8::<2, true>(w, a, y, 0),
-            3 if streams() => direct_q8::<3, true>(w, a, y, 0),
-            DIRECT if streams() => direct_q8::<4, true>(w, a, y, 0),
-            1 => direct_q8::<1, false>(w, a, y, 0),
-            2 => direct_q8::<2, false>(w, a, y, 0),
-            3 => direct_q8::<3, false>(w, a, y, 0),
-            DIRECT => direct_q8::<4, false>(w, a, y, 0),
+            ..=DIRECT if streams() => few(&STREAMS, w, a, y),
+            ..=DIRECT => few(&KERNELS, w, a, y),
             _ => panels::<false>(w, a, y),
         }
+    }
+}
+
+/// All tokens, eight at a time: the weights come from the cache again.
+///
+/// # Safety
+/// As the kernels.
+unsafe fn few(kernels: &Direct, w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
+    for t in (0..a.m).step_by(kernels.len()) {
+        let tokens = (a.m - t).min(kernels.len());
+        // SAFETY: the caller's promise, and there are so many tokens from `t` on.
+        unsafe { kernels[tokens - 1](w, a, y, t) }
     }
 }
 
@@ -247,21 +245,20 @@ pub(super) unsafe fn four(p: *const i8, j: usize) -> i32 {
     unsafe { p.add(4 * j).cast::<i32>().read_unaligned() }
 }
 
-/// Tokens `t0..t0 + M` against the row blocks `rows` of int4 weights as they lie; gives `M`.
+/// Tokens `t0..t0 + M` against int4 weights as they lie.
 ///
 /// The group sums `sum q*a` are below 2^24 (15 * 127 * 16 * 256 = 7.8e6 with their scales), so adding
 /// them up in f32 is exact, and cheaper than integer multiplication.
 ///
 /// # Safety
-/// Shapes as `Kernels::gemm` checks them, `t0 + M <= a.m`, and `w` has the row blocks `rows`.
+/// Shapes as `Kernels::gemm` checks them, and `t0 + M <= a.m`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn direct_q4<const M: usize, const STREAMS: bool>(
     w: &[u8],
     a: &Acts<'_>,
     y: &mut [f32],
     t0: usize,
-    rows: Range<usize>,
-) -> usize {
+) {
     let size = Form::Q4.row_block_bytes(a.k);
     let row_blocks = w.len() / size;
     let low = _mm512_set1_epi8(0x0f);
@@ -273,7 +270,7 @@ unsafe fn direct_q4<const M: usize, const STREAMS: bool>(
     unsafe {
         let table_low = _mm512_loadu_ps(scales.as_ptr());
         let table_high = _mm512_mul_ps(table_low, _mm512_set1_ps(1.0 / 16.0));
-        for rb in rows {
+        for rb in 0..row_blocks {
             let mut p = w.as_ptr().add(rb * size);
             let mut acc = [_mm512_setzero_ps(); M];
             for b in 0..a.blocks() {
@@ -333,14 +330,13 @@ unsafe fn direct_q4<const M: usize, const STREAMS: bool>(
             }
         }
     }
-    M
 }
 
 /// Tokens `t0..t0 + M` against int8 weights as they lie. `vpdpbusd` takes unsigned times signed: the
 /// weights are read plus 128 (xor 0x80), and the sum starts at -128 times the sum of the activations.
 ///
 /// # Safety
-/// Shapes as `Kernels::gemm` checks them, and `t0 + M <= a.m`.
+/// As [`direct_q4`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn direct_q8<const M: usize, const STREAMS: bool>(
     w: &[u8],
