@@ -2,6 +2,7 @@
 
     python benches/compare.py MODEL --gguf q4_0=FILE --llama-bench PATH --out benches/results/NAME
 
+Engines that are not given or not installed are left out, each with a line that says how to get it.
 README.md, beside this file, has the commands behind each published figure and explains the
 columns. Needs Linux, and the package gguf where a GGUF file is given. Never decides
 whether a figure is good; it leaves out samples that other processes disturbed, and counts them.
@@ -151,8 +152,8 @@ def ik_llama_cpp(args: argparse.Namespace, config: dict[str, Any], name: str, fi
             return [args.ik_bench, "-m", file, *counts.split(), *fixed.split()]
         flags = base.command(test, threads)[1:-2]
         tool = Path(args.ik_bench).with_name("llama-batched-bench")
-        # Its table goes to the standard error.
-        return ["sh", "-c", 'exec "$@" 2>&1', "sh", str(tool), *flags, "-rtr", "--log-disable"]
+        # Its table goes to the standard error, and to a file here.
+        return ["sh", "-c", '"$@" 2>&1 && rm -f llama.log', "sh", str(tool), *flags, "-rtr"]
 
     def samples(stdout: str, test: Test) -> list[float]:
         if test.batch is None:
@@ -184,9 +185,10 @@ def engines(args: argparse.Namespace, config: dict[str, Any]) -> list[Engine]:
     dtypes = args.kv_cache_dtype.split(",")
     asked = [q for q in args.quantization.split(",") if q]
     found = [ferrule(args, config, q, kv) for q in asked for kv in dtypes]
+    left_out = []
     for tool, flag in ((args.llama_bench, "--llama-bench"), (args.ik_bench, "--ik-bench")):
         if not (args.gguf and shutil.which(tool)):
-            print(f"left out: {tool}: build it (README.md), {flag} PATH --gguf NAME=FILE")
+            left_out.append(f"{tool}: build it (README.md), {flag} PATH --gguf NAME=FILE")
     for name, file in args.gguf:
         if shutil.which(args.llama_bench):
             flash = args.flash.split(",") if "f16" in dtypes else []
@@ -196,14 +198,18 @@ def engines(args: argparse.Namespace, config: dict[str, Any]) -> list[Engine]:
         if shutil.which(args.ik_bench):
             found.append(ik_llama_cpp(args, config, name, file))
     placed = {name: place.rpartition(":")[::2] for name, place in args.peer}
+    if unknown := placed.keys() - PEERS.keys():
+        sys.exit(f"--peer {', '.join(unknown)}: found no such engine, expected {', '.join(PEERS)}")
     for name, peer in PEERS.items():
         python, model = placed.get(name, ("", ""))
         if python and not _output(python, "-c", f"import {peer.module}; print(1)"):
-            print(f"left out: {name}: {python} cannot import {peer.module}: {peer.install}")
+            left_out.append(f"{name}: {python} cannot import {peer.module}: {peer.install}")
         elif python:
             found.append(by_python(args, name, python, model))
         else:
-            print(f"left out: {name}: {peer.install}; --peer {name}=PYTHON:MODEL")
+            left_out.append(f"{name}: {peer.install}; --peer {name}=PYTHON:MODEL")
+    for line in left_out:
+        print(f"left out: {line}", file=sys.stderr)
     return found
 
 

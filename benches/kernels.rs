@@ -574,7 +574,7 @@ fn gemm(set: &Kernels, threads: usize) {
     let limit = peak(set, threads);
     for (name, form) in FORMS {
         let memory = matrices(set, form);
-        for m in [8, 32, 128, 512] {
+        for m in [8, 16, 32, 128, 512] {
             let ops = 2 * m * SIDE * SIDE;
             let matrices = memory.get().len() / form.bytes(SIDE, SIDE);
             // About 1e11 operations a run.

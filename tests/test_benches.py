@@ -58,14 +58,31 @@ CONFIG = {
 
 
 def test_what_is_not_installed_is_named(capsys):
-    lacking = ("openvino", f"{sys.executable}:models")  # the tests' environment has none of them
+    lacking = ("openvino", "no-such-python:models")
     found = compare.engines(arguments(ferrule="ferrule", model="m", peer=[lacking]), CONFIG)
     assert [engine.name for engine in found] == ["ferrule int4"]
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().err.splitlines()
     for name, peer in peers.PEERS.items():
         (line,) = [line for line in lines if line.startswith(f"left out: {name}: ")]
         assert peer.install in line
     assert len(lines) == len(peers.PEERS) + 2
+
+
+def test_unknown_peer_is_an_error():
+    with pytest.raises(SystemExit, match="expected openvino"):
+        compare.engines(arguments(ferrule="f", model="m", peer=[("openvin", "p:m")]), CONFIG)
+
+
+def test_ik_llama_cpp(monkeypatch):
+    base = compare.Engine("x", 7, lambda *_: ["llama", "-m", "f", "-fa", "1", "-o", "json"], list)
+    monkeypatch.setattr(compare, "llama_cpp", lambda *_: base)
+    engine = compare.ik_llama_cpp(arguments(ik_bench="ik/llama-bench"), CONFIG, "pure", "f")
+    deep, batch = map(compare.Test.parse, ("tg32@4096", "tg4@16x4"))
+    assert "-p 0 -n 0 -gp 4096,32" in " ".join(engine.command(deep, 2))
+    assert engine.command(batch, 2)[4:] == ["ik/llama-batched-bench", "-m", "f", "-fa", "1", "-rtr"]
+    table = "|  PP |  TG |  B | N_KV | T_PP s | S_PP t/s | T_TG s | S_TG t/s | T s | S t/s |\n"
+    table += "|-----|-----|\n| 16 | 4 | 4 | 32 | 2.668 | 6.00 | 11.200 | 1.43 | 13.8 | 2.31 |\n"
+    assert engine.samples(table, batch) == [1.43]
 
 
 def test_adapter_of_a_python_peer(tmp_path):

@@ -23,14 +23,15 @@ MCA = ["llvm-mca-19", "-mtriple=aarch64", "-mattr=+dotprod,+i8mm", "-iterations=
 
 def cycles(code: list[str], cpu: str) -> float:
     """What llvm-mca estimates for one pass through `code`."""
-    text = "\n".join(code) + "\n"
+    # A jump inside (to code behind the loop) has no place in a straight block.
+    text = "\n".join(line for line in code if not re.match(r"(b|cb|tb|ret)", line)) + "\n"
     command = [*MCA, f"-mcpu={cpu}"]
     out = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
     return int(out.stdout.split("Total Cycles:")[1].split()[0]) / 200
 
 
-def loops(lines: list[tuple[int, str]]) -> list[list[str]]:
-    """Bodies of the loops without loops in them."""
+def loops(lines: list[tuple[int, str]]) -> list[tuple[list[str], list[str]]]:
+    """Bodies of the loops without loops in them, and what the loop around each has besides."""
     at = {address: i for i, (address, _) in enumerate(lines)}
     spans = []
     for i, (_, code) in enumerate(lines):
@@ -38,7 +39,13 @@ def loops(lines: list[tuple[int, str]]) -> list[list[str]]:
         if jump and at.get(int(jump[1], 16), i) < i:
             spans.append((at[int(jump[1], 16)], i))
     inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-    return [[re.sub(r"\s*(<|//).*", "", code) for _, code in lines[a : b + 1]] for a, b in inner]
+    text = [re.sub(r"\s*(<|//).*", "", code) for _, code in lines]
+    found = []
+    for a, b in inner:
+        around = [(c, d) for c, d in spans if c <= a and b < d]
+        c, d = min(around, key=lambda s: s[1] - s[0], default=(a, b))
+        found.append((text[a : b + 1], text[c:a] + text[b + 1 : d + 1]))
+    return found
 
 
 def main() -> None:
@@ -58,7 +65,7 @@ def main() -> None:
         if not found:
             continue
         cpus = CPUS[found[2]] if len(sys.argv) == 2 else sys.argv[3].split(",")
-        for body in loops(lines):
+        for body, around in loops(lines):
             ops = [code.split()[0] for code in body]
             macs = sum(
                 MACS.get(op, 0)
@@ -66,10 +73,11 @@ def main() -> None:
                 if op in ("sdot", "smmla") or ".8h" in code.split(",")[0]
             )
             if macs:
-                # A jump inside (to code behind the loop) has no place in a straight block.
-                body = [code for code in body if not re.match(r"(b|cb|tb)", code)]
                 speed = [f"{cpu} {cycles(body, cpu):.1f}" for cpu in cpus]
                 print(f"{found[1]:24} {len(ops):4} instructions {macs:5} MAC  {', '.join(speed)}")
+                if around:
+                    speed = [f"{cpu} {cycles(around, cpu):.1f}" for cpu in cpus]
+                    print(f"{'  the loop around it':24} {len(around):4} more, {', '.join(speed)}")
 
 
 main()

@@ -149,7 +149,7 @@ impl Cpu {
         // Pairs of row blocks: gate and up stand side by side, and AMX takes two.
         let pairs = n.div_ceil(2 * ROWS);
         let size = w.form.row_block_bytes(w.k);
-        let few = jobs.iter().all(|job| job.rows.len() <= 4);
+        let few = jobs.iter().all(|job| job.rows.len() <= 8);
         let grain = if few { (self.tiles.claim / (2 * size)).clamp(1, 64) } else { 1 };
         let claims = Claims::new(jobs.len() * pairs, self.pool.threads(), grain);
         let values = Disjoint::new(out.values_mut());

@@ -187,18 +187,23 @@ impl F32x16 for Zmm {
 const NEAR: usize = 2304;
 const FAR: usize = 18_432;
 /// Tokens up to which the packed weights are read directly.
-const DIRECT: usize = 4;
+const DIRECT: usize = 16;
+/// Kernels for one token to eight from the one with that number on.
+type Direct = [unsafe fn(&[u8], &Acts<'_>, &mut [f32], usize); 8];
+
+/// A [`Direct`] of the kernel `$kernel`.
+macro_rules! direct {
+    ($kernel:ident, $streams:expr; $($m:literal)+) => { [$($kernel::<$m, $streams>),+] };
+}
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) unsafe fn gemm_q4(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
+    const KERNELS: Direct = direct!(direct_q4, false; 1 2 3 4 5 6 7 8);
     // SAFETY: the shapes were checked by `Kernels::gemm`.
     unsafe {
         match a.m {
             1 if streams() => direct_q4::<1, true>(w, a, y, 0),
-            1 => direct_q4::<1, false>(w, a, y, 0),
-            2 => direct_q4::<2, false>(w, a, y, 0),
-            3 => direct_q4::<3, false>(w, a, y, 0),
-            DIRECT => direct_q4::<4, false>(w, a, y, 0),
+            ..=DIRECT => few(&KERNELS, w, a, y),
             _ => panels::<true>(w, a, y),
         }
     }
@@ -206,19 +211,27 @@ pub(super) unsafe fn gemm_q4(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) unsafe fn gemm_q8(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
+    const KERNELS: Direct = direct!(direct_q8, false; 1 2 3 4 5 6 7 8);
+    const STREAMS: Direct = direct!(direct_q8, true; 1 2 3 4 5 6 7 8);
     // SAFETY: the shapes were checked by `Kernels::gemm`.
     unsafe {
         match a.m {
-            1 if streams() => direct_q8::<1, true>(w, a, y, 0),
-            2 if streams() => direct_q8::<2, true>(w, a, y, 0),
-            3 if streams() => direct_q8::<3, true>(w, a, y, 0),
-            DIRECT if streams() => direct_q8::<4, true>(w, a, y, 0),
-            1 => direct_q8::<1, false>(w, a, y, 0),
-            2 => direct_q8::<2, false>(w, a, y, 0),
-            3 => direct_q8::<3, false>(w, a, y, 0),
-            DIRECT => direct_q8::<4, false>(w, a, y, 0),
+            ..=DIRECT if streams() => few(&STREAMS, w, a, y),
+            ..=DIRECT => few(&KERNELS, w, a, y),
             _ => panels::<false>(w, a, y),
         }
+    }
+}
+
+/// All tokens, eight at a time: the weights come from the cache again.
+///
+/// # Safety
+/// As the kernels.
+unsafe fn few(kernels: &Direct, w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
+    for t in (0..a.m).step_by(kernels.len()) {
+        let tokens = (a.m - t).min(kernels.len());
+        // SAFETY: the caller's promise, and there are so many tokens from `t` on.
+        unsafe { kernels[tokens - 1](w, a, y, t) }
     }
 }
 
