@@ -100,11 +100,16 @@ fn logits() {
     let (mut tested, mut refused) = (0, Vec::new());
     for folder in goldens() {
         let ids = &ids(&folder, "p130.ids")[..70];
-        for (quantization, kv_dtype) in [
+        let mut settings = vec![
             (Quantization::None, KvDtype::F32),
             (Quantization::Int8, KvDtype::Int8),
             (Quantization::Int4, KvDtype::F16),
-        ] {
+        ];
+        if ["qwen3-a", "deepseek-v3-a"].iter().any(|name| folder.ends_with(name)) {
+            settings.push((Quantization::Int5, KvDtype::F16));
+            settings.push((Quantization::Int6, KvDtype::Int8));
+        }
+        for (quantization, kv_dtype) in settings {
             let cuda = match load_cuda(&folder, None, options(quantization, kv_dtype)) {
                 Ok(cuda) => cuda,
                 Err(Error::Unsupported(_)) => {
