@@ -32,7 +32,7 @@ case $1 in
     cgroup)
         $b mount -t cgroup2 cgroup2 /sys/fs/cgroup
         echo "+memory +cpu" > /sys/fs/cgroup/cgroup.subtree_control
-        python3 -m pytest -q -p no:cacheprovider tests/test_memory.py -k limit &&
+        python3 -m pytest -q --color=no -p no:cacheprovider tests/test_memory.py -k limit &&
             two_groups
         ;;
 esac
