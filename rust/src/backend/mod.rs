@@ -155,9 +155,9 @@ impl<M, V> Expert<M, V> {
     }
 }
 
+#[cfg(feature = "cuda")]
 impl<'a, M, V> Expert<&'a M, &'a V> {
     /// A part of each.
-    #[cfg(feature = "cuda")]
     fn map<N, W>(&self, mat: fn(&'a M) -> &'a N, row: fn(&'a V) -> &'a W) -> Expert<&'a N, &'a W> {
         let Expert { gate_up, gate_up_bias, down, down_bias } = self;
         Expert {

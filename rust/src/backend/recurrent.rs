@@ -128,9 +128,9 @@ impl<V> HeadRows<V> {
     }
 }
 
+#[cfg(feature = "cuda")]
 impl<'a, V> HeadRows<&'a V> {
     /// A part of each.
-    #[cfg(feature = "cuda")]
     pub(super) fn map<W>(&self, part: fn(&'a V) -> &'a W) -> HeadRows<&'a W> {
         let HeadRows { decay, dt_bias, skip, norm } = self;
         HeadRows {

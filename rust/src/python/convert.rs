@@ -124,6 +124,7 @@ pub(super) struct Done {
 impl Done {
     fn new(py: Python<'_>, done: driver::Done, vocab: usize) -> PyResult<Py<Done>> {
         let rows = |flat: Vec<f32>| {
+            py.import("numpy")?; // the crate of that name panics where it can't be
             let shape = [flat.len() / vocab, vocab];
             PyResult::Ok(PyArray1::from_vec(py, flat).reshape(shape)?.unbind())
         };
@@ -172,6 +173,7 @@ impl LogitsProcessor for Processor {
 
 impl Processor {
     fn call(&self, py: Python<'_>, ids: &[u32], logits: &mut [f32]) -> PyResult<()> {
+        py.import("numpy")?; // see above
         let array = PyArray1::from_slice(py, logits);
         let result = self.function.call1(py, (PyList::new(py, ids)?, &array))?.into_bound(py);
         let changed = match result.is_none() {
