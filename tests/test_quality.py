@@ -91,7 +91,7 @@ def test_a_model_has_no_distance_from_itself() -> None:
         ([], {}, "text: found too few tokens"),
         (["a"], {"context": 1}, "context: found 1, expected 4 to 1024"),
         (TEXT, {"context": 2000}, "context: found 2000, expected 4 to 1024"),
-        (TEXT, {"quantization": "int5"}, "quantization: found"),
+        (TEXT, {"quantization": "int3"}, "quantization: found"),
     ],
 )
 def test_what_cannot_be_measured(text: str, more: dict[str, Any], message: str) -> None:
