@@ -36,8 +36,8 @@ class Peer(NamedTuple):
 def openvino(model: str, threads: int) -> Run:
     """OpenVINO GenAI: times are those that it keeps."""
     import numpy as np
-    import openvino as ov  # type: ignore[import-not-found]
-    import openvino_genai as genai  # type: ignore[import-not-found]
+    import openvino as ov
+    import openvino_genai as genai
 
     pipe = genai.LLMPipeline(model, "CPU", INFERENCE_NUM_THREADS=threads)
 
@@ -57,7 +57,7 @@ def openvino(model: str, threads: int) -> Run:
 def onnxruntime(model: str, threads: int) -> Run:
     """ONNX Runtime GenAI."""
     import numpy as np
-    import onnxruntime_genai as genai  # type: ignore[import-not-found]
+    import onnxruntime_genai as genai
 
     config = genai.Config(model)
     options = {"intra_op_num_threads": threads}
@@ -83,7 +83,7 @@ def onnxruntime(model: str, threads: int) -> Run:
 
 def ctranslate2(model: str, threads: int) -> Run:
     """CTranslate2, int8 weights and activations."""
-    import ctranslate2 as ct2  # type: ignore[import-not-found]
+    import ctranslate2 as ct2
 
     generator = ct2.Generator(model, compute_type="int8", intra_threads=threads, inter_threads=1)
     names = json.loads((Path(model) / "vocabulary.json").read_text())
@@ -109,8 +109,8 @@ def ctranslate2(model: str, threads: int) -> Run:
 
 def transformers(model: str, threads: int) -> Run:
     """Transformers on PyTorch, bf16, eager."""
-    import torch  # type: ignore[import-not-found]
-    from transformers import AutoModelForCausalLM  # type: ignore[import-not-found]
+    import torch
+    from transformers import AutoModelForCausalLM
 
     torch.set_num_threads(threads)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)

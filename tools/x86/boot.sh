@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 kind=$1 wheel=$(realpath "$2") python=$(realpath -s "${3:-$(command -v python3)}")
-work=${CARGO_TARGET_DIR:-target}/arm
+work=${CARGO_TARGET_DIR:-target}/x86
 mkdir -p "$work"
 work=$(realpath "$work")
 case $kind in

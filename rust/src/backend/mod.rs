@@ -6,6 +6,7 @@
 pub mod cpu;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+pub mod cuda_limits;
 mod recurrent;
 
 pub use crate::kernels::{Activation, Form, KvDtype, PAGE, Score};

@@ -1,20 +1,18 @@
 //! Attention as launches: which kernel, how rows are cut into blocks, when chunks of keys are blocks of their own.
 
 use super::{Attention, Buf, Cuda, Kv, KvDtype, QkNorm, Row, Span, kv, launch};
+use crate::backend::cuda_limits as limits;
 
 /// Rows (positions times query heads) of a block at most.
 const ROWS: usize = 8;
 /// Keys of a chunk: part of the definition (kernels/attention.rs).
 const CHUNK: usize = 512;
-/// Dimensions of a head at most, and of a key of latent attention.
-const MAX_D: usize = 512;
-const MAX_KEY: usize = 576;
 
 /// What there is no kernel for.
 fn refused(how: &Attention) -> Option<&'static str> {
     match how.latent {
-        None if how.head_dim > MAX_D => Some("heads of more than 512 dimensions"),
-        Some(values) if how.head_dim > MAX_KEY || values > MAX_D => {
+        None if how.head_dim > limits::HEAD_DIM => Some("heads of more than 512 dimensions"),
+        Some(values) if how.head_dim > limits::LATENT_KEY || values > limits::HEAD_DIM => {
             Some("latent attention over more than 576 dimensions")
         }
         _ => None,

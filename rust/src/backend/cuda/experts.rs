@@ -4,12 +4,9 @@
 use super::device::{Device, Memory};
 use super::product::{FEW, Into};
 use super::{Activation, Buf, Cuda, Expert, Form, Mat, Routing, Row, THREADS, launch};
+use crate::backend::cuda_limits as limits;
 use crate::kernels::Score;
 use std::sync::Arc;
-
-/// Experts, and experts of a position, at most.
-const MAX_EXPERTS: usize = 1024;
-const MAX_CHOSEN: usize = 32;
 
 /// Room for one operation.
 pub(super) struct Work {
@@ -41,7 +38,7 @@ impl Cuda {
     ) {
         assert!(logits.rows == x.rows && logits.width == experts.len());
         let (k, count) = (how.top_k, x.rows * how.top_k);
-        if experts.len() > MAX_EXPERTS || k > MAX_CHOSEN {
+        if experts.len() > limits::EXPERTS || k > limits::CHOSEN {
             return self.device.refuse("more than 1024 experts, or 32 of a position,");
         }
         let quantized =
@@ -90,7 +87,7 @@ impl Cuda {
             most: most as u32,
             pad: 0,
         };
-        self.launch("arrange", [1, 1, 1], MAX_EXPERTS, &params);
+        self.launch("arrange", [1, 1, 1], limits::EXPERTS, &params);
         input.shape(count, x.width);
         self.gather(x.at, rows, input);
         hidden.shape(count, width);

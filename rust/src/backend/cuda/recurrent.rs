@@ -3,11 +3,8 @@
 use super::device::{Device, Memory};
 use super::{Buf, Cuda, HeadRows, Recurrent, Row, Span, THREADS, kv, launch};
 use crate::Result;
-use crate::backend::Core;
+use crate::backend::{Core, cuda_limits as limits};
 use std::sync::Arc;
-
-/// Rows of a head's state at most.
-const MAX_KEY: usize = 256;
 
 /// States of every layer: memory, and the f32 of one.
 pub struct States {
@@ -74,7 +71,7 @@ impl Cuda {
         let (Core::DeltaNet(h) | Core::Mamba2(h)) = how.core else {
             unreachable!("a gate has no heads");
         };
-        if h.key_dim > MAX_KEY {
+        if h.key_dim > limits::STATE_ROWS {
             return self.device.refuse("states of more than 256 rows");
         }
         let (rows, values) = (conv.rows, h.values());

@@ -3,8 +3,9 @@
 use super::super::grouped::Header;
 use super::super::layout::{ROWS, block_offset, grouped_header, grouped_lines};
 use super::super::{Acts, Form};
-use super::avx512vnni::{self, Zmm};
+use super::avx512vnni;
 use super::grouped::{biased, sums};
+use super::zmm::Zmm;
 use crate::quant::{BLOCK, Codes, Grouped, UNITS};
 use std::arch::x86_64::*;
 use std::slice;

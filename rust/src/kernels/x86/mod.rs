@@ -8,3 +8,4 @@ mod grouped;
 mod grouped512;
 #[cfg(all(test, target_os = "linux"))]
 pub(super) mod trap;
+mod zmm;
