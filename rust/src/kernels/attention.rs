@@ -4,10 +4,11 @@
 //!
 //! ```text
 //! f32, f16   K: 4 x [d][16] | V: [64][dp]                                     dp = d rounded up to 16
-//! int8   K: 4 x [d][16] | V: [64][dp] | f32 K scale [64] | f32 V scale [64]
+//! int8   K: 4 x [d / 4][16][4] | V: [dp / 16][16][16][4] | f32 K scale [64] | f32 V scale [64]
 //! ```
 //!
-//! Where the values are a part of the keys (latent attention), V and its scales are left out.
+//! Where the values are a part of the keys (latent attention), V and its scales are left out, and int8 keys stand as
+//! those of the others do. int8 is multiplied in integers ([`int8`]); what follows is for floats.
 //!
 //! A lane is a key while scores are made and a dimension while values are summed, so nothing is added
 //! across lanes. The order, whatever the tile, the batch or the chunk of a prompt: keys in chunks of
@@ -16,9 +17,12 @@
 //! are a part of the keys: by key modulo 16 and a tree); chunks are merged in ascending order (Milakov &
 //! Gimelshein 2018; Dao et al. 2022), a sink last.
 
+pub(super) mod int8;
+
 use super::float::{exp, softcap, tree};
 use super::simd::F32x16;
 use super::{array, array_mut, cast};
+use int8::Dot;
 use std::ops::Range;
 
 /// Positions of a page.
@@ -42,12 +46,18 @@ pub enum KvDtype {
 impl KvDtype {
     /// Bytes of one head's page; `values`: it has values beside the keys.
     pub fn page_bytes(self, d: usize, values: bool) -> usize {
-        let numbers = PAGE * (d + if values { d.next_multiple_of(16) } else { 0 });
+        let keys = if self.in_integers(d, values) { d.next_multiple_of(4) } else { d };
+        let numbers = PAGE * (keys + if values { d.next_multiple_of(16) } else { 0 });
         match self {
             KvDtype::F32 => 4 * numbers,
             KvDtype::F16 => 2 * numbers,
             KvDtype::Int8 => numbers + (1 + usize::from(values)) * 4 * PAGE,
         }
+    }
+
+    /// Whether heads of `d` dimensions are multiplied, and therefore stored, as [`int8`] says.
+    fn in_integers(self, d: usize, values: bool) -> bool {
+        self == KvDtype::Int8 && values && d <= int8::MAX_DIM
     }
 }
 
@@ -136,12 +146,26 @@ struct Page<'a> {
     value_scales: &'a [u8],
 }
 
+/// Where this head's part of page `index` begins.
+#[inline(always)]
+fn start(a: &Attend<'_>, index: usize) -> usize {
+    a.table[index] as usize * a.page_stride + a.head_offset
+}
+
+/// The same as an address, of the last page if there are fewer. For prefetching only.
+#[inline(always)]
+fn address(a: &Attend<'_>, index: usize) -> *const u8 {
+    a.kv.as_ptr().wrapping_add(start(a, index.min(a.table.len() - 1)))
+}
+
 #[inline(always)]
 fn page<'a, S: Stored>(a: &Attend<'a>, index: usize) -> Page<'a> {
-    let start = |index: usize| a.table[index] as usize * a.page_stride + a.head_offset;
-    let bytes = &a.kv[start(index)..][..S::DTYPE.page_bytes(a.d, a.latent.is_none())];
-    let next = a.kv.as_ptr().wrapping_add(start((index + 1).min(a.table.len() - 1)));
-    let (keys, rest) = bytes.split_at(PAGE * a.d * S::WIDTH);
+    let start = start(a, index);
+    let bytes = &a.kv[start..][..S::DTYPE.page_bytes(a.d, a.latent.is_none())];
+    let next = address(a, index + 1);
+    let whole = S::DTYPE.in_integers(a.d, a.latent.is_none());
+    let d = if whole { a.d.next_multiple_of(4) } else { a.d };
+    let (keys, rest) = bytes.split_at(PAGE * d * S::WIDTH);
     let values = if a.latent.is_none() { PAGE * a.d.next_multiple_of(16) * S::WIDTH } else { 0 };
     let (values, scales) = rest.split_at(values);
     let (key_scales, value_scales) = scales.split_at(scales.len().min(4 * PAGE));
@@ -179,7 +203,7 @@ pub(super) fn softmax(row: &mut [f32], seen: Range<usize>, cap: Option<f32>) -> 
 /// # Safety
 /// The CPU has the features that `softmax` was compiled for.
 #[inline(always)]
-pub(super) unsafe fn attend<V: F32x16, S: Stored>(
+pub(super) unsafe fn attend<V: F32x16, S: Stored, D: Dot>(
     a: &Attend<'_>,
     out: &mut [f32],
     scratch: &mut [f32],
@@ -187,6 +211,7 @@ pub(super) unsafe fn attend<V: F32x16, S: Stored>(
 ) {
     let rows = a.seen.len();
     let dp = a.out_width();
+    let integers = S::DTYPE.in_integers(a.d, a.latent.is_none());
     let (scores, sums) = scratch.split_at_mut(rows * CHUNK);
     let mut max = [f32::NEG_INFINITY; MAX_ROWS];
     let mut total = [0.0f32; MAX_ROWS];
@@ -200,6 +225,10 @@ pub(super) unsafe fn attend<V: F32x16, S: Stored>(
         // Whole 16-key blocks; keys outside start..end are masked below.
         let blocks = (start - chunk) / 16 * 16..(end - chunk).next_multiple_of(16);
         let mut r = 0;
+        if integers {
+            int8::scores::<V, D>(a, scores, chunk, &blocks);
+            r = rows;
+        }
         while r < rows {
             r += match rows - r {
                 4.. if V::WIDE => score::<V, S, 4, 4>(a, r, scores, chunk, &blocks),
@@ -222,12 +251,14 @@ pub(super) unsafe fn attend<V: F32x16, S: Stored>(
             // SAFETY: the caller's set, whose features the CPU has.
             (chunk_max[r], chunk_total[r]) = unsafe { softmax(row, seen, a.softcap) };
         }
-        let mut r = if a.latent.is_some() {
+        let mut r = rows;
+        if integers {
+            int8::values::<V, D>(a, scores, sums, start..end, chunk);
+        } else if a.latent.is_some() {
             latent_sum::<V, S>(a, scores, sums, &blocks, chunk);
-            rows
         } else {
-            0
-        };
+            r = 0;
+        }
         while r < rows {
             r += match rows - r {
                 4.. if V::WIDE => sum::<V, S, 4>(a, r, scores, sums, start..end, chunk),
@@ -536,23 +567,32 @@ pub(super) fn write_f32(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
 #[inline(always)]
 pub(super) fn write_i8(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
     let (d, dp) = (k.len(), v.len().next_multiple_of(16));
-    let (keys, rest) = page.split_at_mut(PAGE * d);
+    let integers = KvDtype::Int8.in_integers(d, !v.is_empty());
+    let width = if integers { d.next_multiple_of(4) } else { d };
+    let (keys, rest) = page.split_at_mut(PAGE * width);
     let (values, scales) = rest.split_at_mut(PAGE * dp);
     let (key_scales, value_scales) = scales.split_at_mut(PAGE * 4);
+    let round = |x: &[f32], i: usize, inv: f32| match x.get(i) {
+        Some(x) => (x * inv).round_ties_even() as i8 as u8,
+        None => 0,
+    };
     let (inv, scale) = int8_scale(k);
     key_scales[slot * 4..][..4].copy_from_slice(&scale.to_le_bytes());
-    for (i, &x) in k.iter().enumerate() {
-        keys[(slot / 16 * d + i) * 16 + slot % 16] = (x * inv).round_ties_even() as i8 as u8;
+    for i in 0..width {
+        let at = match integers {
+            true => int8::key_at(d, slot, i),
+            false => (slot / 16 * d + i) * 16 + slot % 16,
+        };
+        keys[at] = round(k, i, inv);
     }
     if v.is_empty() {
         return;
     }
     let (inv, scale) = int8_scale(v);
     value_scales[slot * 4..][..4].copy_from_slice(&scale.to_le_bytes());
-    let row = &mut values[slot * dp..][..dp];
-    row.fill(0);
-    for (row, &x) in row.iter_mut().zip(v) {
-        *row = (x * inv).round_ties_even() as i8 as u8;
+    for i in 0..dp {
+        let at = if integers { int8::value_at(slot, i) } else { slot * dp + i };
+        values[at] = round(v, i, inv);
     }
 }
 

@@ -52,9 +52,10 @@ pub(super) struct Floats {
     pub(super) recur: unsafe fn(&super::Recur<'_>, &mut [f32], &mut [f32; 16]),
 }
 
-/// Compiles every float kernel with `$v` as the vector and the given target features, as `FLOATS`.
+/// Compiles every float kernel with `$v` as the vector, `$dot` for int8 keys and values, and the given target features,
+/// as `FLOATS`.
 macro_rules! instantiate {
-    ($v:ty $(, $features:literal)?) => {
+    ($v:ty, $dot:ty $(, $features:literal)?) => {
         pub(super) const FLOATS: crate::kernels::float::Floats = {
             use crate::kernels::float::{self, Activation, Floats, Score};
             use crate::kernels::layout::ROWS;
@@ -164,17 +165,17 @@ macro_rules! instantiate {
             $(#[target_feature(enable = $features)])?
             unsafe fn attend_f32(a: &Attend<'_>, out: &mut [f32], scratch: &mut [f32]) {
                 // SAFETY: the caller's CPU has the features of this function, which are `softmax`'s.
-                unsafe { attention::attend::<$v, attention::F32>(a, out, scratch, softmax) }
+                unsafe { attention::attend::<$v, attention::F32, $dot>(a, out, scratch, softmax) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn attend_f16(a: &Attend<'_>, out: &mut [f32], scratch: &mut [f32]) {
                 // SAFETY: as in `attend_f32`.
-                unsafe { attention::attend::<$v, attention::F16>(a, out, scratch, softmax) }
+                unsafe { attention::attend::<$v, attention::F16, $dot>(a, out, scratch, softmax) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn attend_i8(a: &Attend<'_>, out: &mut [f32], scratch: &mut [f32]) {
                 // SAFETY: as in `attend_f32`.
-                unsafe { attention::attend::<$v, attention::Int8>(a, out, scratch, softmax) }
+                unsafe { attention::attend::<$v, attention::Int8, $dot>(a, out, scratch, softmax) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn write_f32(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {

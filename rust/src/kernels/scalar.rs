@@ -1,11 +1,12 @@
 //! The specification: what every other set must compute, bit by bit. Written for reading.
 
 use super::layout::{Form, ROWS, blocks, unpack_grouped, unpack_q4, unpack_q8};
+use super::attention::int8::Sums;
 use super::simd::Lanes;
 use super::{Acts, Kernels, float};
 use crate::quant::{BLOCK, Grouped};
 
-float::instantiate!(Lanes);
+float::instantiate!(Lanes, Sums);
 
 pub(super) const KERNELS: Kernels =
     Kernels { name: "scalar", needs: &[], gemm_q4, gemm_q8, gemm_grouped, float: FLOATS };

@@ -3,11 +3,14 @@
 //!
 //! The intrinsics are unstable in the oldest Rust that we build with, hence `asm!`.
 
+use super::super::attention::{self, Attend, int8::Dot};
+use super::super::float::Floats;
 use super::super::layout::Q4_HEADER;
 use super::super::{Acts, Form, Kernels};
 use super::{QUADS, Step, finish, grouped, neon, offsets, prefetch, scales, unpack, walk};
 use std::arch::aarch64::*;
 use std::arch::asm;
+use std::ops::Range;
 
 pub(in super::super) const KERNELS: Kernels = Kernels {
     name: "dotprod",
@@ -15,8 +18,78 @@ pub(in super::super) const KERNELS: Kernels = Kernels {
     gemm_q4,
     gemm_q8,
     gemm_grouped: grouped::gemm_dotprod,
+    float: Floats { attend_i8, ..neon::FLOATS },
     ..neon::KERNELS
 };
+
+#[target_feature(enable = "dotprod")]
+unsafe fn attend_i8(a: &Attend<'_>, out: &mut [f32], scratch: &mut [f32]) {
+    // SAFETY: the caller's CPU has the features of this function; `softmax` needs none.
+    unsafe { attention::attend::<neon::Lanes4, attention::Int8, Sdot>(a, out, scratch, softmax) }
+}
+
+// Apart, as in `instantiate!`.
+#[inline(never)]
+unsafe fn softmax(row: &mut [f32], seen: Range<usize>, cap: Option<f32>) -> (f32, f32) {
+    attention::softmax(row, seen, cap)
+}
+
+/// Sixteen sums in two times four registers: of the high bytes of 16-bit integers, and of the low ones.
+#[derive(Clone, Copy)]
+struct Sdot([int32x4_t; 4], [int32x4_t; 4]);
+
+// SAFETY (for every block of this impl): the code runs only inside `attend_i8`, whose features the CPU has; loads and
+// stores are of whole arrays behind references.
+impl Dot for Sdot {
+    const TILE: usize = 2;
+    type Line = [int8x16_t; 4];
+    type Four = int8x16_t;
+
+    #[inline(always)]
+    fn zero() -> Self {
+        // SAFETY: see above.
+        let zero = [unsafe { vdupq_n_s32(0) }; 4];
+        Sdot(zero, zero)
+    }
+    #[inline(always)]
+    fn pack(q: [i16; 4]) -> u64 {
+        // The low byte is signed, which the high one makes up for.
+        let low = q.map(|q| q as u8);
+        let high = q.map(|q| ((q + 128) >> 8) as u8);
+        u64::from(u32::from_le_bytes(high)) | u64::from(u32::from_le_bytes(low)) << 32
+    }
+    #[inline(always)]
+    fn line(bytes: &[u8; 64]) -> Self::Line {
+        // SAFETY: see above.
+        std::array::from_fn(|h| unsafe { vld1q_s8(bytes.as_ptr().add(16 * h).cast()) })
+    }
+    #[inline(always)]
+    fn four(q: &u64) -> Self::Four {
+        // SAFETY: see above.
+        unsafe { vreinterpretq_s8_u64(vdupq_n_u64(*q)) }
+    }
+    #[inline(always)]
+    fn add(mut self, line: Self::Line, q: Self::Four) -> Self {
+        for h in 0..4 {
+            // SAFETY: see above.
+            unsafe {
+                self.0[h] = sdot::<0>(self.0[h], line[h], q);
+                self.1[h] = sdot::<1>(self.1[h], line[h], q);
+            }
+        }
+        self
+    }
+    #[inline(always)]
+    fn store(self, out: &mut [f32; 16]) {
+        for h in 0..4 {
+            // SAFETY: see above.
+            unsafe {
+                let sums = vaddq_s32(vshlq_n_s32::<8>(self.0[h]), self.1[h]);
+                vst1q_f32(out.as_mut_ptr().add(4 * h), vcvtq_f32_s32(sums));
+            }
+        }
+    }
+}
 
 /// Tokens up to which int4 weights are read as they lie; more pay for unpacking.
 const DIRECT: usize = 8;

@@ -4,13 +4,14 @@
 //! (15 * 127 * 8 = 15240), and so do pairs of these sums (30480); `smlal` with the group's scale makes
 //! i32. int8: two products fit (127 * 127 * 2 = 32258), then `sadalp` adds pairs to i32.
 
+use super::super::attention::int8::Dot;
 use super::super::layout::Q4_HEADER;
 use super::super::simd::F32x16;
 use super::super::{Acts, Form, Kernels, float};
 use super::{QUADS, Step, finish, four, grouped, offsets, prefetch, scales, unpack, walk};
 use std::arch::aarch64::*;
 
-float::instantiate!(Lanes4);
+float::instantiate!(Lanes4, Mlal);
 
 pub(in super::super) const KERNELS: Kernels = Kernels {
     name: "neon",
@@ -20,6 +21,61 @@ pub(in super::super) const KERNELS: Kernels = Kernels {
     gemm_grouped: grouped::gemm_neon,
     float: FLOATS,
 };
+
+/// Sixteen sums in four registers: `smlal` by element, after `ld4` has put number `j` of each four side by side.
+#[derive(Clone, Copy)]
+pub(super) struct Mlal([int32x4_t; 4]);
+
+// SAFETY (for every block of this impl): as for `Lanes4`, below.
+impl Dot for Mlal {
+    const TILE: usize = 4;
+    type Line = [int8x16_t; 4];
+    type Four = int16x4_t;
+
+    #[inline(always)]
+    fn zero() -> Self {
+        // SAFETY: see above.
+        Mlal([unsafe { vdupq_n_s32(0) }; 4])
+    }
+    #[inline(always)]
+    fn line(bytes: &[u8; 64]) -> Self::Line {
+        // SAFETY: see above.
+        let line = unsafe { vld4q_s8(bytes.as_ptr().cast()) };
+        [line.0, line.1, line.2, line.3]
+    }
+    #[inline(always)]
+    fn four(q: &u64) -> Self::Four {
+        // SAFETY: see above.
+        unsafe { vcreate_s16(*q) }
+    }
+    #[inline(always)]
+    fn add(self, [a, b, c, d]: Self::Line, q: Self::Four) -> Self {
+        self.lane::<0>(a, q).lane::<1>(b, q).lane::<2>(c, q).lane::<3>(d, q)
+    }
+    #[inline(always)]
+    fn store(self, out: &mut [f32; 16]) {
+        for h in 0..4 {
+            // SAFETY: see above.
+            unsafe { vst1q_f32(out.as_mut_ptr().add(4 * h), vcvtq_f32_s32(self.0[h])) }
+        }
+    }
+}
+
+impl Mlal {
+    /// Lane `i` gains `line[i] * q[J]`.
+    #[inline(always)]
+    fn lane<const J: i32>(mut self, line: int8x16_t, q: int16x4_t) -> Self {
+        // SAFETY: see above.
+        unsafe {
+            let (low, high) = (vmovl_s8(vget_low_s8(line)), vmovl_high_s8(line));
+            self.0[0] = vmlal_lane_s16::<J>(self.0[0], vget_low_s16(low), q);
+            self.0[1] = vmlal_high_lane_s16::<J>(self.0[1], low, q);
+            self.0[2] = vmlal_lane_s16::<J>(self.0[2], vget_low_s16(high), q);
+            self.0[3] = vmlal_high_lane_s16::<J>(self.0[3], high, q);
+        }
+        self
+    }
+}
 
 /// Sixteen f32 in four registers.
 #[derive(Clone, Copy)]

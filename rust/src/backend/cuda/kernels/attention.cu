@@ -1,7 +1,8 @@
 // variants: sm80
 // Queries, keys and values: norms of heads, rotation, the pages, attention. The order of every sum is that of
 // rust/src/kernels/attention.rs: keys in chunks of 512 by absolute position, a score one chain over the dimensions, the
-// weights of a chunk summed by key modulo 16 and a tree, its values one chain over keys, chunks merged ascending.
+// weights of a chunk summed by key modulo 16 and a tree, its values one chain over keys, chunks merged ascending. int8
+// keys and values are multiplied in integers (attention/int8.rs there), but for latent attention.
 //
 // A head's part of a page (64 positions), in numbers of E bytes, V = 16 / E of them side by side, d padded to V:
 //   K [d / V][64][V] | V [64][d] | int8: f32 scale of each key [64], of each value [64]
@@ -146,6 +147,44 @@ DEVICE float stored(const uint4* lines, u32 index) {
     if (DTYPE == 1) return f16_to_f32(((const u16*)lines)[index]);
     return (float)((const i8*)lines)[index];
 }
+/// Scale of integers of at most 32639 for numbers of largest magnitude amax, and what one of them is worth.
+DEVICE void int16_scale(float amax, float& inv, float& worth) {
+    bool tiny = amax < as_float(0x17800000u); // 2^-80
+    inv = tiny ? 0.0f : 32639.0f / amax;
+    worth = tiny ? 0.0f : amax / 32639.0f;
+}
+/// x rounded to such an integer, ties to even.
+DEVICE int round_i16(float x) { return (int)(short)as_bits(x + 12582912.0f); }
+/// x[0..n], n <= MAX_D, as integers, in place, by a warp: for each four a word of their high bytes and one of their low
+/// bytes, which are signed. Gives what one is worth.
+DEVICE float query(float* x, u32 n) {
+    u32 lane = threadIdx.x % 32, high[MAX_D / 128], low[MAX_D / 128];
+    float amax = 0.0f, inv, worth;
+    for (u32 i = lane; i < n; i += 32) amax = fmaxf(amax, fabsf(x[i]));
+#pragma unroll
+    for (int m = 16; m > 0; m /= 2) amax = fmaxf(amax, shuffle_xor(amax, m));
+    int16_scale(amax, inv, worth);
+#pragma unroll
+    for (u32 j = 0; j < MAX_D / 128; j++) {
+        high[j] = low[j] = 0;
+#pragma unroll
+        for (u32 i = 0; i < 4; i++) {
+            u32 at = (j * 32 + lane) * 4 + i;
+            int q = round_i16((at < n ? x[at] : 0.0f) * inv);
+            high[j] |= (u32)((q + 128) >> 8 & 255) << (8 * i);
+            low[j] |= (u32)(q & 255) << (8 * i);
+        }
+    }
+    sync_warp();
+#pragma unroll
+    for (u32 j = 0; j < MAX_D / 128; j++) {
+        u32 at = (j * 32 + lane) * 4;
+        if (at >= n) continue;
+        x[at / 2] = as_float(high[j]);
+        x[at / 2 + 1] = as_float(low[j]);
+    }
+    return worth;
+}
 /// Lines of values of the keys from `key` on, of which this thread has every 256th.
 DEVICE void fetch(uint4 (&next)[LINES / THREADS], u64 at, u32 lines) {
 #pragma unroll
@@ -201,9 +240,10 @@ DEVICE void latent_values(const Attend& p, const u32* words, u32 span, u32 h, u3
 /// Rows of queries: `positions` x `group` of them share a key/value head.
 template <int DTYPE, int R, int D>
 DEVICE void attend(const Attend& p, float (&q)[R][D], float (&w)[R][CHUNK], float (&best)[R], float (&total)[R],
-                   float (&old)[R], float (&fresh)[R], bool (&seen)[R], uint4 (&staged)[LINES]) {
+                   float (&old)[R], float (&fresh)[R], bool (&seen)[R], float (&worth)[2][R],
+                   uint4 (&staged)[LINES]) {
     const int V = DTYPE == 0 ? 4 : DTYPE == 1 ? 8 : 16;
-    const bool LATENT = D == MAX_KEY;
+    const bool LATENT = D == MAX_KEY, INTEGERS = DTYPE == 2 && !LATENT;
     const u32* words = (const u32*)p.spans.words;
     u32 parts = (p.heads / p.kv_heads + p.group - 1) / p.group;
     u32 span = blockIdx.y / p.tiles, tile = blockIdx.y % p.tiles;
@@ -235,6 +275,14 @@ DEVICE void attend(const Attend& p, float (&q)[R][D], float (&w)[R][CHUNK], floa
         best[threadIdx.x] = -INFINITE;
         total[threadIdx.x] = 0.0f;
     }
+    if (INTEGERS) {
+        sync_block();
+#pragma unroll 1
+        for (u32 r = threadIdx.x / 32; r < R; r += THREADS / 32) {
+            float one = query(q[r], padded);
+            if (threadIdx.x % 32 == 0) worth[0][r] = one;
+        }
+    }
     // What a thread has summed so far stands where the result will: its own numbers, which nobody else reads.
     u32 begin = chunk;
     for (; chunk < chunks; chunk++) {
@@ -252,11 +300,26 @@ DEVICE void attend(const Attend& p, float (&q)[R][D], float (&w)[R][CHUNK], floa
             u32 position = chunk * CHUNK + key, slot = position % PAGE;
             u64 at = head_of(p.pages, words, p.spans, span, position, h);
             float acc[R];
+            int upper[R], lower[R];
 #pragma unroll
-            for (int r = 0; r < R; r++) acc[r] = 0.0f;
+            for (int r = 0; r < R; r++) {
+                acc[r] = 0.0f;
+                upper[r] = lower[r] = 0;
+            }
 #pragma unroll (R > 4 ? 2 : 4)
             for (u32 c = 0; c < padded; c += V) {
                 uint4 k = read16((const void*)(at + ((u64)(c / V) * PAGE + slot) * 16));
+                if (INTEGERS) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+#pragma unroll
+                        for (int r = 0; r < R; r++) {
+                            upper[r] = dp4a(word(k, i), as_bits(q[r][c / 2 + 2 * i]), upper[r]);
+                            lower[r] = dp4a(word(k, i), as_bits(q[r][c / 2 + 2 * i + 1]), lower[r]);
+                        }
+                    }
+                    continue;
+                }
 #pragma unroll
                 for (int i = 0; i < V; i++) {
                     float x = number<DTYPE>(k, i);
@@ -271,6 +334,7 @@ DEVICE void attend(const Attend& p, float (&q)[R][D], float (&w)[R][CHUNK], floa
                 u32 own = start + r / group;
                 bool sees = r < rows && position <= own && (p.window == 0 || position + p.window > own);
                 float s = (DTYPE == 2 ? acc[r] * scale : acc[r]) * p.scale;
+                if (INTEGERS) s = (float)(upper[r] * 256 + lower[r]) * scale * (worth[0][r] * p.scale);
                 w[r][key] = sees ? s : -INFINITE;
             }
         }
@@ -311,11 +375,37 @@ DEVICE void attend(const Attend& p, float (&q)[R][D], float (&w)[R][CHUNK], floa
                     }
                 }
             }
+            if (INTEGERS) {
+                // The weights times the scales of their values, as integers.
+                float amax = 0.0f, inv, one;
+                sync_warp();
+#pragma unroll 1
+                for (u32 key = lane; key < CHUNK; key += 32) {
+                    float x = 0.0f;
+                    if (key >= low && key < high) {
+                        u32 position = chunk * CHUNK + key;
+                        u64 at = head_of(p.pages, words, p.spans, span, position, h) + p.pages.numbers;
+                        x = w[r][key] * ((const float*)at)[PAGE + position % PAGE];
+                    }
+                    w[r][key] = x;
+                    amax = fmaxf(amax, fabsf(x));
+                }
+#pragma unroll
+                for (int m = 16; m > 0; m /= 2) amax = fmaxf(amax, shuffle_xor(amax, m));
+                int16_scale(amax, inv, one);
+#pragma unroll 1
+                for (u32 key = lane; key < CHUNK; key += 32) w[r][key] = as_float((u32)round_i16(w[r][key] * inv));
+                if (lane == 0) worth[1][r] = one;
+            }
         }
         sync_block();
         float acc[2][R];
+        u32 sums[2][R];
 #pragma unroll
-        for (int r = 0; r < R; r++) acc[0][r] = acc[1][r] = 0.0f;
+        for (int r = 0; r < R; r++) {
+            acc[0][r] = acc[1][r] = 0.0f;
+            sums[0][r] = sums[1][r] = 0;
+        }
         if (LATENT) {
             latent_values<DTYPE, R>(p, words, span, h, chunk, low, high, w, (float*)staged);
 #pragma unroll
@@ -342,7 +432,6 @@ DEVICE void attend(const Attend& p, float (&q)[R][D], float (&w)[R][CHUNK], floa
 #pragma unroll
             for (int i = 0; i < LINES / THREADS; i++) staged[threadIdx.x + i * THREADS] = next[i];
             sync_block();
-            const float* scales = (const float*)(page + p.pages.numbers) + PAGE + base % PAGE;
             u32 begin_key = base < low ? low - base : 0, end_key = high - base < at_once ? high - base : at_once;
             u32 first_key = base;
             base += at_once;
@@ -357,11 +446,12 @@ DEVICE void attend(const Attend& p, float (&q)[R][D], float (&w)[R][CHUNK], floa
 #pragma unroll 4
                 for (u32 key = begin_key; key < end_key; key++) {
                     float v = stored<DTYPE>(staged, key * d + i);
-                    float scale = DTYPE == 2 ? scales[key] : 1.0f;
+                    u32 whole = (u32)(int)((const i8*)staged)[key * d + i];
 #pragma unroll
                     for (int r = 0; r < R; r++) {
                         float weight = w[r][first_key + key];
-                        acc[c][r] = fmaf(v, DTYPE == 2 ? weight * scale : weight, acc[c][r]);
+                        if (INTEGERS) sums[c][r] += whole * as_bits(weight);
+                        else acc[c][r] = fmaf(v, weight, acc[c][r]);
                     }
                 }
             }
@@ -373,6 +463,7 @@ DEVICE void attend(const Attend& p, float (&q)[R][D], float (&w)[R][CHUNK], floa
 #pragma unroll
             for (int r = 0; r < R; r++) {
                 if (r >= rows) continue;
+                if (INTEGERS) acc[c][r] = (float)(int)sums[c][r] * worth[1][r];
                 u64 row = (u64)(first_row + r / group) * p.heads + first_head + r % group;
                 if (p.split) {
                     ((float*)p.parts)[(row * p.chunks + chunk) * (values + 2) + 2 + i] = acc[c][r];
@@ -412,9 +503,10 @@ DEVICE void attend(const Attend& p, float (&q)[R][D], float (&w)[R][CHUNK], floa
 #define ATTEND_OF(name, DTYPE, R, D)                                             \
     KERNEL_BLOCKS(THREADS, 2, name, Attend) {                                    \
         SHARED float q[R][D], w[R][CHUNK], best[R], total[R], old[R], fresh[R];  \
+        SHARED float worth[2][R];                                                \
         SHARED bool seen[R];                                                     \
         SHARED uint4 staged[LINES];                                              \
-        attend<DTYPE, R, D>(p, q, w, best, total, old, fresh, seen, staged);     \
+        attend<DTYPE, R, D>(p, q, w, best, total, old, fresh, seen, worth, staged); \
     }
 #define ATTEND(name, DTYPE, R) ATTEND_OF(name, DTYPE, R, MAX_D)
 ATTEND(attend_f32_1, 0, 1)
