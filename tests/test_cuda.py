@@ -261,6 +261,77 @@ def test_doctor(emulator: Path) -> None:
     assert found[emulator / "nothing"]["state"] == "problem"
 
 
+NVML = """
+#include <string.h>
+static unsigned long long used = 5000000;
+int nvmlInit_v2(void) { return 0; }
+int nvmlDeviceGetHandleByPciBusId_v2(const char *id, void **device) {
+    *device = &used;
+    return strcmp(id, "0000:01:00.0") ? 6 : 0;
+}
+int nvmlDeviceGetTotalEnergyConsumption(void *device, unsigned long long *mj) {
+    *mj = *(unsigned long long *)device += 1000;
+    return 0;
+}
+"""
+
+
+def test_the_gpu_bench(emulator: Path, tmp_path: Path) -> None:
+    """All parts of benches/gpu.py, small; and one that is cut off, which harms no other."""
+    source, library = tmp_path / "nvml.c", tmp_path / "libnvidia-ml.so.1"
+    source.write_text(NVML)
+    subprocess.run(["g++", "-x", "c", "-shared", "-fPIC", source, "-o", library], check=True)
+    path = f"{emulator}:{tmp_path}"
+    command = [sys.executable, str(ROOT / "benches/gpu.py"), "--small", "--out"]
+
+    def report(name: str, *more: str, **also: str) -> tuple[int, dict[str, Any], str]:
+        out = tmp_path / name
+        environment = {**os.environ, "LD_LIBRARY_PATH": path, **also}
+        done = subprocess.run(
+            [*command, str(out), *more], env=environment, capture_output=True, text=True
+        )
+        found = json.loads(out.with_suffix(".json").read_text())
+        return done.returncode, found, out.with_suffix(".md").read_text()
+
+    status, found, text = report("whole")
+    parts = found["parts"]
+    assert list(parts) == [
+        "ops",
+        "8b",
+        "0.6b",
+        "models",
+        "products",
+        "attention",
+        "8b-int8",
+        "peers",
+    ]
+    assert status == 0, text
+    assert "Different or failed:\n- nothing\n" in text
+    assert parts["ops"]["compared"] > 100
+    assert len(parts["models"]["tested"]) == 2
+    assert len(parts["products"]["rows"]) == 9
+    assert len(parts["attention"]["rows"]) == 4
+    for name in ("8b", "0.6b", "8b-int8"):
+        rows = parts[name]["rows"]
+        tests = ["tg at 0", "tg at 0", "pp70", "energy", "energy", "tg at 70"]
+        assert [row["test"] for row in rows] == tests
+        assert all(row["tokens_per_s"] > 0 for row in rows)
+        assert rows[3]["joules_per_token"] > 0
+    assert "gate on an H200: tg at 0, batch 1, 400 tokens/s: missed" in text
+    status, found, text = report("faulty", "--only", "0.6b,products", FAKE_FAULT="400")
+    assert status == 1
+    assert "LAUNCH_FAILED" in text
+    assert set(found["parts"]) == {"0.6b", "products"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "none")],
+        env={**os.environ, "LD_LIBRARY_PATH": path, "FAKE_INIT": "100"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout.split(":")[0]) == (0, "skipped")
+    assert not (tmp_path / "none.json").exists()
+
+
 def test_a_device_that_fails(emulator: Path) -> None:
     found = run(emulator, {"device": "cuda"}, FAKE_FAULT="50")
     assert found["error"] == "DeviceError"

@@ -189,6 +189,7 @@ R cuDeviceGetAttribute(int* v, int which, int) {
     *v = which == 75 ? capability / 10 : which == 76 ? capability % 10 : which == 18 ? setting("FAKE_INTEGRATED", 0) : 0;
     return OK;
 }
+R cuDeviceGetPCIBusId(char* id, int n, int) { snprintf(id, n, "0000:01:00.0"); return OK; } // benches/gpu.py asks
 R cuDeviceTotalMem_v2(size_t* n, int) { *n = setting("FAKE_MEMORY", 4l << 30); return OK; }
 R cuDevicePrimaryCtxRetain(void** c, int) { *c = (void*)1; return OK; }
 R cuDevicePrimaryCtxRelease_v2(int) {

@@ -9,6 +9,7 @@
 #![cfg(all(feature = "cuda", target_os = "linux"))]
 
 mod draw;
+mod engine;
 mod grouped;
 mod layers;
 mod models;
@@ -177,6 +178,11 @@ fn attention_has_the_cpus_bits() {
 #[test]
 fn models_have_the_cpus_bits() {
     let _ = passes("models::logits", &[]);
+}
+
+#[test]
+fn engines_give_the_cpus_answers() {
+    let _ = passes("engine::engines", &[]);
 }
 
 #[test]
