@@ -57,7 +57,7 @@ fn emulator() -> Option<&'static Path> {
         let with = |file: &str| {
             (kernels.join(file).with_extension("cu"), vec!["-include".to_owned(), header.clone()])
         };
-        let mut sources = ["attention", "experts", "gemm", "gemv", "recurrent", "rows", "sample"]
+        let mut sources = ["attention", "experts", "few", "gemm", "gemv", "recurrent", "rows", "sample"]
             .map(with)
             .to_vec();
         sources.push((here.join("emulator.cpp"), Vec::new()));
