@@ -1,6 +1,6 @@
 """Everything that needs a CUDA device, in one command and under 9 minutes.
 
-    python benches/gpu.py [--out gpu] [--minutes 9] [--only ops,products]
+    python benches/gpu.py [--out gpu] [--minutes 9] [--only ops,products] [--small]
 
 Needs Python, the wheel, and this folder with tests/golden beside it. Writes OUT.json and OUT.md,
 anew after each part, so that a run that is cut off leaves what it had. Parts, each a process of
@@ -17,6 +17,9 @@ its own, which may fail or hang without harm to the others:
 - peers: PyTorch's and transformers' bf16 figures on the same device, if they are there.
 
 Status 1 if something differs or fails. Without a device it says so and writes nothing.
+
+--small: tiny shapes and few models, to try this script itself, as tests/test_cuda.py does on the
+emulated driver. Its times mean nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
+import importlib
 import importlib.metadata
 import json
 import os
@@ -36,7 +40,7 @@ import time
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -58,7 +62,80 @@ SHAPES = {
 }
 BITS = {"int4": 4.5, "int8": 8.125, "bf16": 16.0, "q4_k": 4.625, "q6_k": 6.625}
 CACHES = 4 * 50e6  # bytes of all sets of a matrix at least: several times the L2 of an H200
-WINDOW = 5.0  # seconds of an energy measurement at least: the counter moves every 20 to 100 ms
+
+
+class Size(NamedTuple):
+    """How large everything is."""
+
+    shapes: dict[str, tuple[int, int]]
+    tokens: tuple[int, ...]
+    # [keys, sequences] of attention.
+    behind: tuple[tuple[int, int], ...]
+    copied: int
+    samples: int
+    caches: float
+    # Models at most; of a model the prompt, and tokens generated.
+    models: int | None
+    prompt: int
+    answer: int
+    # Of a model with random weights: what of its shape is not its own, its context, tokens
+    # generated at [depth, batch], prompts that are read, seconds of an energy's measurement at
+    # least (the counter moves every 20 to 100 ms).
+    config: dict[str, int]
+    context: int
+    generate: int
+    generated: tuple[tuple[int, int], ...]
+    deep: tuple[tuple[int, int], ...]
+    read: tuple[int, ...]
+    window: float
+
+
+FULL = Size(
+    shapes=SHAPES,
+    tokens=(1, 8, 64, 512, 2, 4, 16, 32),
+    behind=((1024, 1), (8192, 1), (32768, 1), (1024, 32), (8192, 8)),
+    copied=1 << 30,
+    samples=15,
+    caches=CACHES,
+    models=None,
+    prompt=150,
+    answer=40,
+    config={},
+    context=10240,
+    generate=128,
+    generated=((0, 1), (0, 32), (1024, 1), (0, 8)),
+    deep=((8192, 1), (1024, 8), (1024, 32), (8192, 8), (8192, 32)),
+    read=(2048, 512, 8192),
+    window=5.0,
+)
+SMALL = Size(
+    shapes={"tiny": (96, 300)},
+    tokens=(1, 9),
+    behind=((70, 2),),
+    copied=1 << 12,
+    samples=2,
+    caches=1.0,
+    models=1,
+    prompt=24,
+    answer=3,
+    config={
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 500,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    context=128,
+    generate=4,
+    generated=((0, 1), (0, 3)),
+    deep=((70, 2),),
+    read=(70,),
+    window=0.1,
+)
 # Gates on an H200 (issue): test, batch, tokens per second.
 GATES = {
     "llama-3.1-8b": [("tg at 0", 1, 400), ("tg at 0", 32, 6000), ("pp2048", 1, 15000)],
@@ -72,11 +149,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu"))
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--only", help="parts, separated by commas")
+    parser.add_argument("--small", action="store_true", help="tiny: tries the script, not a device")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
-        return run_part(args.part, args.seconds, args.out)
+        return run_part(args.part, args.seconds, args.out, SMALL if args.small else FULL)
     began = time.monotonic()
     end = began + 60 * args.minutes - 15
     devices, why = _core.cuda_devices()
@@ -102,7 +180,9 @@ def main() -> int:
         for name in only:
             left = end - time.monotonic()
             limit = min(PARTS[name][1], left)
-            found = part(name, limit, environment, Path(folder)) if left > 10 else "no time for it"
+            found: Any = "no time for it"
+            if left > 10:
+                found = part(name, limit, environment, Path(folder), args.small)
             report["parts"][name] = found
             report["seconds"] = round(time.monotonic() - began)
             args.out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
@@ -124,14 +204,14 @@ def output(*command: str) -> str:
         return f"{command[0]}: {error}"
 
 
-def part(name: str, limit: float, environment: dict[str, str], folder: Path) -> Any:
+def part(name: str, limit: float, environment: dict[str, str], folder: Path, small: bool) -> Any:
     """What a part found, in a process of its own; if it ended early, what it had until then."""
     out = folder / f"{name}.json"
     command = [sys.executable, __file__, "--part", name, "--seconds", f"{limit - 5:.0f}"]
     began = time.monotonic()
     try:
         done = subprocess.run(
-            [*command, "--out", str(out)],
+            [*command, *(["--small"] if small else []), "--out", str(out)],
             env=environment, capture_output=True, text=True, timeout=limit,
         )  # fmt: skip
         problem = f"failed: {done.stderr[-1500:]}" if done.returncode else None
@@ -142,7 +222,7 @@ def part(name: str, limit: float, environment: dict[str, str], folder: Path) -> 
     return found | ({"problem": problem} if problem else {})
 
 
-def run_part(name: str, seconds: float, out: Path) -> int:
+def run_part(name: str, seconds: float, out: Path, size: Size) -> int:
     """In the part's process: its findings go into `out`, anew after each."""
     found: dict[str, Any] = {}
 
@@ -156,7 +236,7 @@ def run_part(name: str, seconds: float, out: Path) -> int:
         fresh.replace(out)
 
     end = time.monotonic() + seconds
-    PARTS[name][0](tell, lambda: time.monotonic() > end)
+    PARTS[name][0](tell, lambda: time.monotonic() > end, size)
     return 0
 
 
@@ -164,28 +244,34 @@ Tell = Callable[..., None]
 Late = Callable[[], bool]
 
 
-def ops(tell: Tell, _late: Late) -> None:
+def ops(tell: Tell, _late: Late, size: Size) -> None:
     """Each operation on the device and on the CPU."""
     began = time.monotonic()
     count, different = _core.cuda_check("cuda")
     tell("compared", count)
     tell("different", different)
     tell("first_s", round(time.monotonic() - began, 2))  # the driver translates the kernels
+    if size is SMALL:
+        return
     began = time.monotonic()
     _core.cuda_check("cuda")
     tell("second_s", round(time.monotonic() - began, 2))
 
 
-def models(tell: Tell, late: Late) -> None:
+def models(tell: Tell, late: Late, size: Size) -> None:
     """Small models on the device and on the CPU."""
     names = ["tales-1m", "tales-4m"]
     names += [str(p.parent) for p in sorted(GOLDENS.glob("*/tokenizer.json"))]
     names += [str(p.parent) for p in sorted(GOLDENS.glob("*/*.gguf"))]
     tell("different", [])
+    if size.models is not None:
+        names = [*names[: size.models], *names[-size.models :]]
     keep = LLM("tales-1m", device="cuda", progress=False)  # and with it the device's kernels
     for name in names:
         short = "/".join(Path(name).parts[-2:])
         quantizations = [("none", "f32"), ("int8", "int8"), ("int4", "f16")]
+        if size is SMALL:
+            quantizations = quantizations[-1:]
         if any(part.startswith(("quant-", "gguf-")) for part in Path(name).parts):
             quantizations = [("auto", "f16")]
         for quantization, kv in quantizations:
@@ -194,7 +280,7 @@ def models(tell: Tell, late: Late) -> None:
                 continue
             options = {"quantization": quantization, "kv_cache_dtype": kv, "progress": False}
             try:
-                different = compared(name, options)
+                different = compared(name, options, size)
             except ferrule.UnsupportedModelError as error:
                 tell("not_on_cuda", f"{short} {quantization}: {error}", many=True)
                 continue
@@ -206,7 +292,7 @@ def models(tell: Tell, late: Late) -> None:
     keep.close()
 
 
-def compared(name: str, options: dict[str, Any]) -> list[str]:
+def compared(name: str, options: dict[str, Any], size: Size) -> list[str]:
     """What of a model differs between the device and the CPU."""
     different = []
     with (
@@ -214,7 +300,7 @@ def compared(name: str, options: dict[str, Any]) -> list[str]:
         LLM(name, device="cpu", **options) as cpu,
     ):
         vocab = min(llm.info.vocab_size for llm in (cpu, cuda))
-        ids = [(7 * i * i + 3 * i) % vocab for i in range(150)]
+        ids = [(7 * i * i + 3 * i) % vocab for i in range(size.prompt)]
         want = cpu.logits(ids)
         # Launch by launch; then captured; then replayed.
         for how in ("launches", "a new graph", "the graph again"):
@@ -222,7 +308,7 @@ def compared(name: str, options: dict[str, Any]) -> list[str]:
             if not np.array_equal(want.view(np.uint32), found.view(np.uint32)):
                 different.append(f"logits by {how}, by {float(np.max(np.abs(want - found))):.3g}")
         prompts = [ids[i : i + 20 + 7 * i] for i in range(5)]
-        rules: dict[str, Any] = {"max_tokens": 40, "ignore_eos": True}
+        rules: dict[str, Any] = {"max_tokens": size.answer, "ignore_eos": True}
         free = {"temperature": 0.8, "top_k": 0, "top_p": 1.0}
         few = {"temperature": 0.8, "top_k": 20, "top_p": 0.9}
         for what, more in (("greedy", {"temperature": 0.0}), ("sampled", free), ("top-p", few)):
@@ -244,20 +330,18 @@ def compared(name: str, options: dict[str, Any]) -> list[str]:
     return different
 
 
-def products(tell: Tell, late: Late) -> None:
+def products(tell: Tell, late: Late, size: Size) -> None:
     """Each shape, form and number of tokens: time, GB/s of the matrix, share of the floor."""
-    times, size = _core.cuda_time("copy", 1 << 30, 0, 0, 0, 20)
-    gb_per_s = 2e-3 * size / statistics.median(times)
-    tell("copy_gb_per_s", gb_per_s)
-    for tokens in (1, 8, 64, 512, 2, 4, 16, 32):
+    gb_per_s = copied(tell, size)
+    for tokens in size.tokens:
         for form, bits in BITS.items():
-            for name, (n, k) in SHAPES.items():
+            for name, (n, k) in size.shapes.items():
                 if late():
                     return tell("no_time_for", f"{form} from {tokens} tokens on", many=True)
                 if form == "bf16" and tokens > 8:
                     continue
-                sets = max(4, min(64, int(CACHES / (n * k * bits / 8))))
-                times, bytes_ = _core.cuda_time(form, n, k, tokens, sets, 15)
+                sets = sets_of(n * k * bits / 8, size)
+                times, bytes_ = _core.cuda_time(form, n, k, tokens, sets, size.samples)
                 us = statistics.median(times)
                 row = {"product": name, "form": form, "tokens": tokens, "us": us}
                 row |= {"us_least": min(times), "us_most": max(times)}
@@ -266,20 +350,32 @@ def products(tell: Tell, late: Late) -> None:
     return None
 
 
-def attention(tell: Tell, late: Late) -> None:
-    """One generated token's attention over what is behind it: time, GB/s of keys and values."""
-    times, size = _core.cuda_time("copy", 1 << 30, 0, 0, 0, 20)
-    gb_per_s = 2e-3 * size / statistics.median(times)
+def copied(tell: Tell, size: Size) -> float:
+    """GB/s of a copy, read and written."""
+    times, bytes_ = _core.cuda_time("copy", size.copied, 0, 0, 0, size.samples)
+    gb_per_s = 2e-3 * bytes_ / statistics.median(times)
     tell("copy_gb_per_s", gb_per_s)
+    return gb_per_s
+
+
+def sets_of(bytes_: float, size: Size) -> int:
+    """How many of so many bytes do not fit into the caches."""
+    return max(4, min(64, int(size.caches / bytes_)))
+
+
+def attention(tell: Tell, late: Late, size: Size) -> None:
+    """One generated token's attention over what is behind it: time, GB/s of keys and values."""
+    gb_per_s = copied(tell, size)
     for name, heads, head_dim in (("8B", 32, 128), ("0.6B", 16, 128)):
         for dtype in ("f16", "int8"):
-            for keys, sequences in ((1024, 1), (8192, 1), (32768, 1), (1024, 32), (8192, 8)):
+            for keys, sequences in size.behind:
                 if late():
                     return tell("no_time_for", f"{name} {dtype} {keys} x {sequences}", many=True)
                 bytes_ = sequences * keys * 2 * 8 * head_dim * (2 if dtype == "f16" else 1)
-                sets = max(4, min(64, int(CACHES / bytes_)))
-                shape = [heads, 8, head_dim]
-                times, bytes_ = _core.cuda_time_attention(dtype, shape, sequences, keys, sets, 15)
+                sets, shape = sets_of(bytes_, size), [heads, 8, head_dim]
+                times, bytes_ = _core.cuda_time_attention(
+                    dtype, shape, sequences, keys, sets, size.samples
+                )
                 us = statistics.median(times)
                 row = {"product": f"{name} attention over {keys}", "form": dtype, "us": us}
                 row |= {"tokens": sequences, "us_least": min(times), "us_most": max(times)}
@@ -292,64 +388,65 @@ def attention(tell: Tell, late: Late) -> None:
     return None
 
 
-def end_to_end(name: str, quantization: str, tell: Tell, late: Late) -> None:
+def end_to_end(name: str, quantization: str, tell: Tell, late: Late, size: Size) -> None:
     """Tokens per second and joules of a model whose weights are made on the device."""
     from ferrule import llm as module
+
+    random_model = beside("random_model")
 
     # The engine has a switch for it; `LLM` has none, as no user should.
     random = functools.partial(_core.Engine, random=True)
     vars(module)["_core"] = types.SimpleNamespace(**{**vars(_core), "Engine": random})
     with tempfile.TemporaryDirectory() as folder:
-        write = [sys.executable, str(HERE / "random_model.py"), name, folder, "--sparse"]
-        subprocess.run(write, check=True, capture_output=True)
+        config = random_model.SHAPES[name] | size.config
+        random_model.write_folder(config, np.zeros(1, np.float32), Path(folder), sparse=True)
         began = time.monotonic()
         options: dict[str, Any] = {"device": "cuda", "quantization": quantization}
-        options |= {"max_batch": 32, "context_length": 10240, "progress": False}
+        options |= {"max_batch": 32, "context_length": size.context, "progress": False}
         with LLM(folder, weight_cache=False, **options) as llm:
             tell("model", f"{name} {quantization}")
             tell("load_s", time.monotonic() - began)
             tell("weight_bytes", llm.info.weight_bytes)
             tell("kv_cache_bytes", llm.info.kv_cache_bytes)
-            vocab = llm.info.vocab_size
-            tests: list[functools.partial[dict[str, Any]]] = []
-            for depth, batch in ((0, 1), (0, 32), (1024, 1), (0, 8)):
-                tests.append(functools.partial(generated, llm, vocab, depth, batch))
-            tests += [functools.partial(read, llm, vocab, tokens) for tokens in (2048, 512, 8192)]
-            tests += [functools.partial(joules, llm, vocab, batch) for batch in (1, 32)]
-            for depth, batch in ((8192, 1), (1024, 8), (1024, 32), (8192, 8), (8192, 32)):
-                tests.append(functools.partial(generated, llm, vocab, depth, batch))
-            for test in tests:
-                what = " ".join(map(str, (test.func.__name__, *test.args[2:])))
+            tests: list[tuple[Callable[..., dict[str, Any]], tuple[int, ...]]] = []
+            tests += [(generated, where) for where in size.generated]
+            tests += [(read, (tokens,)) for tokens in size.read]
+            tests += [(joules, (batch,)) for batch in (1, 32)]
+            tests += [(generated, where) for where in size.deep]
+            for test, numbers in tests:
+                what = " ".join(map(str, (test.__name__, *numbers)))
                 if late():
                     tell("no_time_for", what, many=True)
                     continue
                 try:
-                    tell("rows", test(), many=True)
+                    tell("rows", test(llm, size, *numbers), many=True)
                 except Exception as error:  # the other rows are worth having
                     tell("failed", f"{what}: {type(error).__name__}: {error}", many=True)
 
 
-def generated(llm: LLM, vocab: int, depth: int, batch: int) -> dict[str, Any]:
-    """Tokens per second of generating 128 tokens in each of some sequences after a warm-up."""
+def generated(llm: LLM, size: Size, depth: int, batch: int) -> dict[str, Any]:
+    """Tokens per second of generating some in each of some sequences after a warm-up."""
     rng = np.random.default_rng([depth, batch])
-    prompts = [rng.integers(vocab, size=depth + 8).tolist() for _ in range(batch)]
+    shape = (batch, depth + 8)
+    prompts = rng.integers(llm.info.vocab_size, size=shape).tolist()
     rules: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
-    llm.generate(prompts, max_tokens=8, **rules)
+    llm.generate(prompts, max_tokens=min(8, size.generate), **rules)
     speeds = []
     for _ in range(3):
         began = time.monotonic()
-        answers = llm.generate(prompts, max_tokens=128, **rules)
+        answers = llm.generate(prompts, max_tokens=size.generate, **rules)
         first = max(a.stats.ttft_s or 0.0 for a in answers)
-        speeds.append(batch * 127 / (time.monotonic() - began - first))
+        speeds.append(batch * (size.generate - 1) / (time.monotonic() - began - first))
     row = {"test": f"tg at {depth}", "batch": batch, "tokens_per_s": statistics.median(speeds)}
     return row | {"all": speeds}
 
 
-def read(llm: LLM, vocab: int, tokens: int) -> dict[str, Any]:
+def read(llm: LLM, _size: Size, tokens: int) -> dict[str, Any]:
     """Tokens per second of reading a prompt, none of which was read before."""
     speeds = []
     for i in range(4):
-        prompt = np.random.default_rng([tokens, i]).integers(vocab, size=tokens).tolist()
+        rng = np.random.default_rng([tokens, i])
+        prompt = rng.integers(llm.info.vocab_size, size=tokens).tolist()
         answer = llm.generate(prompt, max_tokens=1, temperature=0, ignore_eos=True)
         assert answer.stats.ttft_s is not None
         speeds.append(tokens / answer.stats.ttft_s)
@@ -357,20 +454,20 @@ def read(llm: LLM, vocab: int, tokens: int) -> dict[str, Any]:
     return {"test": f"pp{tokens}", "batch": 1, "tokens_per_s": median, "all": speeds}
 
 
-def joules(llm: LLM, vocab: int, batch: int) -> dict[str, Any]:
+def joules(llm: LLM, size: Size, batch: int) -> dict[str, Any]:
     """Joules per generated token over some seconds, and the watts before it."""
     row: dict[str, Any] = {"test": "energy", "batch": batch}
     if energy_mj() is None:
         return row | {"joules_per_token": None}
     rng = np.random.default_rng(batch)
-    prompts = [rng.integers(vocab, size=8).tolist() for _ in range(batch)]
+    prompts = rng.integers(llm.info.vocab_size, size=(batch, 8)).tolist()
     before, began = energy_mj() or 0, time.monotonic()
-    time.sleep(2)
+    time.sleep(size.window / 2)
     row["idle_w"] = 1e-3 * ((energy_mj() or 0) - before) / (time.monotonic() - began)
     before, began, tokens = energy_mj() or 0, time.monotonic(), 0
-    while time.monotonic() - began < WINDOW:
-        llm.generate(prompts, max_tokens=256, temperature=0, ignore_eos=True)
-        tokens += 256 * batch
+    while time.monotonic() - began < size.window:
+        llm.generate(prompts, max_tokens=2 * size.generate, temperature=0, ignore_eos=True)
+        tokens += 2 * size.generate * batch
     took = time.monotonic() - began
     used = 1e-3 * ((energy_mj() or 0) - before)
     return row | {
@@ -397,17 +494,17 @@ def energy_mj() -> int | None:
         return None
 
 
-def peers(tell: Tell, late: Late) -> None:
+def peers(tell: Tell, late: Late, size: Size) -> None:
     """PyTorch's bf16 product of one token, and transformers' tokens per second."""
     try:
         import torch  # type: ignore[import-not-found]  # a peer, where it is installed
     except ImportError:
         return tell("none", "no PyTorch")
     tell("torch", torch.__version__)
-    for name, (n, k) in SHAPES.items():
+    for name, (n, k) in size.shapes.items():
         if late():
             return None
-        sets = max(4, min(64, int(CACHES / (2 * n * k))))
+        sets = sets_of(2 * n * k, size)
         ws = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
         x = torch.randn(1, k, device="cuda", dtype=torch.bfloat16)
         times = []
@@ -425,11 +522,8 @@ def peers(tell: Tell, late: Late) -> None:
     except ImportError:
         return tell("none", "no transformers")
     tell("transformers", importlib.metadata.version("transformers"))
-    sys.path.insert(0, str(HERE))
-    from random_model import SHAPES as CONFIGS  # type: ignore[import-not-found]  # beside this file
-
     for name in ("qwen3-0.6b", "llama-3.1-8b"):
-        config = transformers.AutoConfig.for_model(**CONFIGS[name])
+        config = transformers.AutoConfig.for_model(**beside("random_model").SHAPES[name])
         with torch.device("cuda"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         ids = torch.randint(1000, (1, 8), device="cuda")
@@ -445,8 +539,15 @@ def peers(tell: Tell, late: Late) -> None:
     return None
 
 
+def beside(name: str) -> types.ModuleType:
+    """A module in this folder."""
+    if str(HERE) not in sys.path:
+        sys.path.append(str(HERE))
+    return importlib.import_module(name)
+
+
 # Each part, and the seconds it may take. The order is that of worth.
-PARTS: dict[str, tuple[Callable[[Tell, Late], None], float]] = {
+PARTS: dict[str, tuple[Callable[[Tell, Late, Size], None], float]] = {
     "ops": (ops, 75),
     "8b": (functools.partial(end_to_end, "llama-3.1-8b", "int4"), 130),
     "0.6b": (functools.partial(end_to_end, "qwen3-0.6b", "int4"), 70),

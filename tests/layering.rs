@@ -9,7 +9,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("file", &["quant"]),
     ("quant", &[]),
     ("kernels", &["quant"]),
-    ("backend", &["kernels", "quant"]),
+    ("backend", &["kernels", "quant", "sample"]),
     ("model", &["backend", "file", "quant"]),
     ("sample", &[]),
     ("tokenizer", &["file"]),

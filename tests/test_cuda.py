@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -16,6 +18,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 KERNELS = ROOT / "rust/src/backend/cuda/kernels"
 FLAGS = "-std=c++17 -O2 -fPIC -ffp-contract=off -fno-math-errno -U_FORTIFY_SOURCE -w"
+if platform.machine() == "x86_64":
+    FLAGS += " -mfma -mf16c"
 
 PROGRAM = """
 import json, logging, sys
@@ -35,6 +39,8 @@ try:
         plain = dict(temperature=0.9, top_p=1.0, top_k=0, seed=4, max_tokens=8)
         drawn = llm.generate(prompts, **plain) + llm.generate(prompts, min_p=0.1, **plain)
         drawn += llm.generate(prompts, **plain | dict(top_p=0.8, top_k=30))
+        rules = dict(repetition_penalty=1.3, frequency_penalty=0.4, logit_bias={9: 2.0})
+        drawn += llm.generate(prompts, min_tokens=4, **plain | rules)
         # One of a batch needs its logits; all of them are then read.
         one = llm.submit(prompts[1], logprobs=1, **plain)
         two = llm.submit(prompts[2], **plain)
@@ -100,6 +106,7 @@ def test_answers_are_those_of_the_cpu(emulator: Path) -> None:
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
+        ({"LD_LIBRARY_PATH": "/nowhere"}, "no NVIDIA driver: libcuda.so.1"),
         ({"FAKE_INIT": "100"}, "finds no device"),
         ({"FAKE_INIT": "34"}, "stub"),
         ({"FAKE_VERSION": "11080"}, "has CUDA 11.8, and 12.2 is needed"),
@@ -108,6 +115,8 @@ def test_answers_are_those_of_the_cpu(emulator: Path) -> None:
     ],
 )
 def test_why_not(emulator: Path, environment: dict[str, str], words: str) -> None:
+    if "LD_LIBRARY_PATH" in environment and ctypes.util.find_library("cuda"):
+        pytest.skip("this machine has a driver")
     asked = run(emulator, {"device": "cuda"}, **environment)
     assert asked["error"] == "CudaUnavailableError"
     assert words in asked["text"]
@@ -259,6 +268,77 @@ def test_doctor(emulator: Path) -> None:
     assert found[emulator]["state"] == "ok"
     assert re.search(r"[1-9]\d+ operations have the CPU's bits", found[emulator]["found"])
     assert found[emulator / "nothing"]["state"] == "problem"
+
+
+NVML = """
+#include <string.h>
+static unsigned long long used = 5000000;
+int nvmlInit_v2(void) { return 0; }
+int nvmlDeviceGetHandleByPciBusId_v2(const char *id, void **device) {
+    *device = &used;
+    return strcmp(id, "0000:01:00.0") ? 6 : 0;
+}
+int nvmlDeviceGetTotalEnergyConsumption(void *device, unsigned long long *mj) {
+    *mj = *(unsigned long long *)device += 1000;
+    return 0;
+}
+"""
+
+
+def test_the_gpu_bench(emulator: Path, tmp_path: Path) -> None:
+    """All parts of benches/gpu.py, small; and one that is cut off, which harms no other."""
+    source, library = tmp_path / "nvml.c", tmp_path / "libnvidia-ml.so.1"
+    source.write_text(NVML)
+    subprocess.run(["g++", "-x", "c", "-shared", "-fPIC", source, "-o", library], check=True)
+    path = f"{emulator}:{tmp_path}"
+    command = [sys.executable, str(ROOT / "benches/gpu.py"), "--small", "--out"]
+
+    def report(name: str, *more: str, **also: str) -> tuple[int, dict[str, Any], str]:
+        out = tmp_path / name
+        environment = {**os.environ, "LD_LIBRARY_PATH": path, **also}
+        done = subprocess.run(
+            [*command, str(out), *more], env=environment, capture_output=True, text=True
+        )
+        found = json.loads(out.with_suffix(".json").read_text())
+        return done.returncode, found, out.with_suffix(".md").read_text()
+
+    status, found, text = report("whole")
+    parts = found["parts"]
+    assert list(parts) == [
+        "ops",
+        "8b",
+        "0.6b",
+        "models",
+        "products",
+        "attention",
+        "8b-int8",
+        "peers",
+    ]
+    assert status == 0, text
+    assert "Different or failed:\n- nothing\n" in text
+    assert parts["ops"]["compared"] > 100
+    assert len(parts["models"]["tested"]) == 2
+    assert len(parts["products"]["rows"]) == 9
+    assert len(parts["attention"]["rows"]) == 4
+    for name in ("8b", "0.6b", "8b-int8"):
+        rows = parts[name]["rows"]
+        tests = ["tg at 0", "tg at 0", "pp70", "energy", "energy", "tg at 70"]
+        assert [row["test"] for row in rows] == tests
+        assert all(row["tokens_per_s"] > 0 for row in rows)
+        assert rows[3]["joules_per_token"] > 0
+    assert "gate on an H200: tg at 0, batch 1, 400 tokens/s: missed" in text
+    status, found, text = report("faulty", "--only", "0.6b,products", FAKE_FAULT="400")
+    assert status == 1
+    assert "LAUNCH_FAILED" in text
+    assert set(found["parts"]) == {"0.6b", "products"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "none")],
+        env={**os.environ, "LD_LIBRARY_PATH": path, "FAKE_INIT": "100"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout.split(":")[0]) == (0, "skipped")
+    assert not (tmp_path / "none.json").exists()
 
 
 def test_a_device_that_fails(emulator: Path) -> None:

@@ -1,7 +1,7 @@
 //! Logits -> token id. Pure: no clock, no global, no randomness but the coin it is given.
 //!
 //! Order, as in transformers' `_get_logits_processor` and vLLM's V1 sampler: bias, repetition, frequency and
-//! presence penalty, bans ([`adjust`]); then temperature, top-k, top-p, min-p, typical ([`draw`]), each on what
+//! presence penalty, bans ([`edits`]); then temperature, top-k, top-p, min-p, typical ([`draw`]), each on what
 //! the one before left, renormalised. Where either of them keeps all tokens that tie at a limit, the lowest ids
 //! win here, so that k means k.
 //!
@@ -92,7 +92,7 @@ impl Sampling {
 /// Buffers that calls reuse; holds nothing that a result depends on.
 #[derive(Debug, Default)]
 pub struct Scratch {
-    counts: Vec<u32>,
+    places: Vec<u32>,
     weights: Vec<u64>,
     keys: Vec<u64>,
     kept: Vec<Token>,
@@ -113,8 +113,73 @@ pub fn coin(seed: u64, position: u64) -> f64 {
     (bits >> 11) as f64 * (1.0 / (1u64 << 53) as f64)
 }
 
-/// Applies bias, penalties and bans to `logits` in place. `prompt` and `answer` are the ids so far; `banned` ids
-/// become -inf. Ids outside the logits are skipped.
+/// What bias, penalties and a ban make of one logit; no change is 0, 1, 0.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Edit {
+    /// Whose logit.
+    pub id: u32,
+    /// The bias, added first.
+    pub add: f32,
+    /// The repetition penalty: divides what is above 0, multiplies what is not.
+    pub penalty: f32,
+    /// What the other penalties take away last; infinite for a ban.
+    pub subtract: f32,
+}
+
+impl Edit {
+    fn apply(&self, logit: f32) -> f32 {
+        let x = logit + self.add;
+        (if x > 0.0 { x / self.penalty } else { x * self.penalty }) - self.subtract
+    }
+}
+
+/// The changes of logits: one for each id that has any. `prompt` and `answer` are the ids so far; `banned` ids become
+/// -inf. Ids from `vocab` on are skipped.
+pub fn edits(
+    s: &Sampling,
+    vocab: usize,
+    prompt: &[u32],
+    answer: &[u32],
+    banned: &[u32],
+    scratch: &mut Scratch,
+) -> Vec<Edit> {
+    let counted = s.presence_penalty != 0.0 || s.frequency_penalty != 0.0;
+    let mut all: Vec<Edit> = Vec::new();
+    if s.logit_bias.is_empty() && s.repetition_penalty == 1.0 && !counted && banned.is_empty() {
+        return all;
+    }
+    let places = &mut scratch.places; // of an id in `all`, from 1; all 0 before and after
+    places.resize(places.len().max(vocab), 0);
+    let mut edit = |id: u32, change: fn(&mut Edit, f32), by: f32| {
+        let Some(place) = places[..vocab].get_mut(id as usize) else { return };
+        if *place == 0 {
+            all.push(Edit { id, add: 0.0, penalty: 1.0, subtract: 0.0 });
+            *place = all.len() as u32;
+        }
+        change(&mut all[*place as usize - 1], by);
+    };
+    for &(id, bias) in &s.logit_bias {
+        edit(id, |e, bias| e.add += bias, bias);
+    }
+    if s.repetition_penalty != 1.0 {
+        for &id in prompt.iter().chain(answer) {
+            edit(id, |e, penalty| e.penalty = penalty, s.repetition_penalty);
+        }
+    }
+    if counted {
+        answer.iter().for_each(|&id| edit(id, |e, one| e.subtract += one, 1.0));
+    }
+    banned.iter().for_each(|&id| edit(id, |e, ban| e.subtract = ban, f32::INFINITY));
+    for e in &mut all {
+        places[e.id as usize] = 0;
+        if e.subtract > 0.0 && e.subtract < f32::INFINITY {
+            e.subtract = s.frequency_penalty * e.subtract + s.presence_penalty; // it was a count
+        }
+    }
+    all
+}
+
+/// Applies [`edits`] to `logits` in place.
 pub fn adjust(
     s: &Sampling,
     logits: &mut [f32],
@@ -123,42 +188,9 @@ pub fn adjust(
     banned: &[u32],
     scratch: &mut Scratch,
 ) {
-    for (id, bias) in &s.logit_bias {
-        if let Some(logit) = logits.get_mut(*id as usize) {
-            *logit += bias;
-        }
-    }
-    let vocab = logits.len();
-    let inside = |ids: &[u32]| -> Vec<usize> {
-        ids.iter().map(|id| *id as usize).filter(|id| *id < vocab).collect()
-    };
-    let counts = &mut scratch.counts; // all 0 before and after
-    counts.resize(counts.len().max(vocab), 0);
-    let answer = inside(answer);
-    if s.repetition_penalty != 1.0 {
-        let prompt = inside(prompt);
-        for &id in prompt.iter().chain(&answer) {
-            if std::mem::replace(&mut counts[id], 1) == 0 {
-                let penalty = s.repetition_penalty;
-                logits[id] =
-                    if logits[id] > 0.0 { logits[id] / penalty } else { logits[id] * penalty };
-            }
-        }
-        prompt.iter().chain(&answer).for_each(|&id| counts[id] = 0);
-    }
-    if s.presence_penalty != 0.0 || s.frequency_penalty != 0.0 {
-        answer.iter().for_each(|&id| counts[id] += 1);
-        for &id in &answer {
-            let count = std::mem::take(&mut counts[id]);
-            if count > 0 {
-                logits[id] -= s.frequency_penalty * count as f32 + s.presence_penalty;
-            }
-        }
-    }
-    for id in banned {
-        if let Some(logit) = logits.get_mut(*id as usize) {
-            *logit = f32::NEG_INFINITY;
-        }
+    for edit in edits(s, logits.len(), prompt, answer, banned, scratch) {
+        let logit = &mut logits[edit.id as usize];
+        *logit = edit.apply(*logit);
     }
 }
 
@@ -295,14 +327,10 @@ fn min_weight(min_p: f32) -> u64 {
 }
 
 impl Sampling {
-    /// The least weight of a token that `min_p` keeps, if it, top-k and top-p are all that decides: there is nothing that
-    /// changes logits, and no typical sampling.
+    /// The least weight of a token that `min_p` keeps, if it, top-k and top-p are all that decides after [`edits`]: if
+    /// there is no typical sampling.
     pub fn least_weight(&self) -> Option<u64> {
-        let untouched = self.repetition_penalty == 1.0
-            && self.presence_penalty == 0.0
-            && self.frequency_penalty == 0.0
-            && self.logit_bias.is_empty();
-        let decided = untouched && (self.temperature == 0.0 || self.typical_p == 1.0);
+        let decided = self.temperature == 0.0 || self.typical_p == 1.0;
         decided.then(|| min_weight(self.min_p))
     }
 }

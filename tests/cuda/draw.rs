@@ -3,7 +3,7 @@
 use ferrule::backend::cpu::Cpu;
 use ferrule::backend::cuda::Cuda;
 use ferrule::backend::{Backend, Draw};
-use ferrule::sample::{Sampling, Scratch, coin, draw};
+use ferrule::sample::{Sampling, Scratch, adjust, coin, draw, edits};
 
 #[test]
 #[ignore = "on the emulated driver: see main.rs"]
@@ -51,7 +51,9 @@ fn tokens() {
                 let least = sampling.least_weight().unwrap();
                 let top_k = if top_k < vocab { top_k as u32 } else { 0 };
                 let coins = [0.0, coin(round as u64, 1), coin(9, vocab as u64), 1.0 - f64::EPSILON];
-                let how = coins.map(|coin| Draw { temperature, least, coin, top_k, top_p });
+                let edits = Vec::new();
+                let plain = Draw { edits, temperature, least, coin: 0.0, top_k, top_p };
+                let how = coins.map(|coin| Draw { coin, ..plain.clone() });
                 let found = cuda.draw(&cuda.upload(&logits, vocab), &how);
                 cuda.finish().unwrap();
                 for (r, coin) in coins.into_iter().enumerate() {
@@ -67,31 +69,83 @@ fn tokens() {
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let mut logits = vec![if bad < 0.0 { bad } else { 1.0 }; 2500];
         logits[2400] = bad;
-        let plain = Draw { temperature: 0.0, least: 1, coin: 0.5, top_k: 0, top_p: 1.0 };
+        let edits = Vec::new();
+        let plain = Draw { edits, temperature: 0.0, least: 1, coin: 0.5, top_k: 0, top_p: 1.0 };
         let how = [
-            plain,
-            Draw { temperature: 1.0, ..plain },
+            plain.clone(),
+            Draw { temperature: 1.0, ..plain.clone() },
             Draw { temperature: 1.0, top_k: 7, top_p: 0.5, ..plain },
         ];
         let found = cuda.draw(&cuda.upload(&[&logits[..]; 3].concat(), 2500), &how);
         assert_eq!(found, [None; 3], "{bad}");
     }
-    // What changes logits is not drawn there, nor is typical sampling.
-    let with = |change: fn(&mut Sampling)| {
-        let mut sampling = Sampling::default();
-        change(&mut sampling);
-        sampling.least_weight()
+    edited(&cuda);
+    // Typical sampling is not drawn there.
+    let with = |temperature, typical_p| {
+        Sampling { temperature, typical_p, ..Sampling::default() }.least_weight()
     };
-    assert_eq!(with(|_| {}), Some(1));
-    assert_eq!(with(|s| (s.top_k, s.top_p) = (5, 0.5)), Some(1));
-    assert_eq!(with(|s| (s.temperature, s.typical_p) = (0.0, 0.5)), Some(1));
-    for change in [
-        |s: &mut Sampling| s.typical_p = 0.9,
-        |s: &mut Sampling| s.repetition_penalty = 1.1,
-        |s: &mut Sampling| s.presence_penalty = 0.1,
-        |s: &mut Sampling| s.frequency_penalty = 0.1,
-        |s: &mut Sampling| (s.temperature, s.logit_bias) = (0.0, vec![(1, 1.0)]),
-    ] {
-        assert_eq!(with(change), None);
+    assert_eq!([with(1.0, 1.0), with(0.0, 0.5), with(1.0, 0.9)], [Some(1), Some(1), None]);
+}
+
+/// Bias, penalties and bans, of other ids in each row; where a row allows nothing, all are as they were.
+fn edited(cuda: &Cuda) {
+    let vocab = 3000;
+    let logits: Vec<f32> =
+        (0..5 * vocab).map(|i| ((i * 7919) % 4001) as f32 / 400.0 - 5.0).collect();
+    let ids = |from: usize, count: usize| -> Vec<u32> {
+        (from..from + count).map(|i| (i * i % 3100) as u32).collect()
+    };
+    let plain = Sampling { temperature: 0.7, ..Sampling::default() };
+    let rules = [
+        Sampling { repetition_penalty: 1.7, ..plain.clone() },
+        Sampling {
+            presence_penalty: 1.5,
+            frequency_penalty: 0.7,
+            temperature: 0.0,
+            ..plain.clone()
+        },
+        plain.clone(),
+        Sampling { logit_bias: vec![(5, 9.5), (2999, 9.0), (5, 0.25)], ..plain.clone() },
+        Sampling {
+            repetition_penalty: 0.6,
+            frequency_penalty: -1.1,
+            top_k: 40,
+            top_p: 0.8,
+            ..plain
+        },
+    ];
+    let (mut scratch, mut seen) = (Scratch::default(), std::collections::BTreeSet::new());
+    for round in 0..6 {
+        let mut how = Vec::new();
+        let mut want = Vec::new();
+        for (r, s) in rules.iter().enumerate() {
+            let (prompt, answer) = (ids(10 * r, 400 * round), ids(31 * r + round, 300 * round));
+            let banned = if r == 3 { &[5, 7][..] } else { &[] };
+            let coin = coin(round as u64, r as u64);
+            let mut row = logits[r * vocab..(r + 1) * vocab].to_vec();
+            how.push(Draw {
+                edits: edits(s, vocab, &prompt, &answer, banned, &mut scratch),
+                temperature: s.temperature,
+                least: s.least_weight().unwrap(),
+                coin,
+                top_k: s.top_k as u32,
+                top_p: s.top_p,
+            });
+            adjust(s, &mut row, &prompt, &answer, banned, &mut scratch);
+            want.push(Some(draw(s, &row, coin, &mut scratch).unwrap()));
+        }
+        assert!(how[2].edits.is_empty() && how[3].edits.len() == 3);
+        let buf = cuda.upload(&logits, vocab);
+        assert_eq!(cuda.draw(&buf, &how), want, "{round}");
+        seen.extend(want.clone());
+        // All banned in one row.
+        how[1].edits =
+            edits(&rules[1], vocab, &[], &[], &Vec::from_iter(0..vocab as u32), &mut scratch);
+        let buf = cuda.upload(&logits, vocab);
+        want[1] = None;
+        assert_eq!(cuda.draw(&buf, &how), want);
+        assert_eq!(cuda.read(&buf), logits, "{round}");
+        cuda.finish().unwrap();
     }
+    assert!(seen.len() > 15, "{seen:?}");
 }

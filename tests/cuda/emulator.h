@@ -103,7 +103,10 @@ DEVICE u32 permute(u32 a, u32 b, u32 which) {
     }
     return d;
 }
-DEVICE void add(u64* to, u64 x) { *to += x; }
+DEVICE u32 add(u32* to, u32 x) {
+    *to += x;
+    return *to - x;
+}
 DEVICE float as_float(u32 x) {
     float f;
     memcpy(&f, &x, 4);

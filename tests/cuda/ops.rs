@@ -116,7 +116,7 @@ fn every_operation() {
         for (n, k) in [(40, 300), (33, 520), (130, 4360), (16, 33)] {
             let w = b.matrix(form, n, k, false);
             let bias = b.vector(n);
-            for rows in [1, 3, 8, 9, 70] {
+            for rows in [1, 3, 8, 9, 37, 70] {
                 if k > 4000 && !form.is_quantized() && rows > 3 {
                     continue; // slow, and no other code
                 }

@@ -13,6 +13,8 @@ pub use crate::kernels::{Activation, Form, KvDtype, PAGE, Score};
 pub use crate::quant::{Blocks, Encoded, Kept};
 pub use recurrent::{Core, HeadRows, Heads, Recurrent};
 
+pub use crate::sample::Edit;
+
 use crate::Result;
 
 /// Consecutive positions of one sequence: rows `first_row..first_row + len` of a batch's activations.
@@ -229,8 +231,10 @@ pub struct Parts<'a> {
 }
 
 /// How a token is drawn from a row of logits: as `sample::draw` does, without typical sampling.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Draw {
+    /// What changes the logits first.
+    pub edits: Vec<Edit>,
     /// 0 = the likeliest, the lowest id of equals.
     pub temperature: f32,
     /// Tokens with a smaller weight than this are not drawn; the likeliest has 2^38.
@@ -489,7 +493,8 @@ pub trait Backend: Send + Sync {
     fn draws(&self) -> bool {
         false
     }
-    /// A token from each row of logits; `None` where they are no numbers, or allow no token.
+    /// A token from each row of logits; `None` where they are no numbers, or allow no token. Then all logits are as they were,
+    /// else unspecified.
     fn draw(&self, _logits: &Self::Buf, _how: &[Draw]) -> Vec<Option<u32>> {
         Vec::new()
     }

@@ -73,21 +73,28 @@ impl Answer {
             && self.scored < self.prompt_tokens
     }
 
-    /// How the token after `tokens` is drawn, if it may be drawn where the logits are: if the draw is all that is done with
-    /// them.
-    pub(super) fn drawn(&self, tokens: &[u32]) -> Option<Draw> {
+    /// How the token after `tokens` is drawn, if it may be drawn where the logits are: if nothing else looks at them.
+    pub(super) fn drawn(&self, tokens: &[u32], scratch: &mut Scratch) -> Option<Draw> {
         let request = &self.request;
         let answered = tokens.len().checked_sub(self.prompt_tokens)?;
         let seen = self.scores_prompt()
             || request.logprobs.is_some()
             || !request.processors.is_empty()
-            || answered < request.min_tokens
             || self.limit == 0;
         let Sampling { temperature, top_k, top_p, seed, .. } = request.sampling;
         let least = request.sampling.least_weight().filter(|_| !seen)?;
         let top_k = if top_k < self.vocab { top_k as u32 } else { 0 };
         let coin = sample::coin(seed, answered as u64);
-        Some(Draw { temperature, least, coin, top_k, top_p })
+        let (prompt, answer) = tokens.split_at(self.prompt_tokens);
+        let banned = self.banned(answered);
+        let sampling = &request.sampling;
+        let edits = sample::edits(sampling, self.vocab, prompt, answer, banned, scratch);
+        Some(Draw { edits, temperature, least, coin, top_k, top_p })
+    }
+
+    /// What must not come after so many tokens.
+    fn banned(&self, answered: usize) -> &[u32] {
+        if answered < self.request.min_tokens { &self.ends } else { &[] }
     }
 
     /// Adds a token that was drawn.
@@ -189,9 +196,8 @@ impl Answer {
         check_finite(logits, tokens.len() - 1)?;
         let raw = self.request.logprobs.map(|count| (logits.to_vec(), count));
         let (prompt, answer) = tokens.split_at(self.prompt_tokens);
-        let banned = if answer.len() < self.request.min_tokens { &self.ends[..] } else { &[] };
         let sampling = &self.request.sampling;
-        sample::adjust(sampling, logits, prompt, answer, banned, scratch);
+        sample::adjust(sampling, logits, prompt, answer, self.banned(answer.len()), scratch);
         for processor in &mut self.request.processors {
             processor.process(tokens, logits)?;
         }

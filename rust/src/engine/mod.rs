@@ -192,9 +192,10 @@ impl<M: Forward> Engine<M> {
         let rows: Vec<usize> = batch.iter().map(rows).collect();
         // A row for each that ends at its last token; where all of them are only drawn from, the model does it.
         let wants = batch.iter().zip(&plan).filter(|(chunk, _)| chunk.wanted != Wanted::None);
+        let scratch = &mut self.scratch;
         let draws: Option<Vec<Draw>> = match self.model.draws() {
             true => wants
-                .map(|(_, work)| slots[work.slot].data.drawn(&slots[work.slot].tokens))
+                .map(|(_, work)| slots[work.slot].data.drawn(&slots[work.slot].tokens, scratch))
                 .collect(),
             false => None,
         };

@@ -164,8 +164,9 @@ impl Cuda {
             (KvDtype::Int8, 2..=4) => "attend_i8_4",
             (KvDtype::Int8, _) => "attend_i8_8",
         };
-        let x = how.kv_heads * of_kv.div_ceil(group);
-        let grid = [x, spans.len() * tiles, if split { chunks } else { 1 }];
+        // Spans times tiles may be more than the 65,535 that y and z can be.
+        let heads = how.kv_heads * of_kv.div_ceil(group);
+        let grid = [spans.len() * tiles, heads, if split { chunks } else { 1 }];
         self.launch(kernel, grid, 256, &params);
         if split {
             self.launch("attend_merge", [qkv.rows, how.heads, 1], 128, &params);

@@ -81,7 +81,7 @@ fn operations<B: Backend>(b: &B) -> Result<Found> {
         let [n, k] = [128, 544];
         let w = matrix(b, &mut random, form, [n, k], true)?;
         let bias = b.row(Place::End, &random.floats(n));
-        for tokens in [1, 3, 20] {
+        for tokens in [1, 3, 20, 70] {
             let x = rows(b, &mut random, tokens, k)?;
             let (mut y, mut z) = (b.buf(), b.buf());
             b.linear(&w, Some(&bias), &x, &mut y);

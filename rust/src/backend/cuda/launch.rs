@@ -65,6 +65,7 @@ params! {
     Draw ["draw_best", "draw_limit", "draw_sums", "draw_pick"] {
         logits: u64, how: u64, best: u64, limits: u64, sums: u64, out: u64, vocab: u32, parts: u32,
     }
+    Edits ["edit"] { logits: u64, edits: u64, saved: u64, rows: u32, vocab: u32, restore: u32, pad: u32 }
     Select ["select_rows"] {
         x: u64, rows: u64, out: u64, width: u32, row: u32, heads: u32, count: u32,
     }
@@ -79,7 +80,7 @@ params! {
     GemvFloat [
         "gemv_bf16_1", "gemv_bf16_4", "gemv_f16_1", "gemv_f16_4", "gemv_f32_1", "gemv_f32_4"
     ] { w: u64, x: u64, k: u32, tokens: u32, form: u32, pad: u32, e: Epilogue, jobs: Jobs }
-    Gemm ["gemm_q4", "gemm_q8"] {
+    Gemm ["gemm_q4", "gemm_q8", "few_q4", "few_q8"] {
         w: Matrix, acts: Acts, tokens: u32, pad: u32, e: Epilogue, jobs: Jobs,
     }
     OfGrouped [

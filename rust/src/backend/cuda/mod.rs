@@ -6,6 +6,7 @@ mod attention;
 mod buf;
 mod check;
 mod device;
+mod draw;
 mod experts;
 mod kv;
 mod latent;
@@ -512,43 +513,7 @@ impl Backend for Cuda {
     }
 
     fn draw(&self, logits: &Buf, how: &[Draw]) -> Vec<Option<u32>> {
-        let rows = logits.rows;
-        assert_eq!(rows, how.len());
-        // Blocks of a part of a row each: enough of them for one row to keep a device busy.
-        let parts = (logits.width / 2048).clamp(1, 64);
-        let halves = |x: u64| [x as u32, (x >> 32) as u32];
-        let words = how.iter().flat_map(|d| {
-            let per_temperature = 1.0 / f64::from(d.temperature);
-            let share = f64::from(d.top_p).to_bits();
-            let numbers = [per_temperature.to_bits(), d.least, d.coin.to_bits(), share];
-            let greedy = (d.temperature == 0.0).into();
-            numbers.map(halves).into_iter().flatten().chain([greedy, d.top_k])
-        });
-        let words: Vec<u32> = words.collect();
-        let mut memory = self.drawn.lock().unwrap_or_else(|e| e.into_inner());
-        self.device.grow(&mut memory, rows * (16 * parts + 8 + 4));
-        let best = memory.at;
-        let limits = best + 8 * (rows * parts) as u64;
-        let sums = limits + 8 * rows as u64;
-        let filters = how.iter().any(|d| d.temperature > 0.0 && (d.top_k > 0 || d.top_p < 1.0));
-        let params = launch::Draw {
-            logits: logits.at,
-            how: self.device.input(&words),
-            best,
-            limits: if filters { limits } else { 0 },
-            sums,
-            out: sums + 8 * (rows * parts) as u64,
-            vocab: logits.width as u32,
-            parts: parts as u32,
-        };
-        self.launch("draw_best", [rows, parts, 1], THREADS, &params);
-        if filters {
-            self.launch("draw_limit", [rows, 1, 1], 512, &params);
-        }
-        self.launch("draw_sums", [rows, parts, 1], THREADS, &params);
-        self.launch("draw_pick", [rows, 1, 1], THREADS, &params);
-        let ids = self.device.download(params.out, rows);
-        ids.iter().map(|id| Some(id.to_bits()).filter(|&id| (id as usize) < logits.width)).collect()
+        self.draw_tokens(logits, how)
     }
 
     fn read(&self, x: &Buf) -> Vec<f32> {

@@ -32,6 +32,7 @@ macro_rules! modules {
 pub(super) static MODULES: &[Module] = modules! {
     "attention": "sm80" >= (8, 0);
     "experts": "sm80" >= (8, 0);
+    "few": "sm80" >= (8, 0);
     "gemm": "sm80" >= (8, 0);
     "gemv": "sm80" >= (8, 0);
     "recurrent": "sm80" >= (8, 0);

@@ -4,8 +4,10 @@ use super::{Activation, Buf, Cuda, Form, Mat, Row, THREADS, cpu, launch, pack};
 use crate::quant::Grouped;
 use crate::{Error, Result};
 
-/// Tokens up to which a product reads weights token by token; beyond, tensor cores take 64 at once.
+/// Tokens up to which a product reads weights token by token; beyond, tensor cores take 64 at once,
 pub(super) const FEW: usize = 8;
+/// but up to so many 16 at once of int4 and int8, with the inputs of a matrix split over warps.
+const SOME: usize = 64;
 /// Bytes of tiles made at once on their way to the device, unless one is larger.
 const STAGE: usize = 16 << 20;
 
@@ -23,6 +25,7 @@ pub(super) fn rows_at_once(form: Form, rows: usize) -> usize {
     match rows {
         1 => 1,
         _ if rows <= FEW || !form.is_quantized() => 4,
+        _ if rows <= SOME && matches!(form, Form::Q4 | Form::Q8) => 16,
         _ => 64,
     }
 }
@@ -159,9 +162,13 @@ impl Cuda {
             return self.launch(kernel, grid, 32 * warps, &params);
         }
         let (four, m) = (w.form == Form::Q4, w.matrix());
+        let params = launch::Gemm { w: m, acts, tokens, pad: 0, e, jobs };
+        if each == 16 {
+            let kernel = if four { "few_q4" } else { "few_q8" };
+            return self.launch(kernel, grid, 512, &params);
+        }
         if each == 64 {
             let kernel = if four { "gemm_q4" } else { "gemm_q8" };
-            let params = launch::Gemm { w: m, acts, tokens, pad: 0, e, jobs };
             return self.launch(kernel, gemm_grid, 256, &params);
         }
         let kernel = match (four, one) {

@@ -246,8 +246,8 @@ DEVICE void attend(const Attend& p, float (&q)[R][D], float (&w)[R][CHUNK], floa
     const bool LATENT = D == MAX_KEY, INTEGERS = DTYPE == 2 && !LATENT;
     const u32* words = (const u32*)p.spans.words;
     u32 parts = (p.heads / p.kv_heads + p.group - 1) / p.group;
-    u32 span = blockIdx.y / p.tiles, tile = blockIdx.y % p.tiles;
-    u32 h = blockIdx.x / parts, first_head = h * (p.heads / p.kv_heads) + blockIdx.x % parts * p.group;
+    u32 span = blockIdx.x / p.tiles, tile = blockIdx.x % p.tiles;
+    u32 h = blockIdx.y / parts, first_head = h * (p.heads / p.kv_heads) + blockIdx.y % parts * p.group;
     u32 last_head = (h + 1) * (p.heads / p.kv_heads);
     u32 group = last_head - first_head < p.group ? last_head - first_head : p.group;
     u32 first = tile * p.positions, len = words[span * 4 + 1];

@@ -88,7 +88,8 @@ DEVICE u64 as_word(double x) { return (u64)__double_as_longlong(x); }
 DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(ALL, x, lanes); }
 DEVICE int shuffle_xor(int x, int lanes) { return __shfl_xor_sync(ALL, x, lanes); }
 DEVICE float shuffle(float x, int lane) { return __shfl_sync(ALL, x, lane); }
-DEVICE void add(u64* to, u64 x) { atomicAdd(to, x); }
+/// What was there.
+DEVICE u32 add(u32* to, u32 x) { return atomicAdd(to, x); }
 DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 #endif

@@ -20,15 +20,6 @@ struct Gemm {
 #define INPUTS 128
 #define LINE (INPUTS + 16)
 
-/// Four int4 codes, one in each byte, as int8 weights: sc * q - mn. 256 keeps the halves apart and falls out of the byte.
-DEVICE u32 expand(u32 codes, int sc, int mn) {
-    u32 offset = (u32)(256 - mn) * 0x00010001u;
-    u32 even = (codes & 0x00ff00ffu) * (u32)sc + offset;
-    u32 odd = ((codes >> 8) & 0x00ff00ffu) * (u32)sc + offset;
-    return (even & 0x00ff00ffu) | ((odd & 0x00ff00ffu) << 8);
-}
-DEVICE void store16(u8* at, uint4 v) { *(uint4*)at = v; }
-
 /// Groups `first` to `first + 4` of a block of the weights, as int8, and the scale of each row.
 DEVICE void stage_q4(const Matrix& w, u32 row_tile, u32 tiles, u32 block, u32 first, u8* to, float* d) {
     u32 lane = threadIdx.x % 32, groups = groups_of(w, block);

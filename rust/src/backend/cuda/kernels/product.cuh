@@ -76,3 +76,11 @@ DEVICE int scale_of(const uint4& header, int g) { return (int)((header.y >> (4 *
 DEVICE int offset_of(const uint4& header, int g) {
     return (int)(i8)((g < 4 ? header.z : header.w) >> (8 * (g % 4)));
 }
+/// Four int4 codes, one in each byte, as int8 weights: sc * q - mn. 256 keeps the halves apart and falls out of the byte.
+DEVICE u32 expand(u32 codes, int sc, int mn) {
+    u32 offset = (u32)(256 - mn) * 0x00010001u;
+    u32 even = (codes & 0x00ff00ffu) * (u32)sc + offset;
+    u32 odd = ((codes >> 8) & 0x00ff00ffu) * (u32)sc + offset;
+    return (even & 0x00ff00ffu) | ((odd & 0x00ff00ffu) << 8);
+}
+DEVICE void store16(u8* at, uint4 v) { *(uint4*)at = v; }

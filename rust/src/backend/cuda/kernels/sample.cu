@@ -1,5 +1,5 @@
 // variants: sm80
-// A token from each row of logits: rust/src/sample.rs without typical sampling. Weights are integers, so that their sums
+// A token from each row of logits: rust/src/sample.rs without typical sampling. Bias and penalties first; weights are integers, so that their sums
 // are exact in any order, and every operation on doubles is the one that stands there.
 #include "device.cuh"
 
@@ -52,6 +52,30 @@ DEVICE u64 weight_of(float logit, double max, double per_temperature, u64 least)
     return weight >= least ? weight : 0;
 }
 
+struct Edits {
+    /// `edits`: the first edit of each row and the end of all, padded to 16 bytes; then of each the id, what is added, the
+    /// penalty, what is taken away. Ids of a row differ.
+    u64 logits, edits, saved;
+    /// restore: 1, the logits as they were.
+    u32 rows, vocab, restore, pad;
+};
+/// `Edit::apply` on row blockIdx.x.
+KERNEL(THREADS, edit, Edits) {
+    const u32* first = (const u32*)p.edits + blockIdx.x;
+    u64 edits = p.edits + (u64)((p.rows + 4) / 4) * 16;
+    float *logits = (float*)p.logits + (u64)blockIdx.x * p.vocab, *saved = (float*)p.saved;
+    for (u32 i = first[0] + threadIdx.x; i < first[1]; i += THREADS) {
+        const uint4 e = read16((const void*)(edits + (u64)i * 16));
+        if (p.restore) {
+            logits[e.x] = saved[i];
+            continue;
+        }
+        saved[i] = logits[e.x];
+        float x = saved[i] + as_float(e.y), penalty = as_float(e.z);
+        logits[e.x] = (x > 0.0f ? x / penalty : x * penalty) - as_float(e.w);
+    }
+}
+
 /// The best of each part.
 KERNEL(THREADS, draw_best, Draw) {
     SHARED u64 best[THREADS];
@@ -90,65 +114,96 @@ DEVICE u64 limit_of(const Draw& p) { return p.limits ? ((const u64*)p.limits)[bl
 
 #define LIMIT_THREADS 512
 #define BINS 256
+/// Logits that a thread has on their way at once.
+#define AT_ONCE 8
+/// Sums of a warp's keys by digit, in halves: a shared atomic on 64 bits would be a loop that lanes with one digit take turns
+/// in. The last bins are those of all warps, from a digit on.
+struct Bins {
+    u32 low[LIMIT_THREADS / 32][BINS], high[LIMIT_THREADS / 32][BINS];
+    u64 sums[BINS], prefix, left;
+    bool all;
+};
+DEVICE void add(Bins& bins, u32 warp, u32 digit, u64 x) {
+    u32 low = (u32)x, high = (u32)(x >> 32) + (add(&bins.low[warp][digit], low) > ~low); // with the carry
+    if (high) add(&bins.high[warp][digit], high);
+}
 /// The largest key such that those from it on, of keys not below `floor`, have a count of `k`; or without k, a weight of
 /// `share` of theirs. Digit by digit: what the keys with the digits so far have for each next digit, the largest first.
-DEVICE u64 select(const Draw& p, u64 floor, u32 k, double share, double max, double per_temperature,
-                  u64 (&bins)[LIMIT_THREADS / 32][BINS], u64 (&sums)[BINS], u64 (&found)[2]) {
+DEVICE u64 select(const Draw& p, u64 floor, u32 k, double share, double max, double per_temperature, Bins& bins) {
     const float* logits = (const float*)p.logits + (u64)blockIdx.x * p.vocab;
     u64 prefix = 0, left = k;
 #pragma unroll 1
     for (int shift = 56; shift >= 0; shift -= 8) {
-        for (u32 i = threadIdx.x; i < LIMIT_THREADS / 32 * BINS; i += LIMIT_THREADS) bins[i / BINS][i % BINS] = 0;
+        if (shift == 24 && p.vocab <= 1 << 24) {
+            prefix |= 0xffull << 24; // of all ids
+            continue;
+        }
+        u32 warp = threadIdx.x / 32, digit = threadIdx.x;
+        for (u32 i = threadIdx.x; i < LIMIT_THREADS / 32 * BINS; i += LIMIT_THREADS) {
+            bins.low[i / BINS][i % BINS] = bins.high[i / BINS][i % BINS] = 0;
+        }
         sync_block();
-        for (u32 id = threadIdx.x; id < p.vocab; id += LIMIT_THREADS) {
-            u64 key = key_of(logits[id], id);
-            if (key < floor || (shift < 56 && (key ^ prefix) >> (shift + 8))) continue;
-            u64 weight = k ? 1 : weight_of(logits[id], max, per_temperature, 0);
-            if (weight) add(&bins[threadIdx.x / 32][key >> shift & (BINS - 1)], weight);
+#pragma unroll 1
+        for (u32 first = threadIdx.x; first < p.vocab; first += AT_ONCE * LIMIT_THREADS) {
+            float some[AT_ONCE];
+#pragma unroll
+            for (u32 i = 0; i < AT_ONCE; i++) {
+                u32 id = first + i * LIMIT_THREADS;
+                some[i] = id < p.vocab ? logits[id] : 0.0f;
+            }
+#pragma unroll
+            for (u32 i = 0; i < AT_ONCE; i++) {
+                u32 id = first + i * LIMIT_THREADS;
+                u64 key = key_of(some[i], id);
+                if (id >= p.vocab || key < floor || (shift < 56 && (key ^ prefix) >> (shift + 8))) continue;
+                u64 weight = k ? 1 : weight_of(some[i], max, per_temperature, 0);
+                if (weight) add(bins, warp, (u32)(key >> shift) & (BINS - 1), weight);
+            }
         }
         sync_block();
         // Sums from the largest digit on.
-        u32 digit = threadIdx.x;
         u64 sum = 0;
         if (digit < BINS) {
-            for (u32 i = 0; i < LIMIT_THREADS / 32; i++) sum += bins[i][digit];
-            sums[digit] = sum;
+            for (u32 i = 0; i < LIMIT_THREADS / 32; i++) sum += (u64)bins.high[i][digit] << 32 | bins.low[i][digit];
+            bins.sums[digit] = sum;
         }
         u64 own = sum;
 #pragma unroll 1
         for (u32 n = 1; n < BINS; n *= 2) {
             sync_block();
-            if (digit + n < BINS) sum += sums[digit + n];
+            if (digit + n < BINS) sum += bins.sums[digit + n];
             sync_block();
-            if (digit < BINS) sums[digit] = sum;
+            if (digit < BINS) bins.sums[digit] = sum;
         }
         sync_block();
         if (!k && shift == 56) {
-            u64 total = sums[0];
+            u64 total = bins.sums[0];
             left = (u64)ceil(share * (double)total);
             left = left < 1 ? 1 : left < total ? left : total;
         }
         if (digit < BINS && sum >= left && sum - own < left) {
-            found[0] = prefix | (u64)digit << shift;
-            found[1] = left - (sum - own);
+            bins.prefix = prefix | (u64)digit << shift;
+            bins.left = left - (sum - own);
+            bins.all = sum == left;
         }
         sync_block();
-        prefix = found[0];
-        left = found[1];
+        prefix = bins.prefix;
+        left = bins.left;
+        if (bins.all) break; // whatever the digits to come
     }
     return prefix;
 }
 /// The limit of top-k and top-p.
-KERNEL(LIMIT_THREADS, draw_limit, Draw) {
-    SHARED u64 bins[LIMIT_THREADS / 32][BINS], sums[BINS], found[2];
+KERNEL_BLOCKS(LIMIT_THREADS, 1, draw_limit, Draw) {
+    SHARED Bins bins;
     const u32* how = (const u32*)p.how + blockIdx.x * HOW;
     u64 best = best_of(p), limit = 0;
     double share = as_double(pair(how + 6));
     bool odd = best == ~0ull || logit_of(best) == -INFINITE;
     if (!how[8] && !odd) {
         double max = (double)logit_of(best), per_temperature = as_double(pair(how));
-        if (how[9]) limit = select(p, 0, how[9], 0.0, max, per_temperature, bins, sums, found);
-        if (share < 1.0) limit = select(p, limit, 0, share, max, per_temperature, bins, sums, found);
+        if (how[9]) limit = select(p, 0, how[9], 0.0, max, per_temperature, bins);
+        if (share < 1.0) limit = select(p, limit, 0, share, max, per_temperature, bins);
     }
     if (threadIdx.x == 0) ((u64*)p.limits)[blockIdx.x] = limit;
 }
