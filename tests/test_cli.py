@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import os
+import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 
 import ferrule
+from ferrule import cli
 
 STORY = "Tell me a story about a fox and a lantern."
 
@@ -244,3 +247,15 @@ def test_import_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_commands_in_the_documentation_are_valid() -> None:
+    root = Path(__file__).parent.parent
+    for page in (root / "README.md", root / "docs/raspberry-pi.md", root / "docs/jetson.md"):
+        blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+        lines = [line for line in "".join(blocks).splitlines() if line.startswith("ferrule ")]
+        assert lines, page
+        for line in lines:
+            args, more = cli._parser().parse_known_args(shlex.split(line, comments=True)[1:])
+            assert not [word for word in more if word.startswith("-")], line
+            assert callable(args.run), line

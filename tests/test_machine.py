@@ -267,5 +267,7 @@ def test_plan() -> None:
     assert all(row["fits"] and row["context_length_here"] == 1024 for row in rows.values())
     table = cli("plan", "tales-4m", "-q", "int8", "-c", "256").stdout.splitlines()
     assert len(table) == 5
+    assert table[1] == "context: 256 of 1024 tokens, keys and values in f16"
+    assert f"| {rows['int8']['kv_bytes_context'] / 4e6:.0f} MB |" in table[-1]
     assert table[-1].startswith("| int8 | 4 MB")
     assert "| 256 | yes |" in table[-1]

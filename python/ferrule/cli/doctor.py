@@ -214,7 +214,7 @@ def _bandwidth(root: Path) -> Check:
     rate = _core.memory_bandwidth(threads, size)
     found = (
         f"{rate / GB:.1f} GB/s read from memory by {threads} threads: a model whose weights take "
-        f"1 GB generates at most {rate / GB:.0f} tokens/s"
+        f"1 GB generates at most {rate / GB:.3g} tokens/s"
     )
     if busy is not None:
         found += f"; measured with {busy:.0f} other threads running"

@@ -30,19 +30,20 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
-        _print(rows)
+        _print(rows, args.context_length)
     return int(not any(row["fits"] for row in rows))
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
+def _print(rows: list[dict[str, Any]], asked: int | None) -> None:
     total, available, limit = _core.memory()
     print(
         f"memory: {available / 1e9:.1f} GB of {total / 1e9:.1f} GB can be had"
         + (f", the cgroup's limit is {limit / 1e9:.1f} GB" if limit is not None else "")
     )
     if rows:
-        print(f"context: {rows[0]['context_length']} tokens, keys and values in "
-              f"{rows[0]['kv_cache_dtype']}")  # fmt: skip
+        made_for = rows[0]["context_length"]
+        context = made_for if asked is None or asked >= made_for else f"{asked} of {made_for}"
+        print(f"context: {context} tokens, keys and values in {rows[0]['kv_cache_dtype']}")
     on_gpu = any("device" in row for row in rows)
     print("| " + " | ".join((*_COLUMNS, *(["layers on the GPU"] if on_gpu else []))) + " |")
     print("| --- | ---: | ---: | ---: | ---: | --- |" + (" ---: |" if on_gpu else ""))

@@ -45,13 +45,18 @@ pub struct Budget {
 }
 
 impl Description {
+    /// Bytes of keys, values and states of one sequence of so many positions.
+    pub fn kv_bytes(&self, positions: usize) -> u64 {
+        kv::bytes_for(&self.kv_groups, positions, CHUNK)
+    }
+
     /// What the model may take of `available` bytes; an error if that is not enough.
     pub fn budget(&self, wish: &Wish, available: u64) -> Result<Budget> {
         let weights = self.packed.iter().fold(0u64, |sum, (_, bytes)| sum.saturating_add(*bytes));
         let mapped = wish.cache && weights >= WORTH;
         // One matrix is packed before it is written; what is mapped can be had back.
         let (held, loading) = if mapped { (0, self.largest) } else { (weights, weights) };
-        let least = kv::bytes_for(&self.kv_groups, 1, CHUNK);
+        let least = self.kv_bytes(1);
         let needed = loading.max(held.saturating_add(least)).saturating_add(self.working);
         let short =
             |what: String, requested| Err(Error::OutOfMemory { what, requested, available });
@@ -75,7 +80,7 @@ impl Description {
         let room = if mapped { left.saturating_sub(weights).max(left / 4) } else { left };
         let most = self.context_length;
         let context = wish.context_length.map_or(most, |asked| asked.min(most));
-        let one = |positions| kv::bytes_for(&self.kv_groups, positions, CHUNK);
+        let one = |positions| self.kv_bytes(positions);
         let fits = |bytes| kv::longest(&self.kv_groups, bytes, context, CHUNK).min(context);
         let kv_bytes = match (wish.kv_bytes, wish.context_length) {
             (Some(given), _) => {
@@ -156,8 +161,6 @@ mod tests {
             quantization: None,
             stored: Vec::new(),
             packed: vec![("int4", weights / 2), ("int8", weights / 2)],
-            kv_bytes_1000: 0,
-            kv_bytes_context: 0,
             kv_groups: vec![KvGroup { sees: Sees::All, page_bytes: 64_000 }],
             largest: weights / 10,
             working: 50 * MB,

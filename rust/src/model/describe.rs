@@ -1,7 +1,7 @@
 //! What a model is and what it will take, from its headers: no matrix is read.
 
 use super::spec::{self, Ffn, Mixer, Spec, Stored};
-use super::{KvGroup, LoadOptions, forward, kv, weights};
+use super::{KvGroup, LoadOptions, forward, weights};
 use crate::Result;
 use std::path::Path;
 
@@ -30,10 +30,6 @@ pub struct Description {
     pub stored: Vec<(&'static str, u64)>,
     /// Bytes in memory by form, of all matrices.
     pub packed: Vec<(&'static str, u64)>,
-    /// Bytes of keys, values and states of one sequence of 1,000 positions.
-    pub kv_bytes_1000: u64,
-    /// The same of one sequence as long as the context.
-    pub kv_bytes_context: u64,
     /// Its page tables.
     pub kv_groups: Vec<KvGroup>,
     /// Bytes of the largest packed matrix.
@@ -94,8 +90,6 @@ pub fn describe(folder: &Path, options: &LoadOptions) -> Result<Description> {
         quantization: quantization(&spec),
         stored,
         packed: sizes.forms,
-        kv_bytes_1000: kv::bytes_for(&groups, 1000, CHUNK),
-        kv_bytes_context: kv::bytes_for(&groups, spec.context_length, CHUNK),
         kv_groups: groups,
         largest: sizes.largest,
         working: working(&spec, sizes.widest),

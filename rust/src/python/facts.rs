@@ -49,6 +49,8 @@ pub(super) fn describe<'py>(
         Ok((found, budget, ChatTemplate::open(Path::new(folder))?.is_some(), on_gpu))
     };
     let (found, budget, chat_template, on_gpu) = py.detach(describe).map_err(raise(py))?;
+    let context = context_length.map_or(found.context_length, |n| n.min(found.context_length));
+    let (kv_bytes_1000, kv_bytes_context) = (found.kv_bytes(1000), found.kv_bytes(context));
     let dict = PyDict::new(py);
     dict.set_item("architecture", found.architecture)?;
     dict.set_item("family", found.family)?;
@@ -65,8 +67,8 @@ pub(super) fn describe<'py>(
     dict.set_item("stored_bytes", counts(py, found.stored)?)?;
     dict.set_item("weight_bytes", counts(py, found.packed)?)?;
     dict.set_item("kv_cache_dtype", kv_cache_dtype)?;
-    dict.set_item("kv_bytes_1000_tokens", found.kv_bytes_1000)?;
-    dict.set_item("kv_bytes_context", found.kv_bytes_context)?;
+    dict.set_item("kv_bytes_1000_tokens", kv_bytes_1000)?;
+    dict.set_item("kv_bytes_context", kv_bytes_context)?;
     dict.set_item("working_bytes", found.working)?;
     dict.set_item("available_bytes", cpu::memory().available)?;
     dict.set_item("fits", budget.is_ok() || on_gpu.as_ref().is_some_and(|on| on.is_ok()))?;
