@@ -93,7 +93,7 @@ emulated:
     if [ "$(id -u)" = 0 ] && [ "$(uname -sm)" = "Linux x86_64" ]; then tools/x86/test.sh; \
     else echo "not here: needs x86-64 Debian and root for QEMU"; fi
 
-# Wheels in a Python of their own kind under emulation (as `arm`): aarch64, armv7, or both.
+# Wheels in a Python of their own kind under emulation (as `arm`): aarch64, armv7, musl (aarch64), or all.
 arm-python *kinds: build
     pip install --quiet maturin ziglang auditwheel
     tools/arm/python.sh {{ kinds }}

@@ -4,11 +4,12 @@
 # of this machine gives, byte by byte.
 #   aarch64  manylinux, Debian's Python, on a Cortex-A72 and a Cortex-A76
 #   armv7    the same with 32 bits and Debian's numpy (PyPI has none), on a Cortex-A7
+#   musl     musllinux for aarch64, a Python that is built first (../cpython.sh), on a Cortex-A72
 # usage: tools/arm/python.sh [KIND...], by default all; the first python3 of PATH has ferrule, pip, maturin, ziglang;
 # needs what setup.sh needs. WHEELS may be a folder with built wheels.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-[ $# -gt 0 ] || set -- aarch64 armv7
+[ $# -gt 0 ] || set -- aarch64 armv7 musl
 python=$(realpath -s "$(command -v python3)")
 work=${CARGO_TARGET_DIR:-target}/arm
 mkdir -p "$work"
@@ -44,19 +45,25 @@ for kind in "$@"; do
             emulated=(qemu-arm "$work/python-armv7/usr/bin/python3")
             packages=() options+=(--no-deps)
             ;;
-        *) echo "python.sh: $kind: expected aarch64 or armv7" >&2; exit 1 ;;
+        musl)
+            target=aarch64-unknown-linux-musl cpus=(cortex-a72:neon) version=3.13
+            wheel='*musllinux_1_2_aarch64*' platforms=(musllinux_1_2)
+            emulated=(qemu-aarch64 "$(tools/cpython.sh "$work" musl-aarch64)/bin/python3")
+            packages=(numpy pytest)
+            ;;
+        *) echo "python.sh: $kind: expected aarch64, armv7 or musl" >&2; exit 1 ;;
     esac
     folder=${WHEELS:-$work/wheels}
     # shellcheck disable=SC2086  # a pattern
     [ -n "${WHEELS:-}" ] || { rm -f "$folder"/$wheel.whl; WHEELS=$folder tools/wheels.sh $target; }
     for platform in "${platforms[@]}"; do options+=(--platform "${platform}_${target%%-*}"); done
     options=("${options[@]/%_armv7/_armv7l}")
-    rm -rf "$work/site"
+    rm -rf "$work/site-$kind"
     # shellcheck disable=SC2086
-    "$python" -m pip install --quiet --target "$work/site" --python-version $version "${options[@]}" \
+    "$python" -m pip install --quiet --target "$work/site-$kind" --python-version $version "${options[@]}" \
         "${packages[@]}" "$folder"/$wheel.whl
     for cpu in "${cpus[@]}"; do
-        export QEMU_CPU=${cpu%:*} PYTHONPATH=$work/site
+        export QEMU_CPU=${cpu%:*} PYTHONPATH=$work/site-$kind
         (cd "$here" && "${emulated[@]}" same_bits.py --logits "${cpu#*:}" > emulated)
         cmp "$here/native" "$here/emulated"
         echo "$kind, $cpu: the same bits"
