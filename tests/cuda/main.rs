@@ -20,13 +20,18 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 
+/// The C++ compiler for the machine that this runs on, which may be an emulated one: `CXX`, or g++.
+fn compiler() -> String {
+    std::env::var("CXX").unwrap_or_else(|_| "g++".to_owned())
+}
+
 /// Compiles C++ sources to a library; `None` without a compiler.
 fn library(name: &str, sources: &[(PathBuf, Vec<String>)]) -> Option<PathBuf> {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     std::fs::create_dir_all(&folder).unwrap();
     let start = |(source, more): &(PathBuf, Vec<String>)| {
         let object = folder.join(source.file_name().unwrap()).with_extension("o");
-        let mut command = Command::new("g++");
+        let mut command = Command::new(compiler());
         let flags = "-std=c++17 -O2 -fPIC -ffp-contract=off -fno-math-errno -U_FORTIFY_SOURCE \
                      -Wno-unknown-pragmas";
         command.args(flags.split_whitespace());
@@ -37,7 +42,7 @@ fn library(name: &str, sources: &[(PathBuf, Vec<String>)]) -> Option<PathBuf> {
         Some((command.spawn().ok()?, object))
     };
     let jobs: Vec<_> = sources.iter().map(start).collect::<Option<_>>()?;
-    let mut link = Command::new("g++");
+    let mut link = Command::new(compiler());
     link.args(["-shared", "-Wl,-soname,libcuda.so.1", "-o"]).arg(folder.join("libcuda.so.1"));
     for (mut job, object) in jobs {
         assert!(job.wait().unwrap().success());
@@ -64,16 +69,24 @@ fn emulator() -> Option<&'static Path> {
         sources.push((here.join("emulator.cpp"), Vec::new()));
         let built = library("emulator", &sources);
         if built.is_none() {
-            println!("skipped: no g++ to build the emulated driver with");
+            println!("skipped: no {} to build the emulated driver with", compiler());
         }
         built
     };
     BUILT.get_or_init(build).as_deref()
 }
 
-/// Runs an ignored test of this file in a process of its own.
+/// Runs an ignored test of this file in a process of its own, by the emulator `FERRULE_RUNNER` if that is set.
 fn run(case: &str, folder: &Path, environment: &[(&str, &str)]) -> Output {
-    let mut command = Command::new(std::env::current_exe().unwrap());
+    let this = std::env::current_exe().unwrap();
+    let mut command = match std::env::var("FERRULE_RUNNER") {
+        Ok(emulator) => {
+            let mut command = Command::new(emulator);
+            command.arg(this);
+            command
+        }
+        Err(_) => Command::new(this),
+    };
     command.args(["--ignored", "--exact", case, "--nocapture", "--test-threads=1"]);
     command.env("LD_LIBRARY_PATH", folder).envs(environment.iter().copied());
     command.output().unwrap()

@@ -1,7 +1,7 @@
 //! The specification: what every other set must compute, bit by bit. Written for reading.
 
-use super::layout::{Form, ROWS, blocks, unpack_grouped, unpack_q4, unpack_q8};
 use super::attention::int8::Sums;
+use super::layout::{Form, ROWS, blocks, unpack_grouped, unpack_q4, unpack_q8};
 use super::simd::Lanes;
 use super::{Acts, Kernels, float};
 use crate::quant::{BLOCK, Grouped};
