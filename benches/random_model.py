@@ -19,7 +19,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -172,7 +172,7 @@ def main() -> None:
     if args.folder:
         write_folder(config, block, args.folder, args.sparse)
     if args.gguf:
-        write_gguf(config, block, args.gguf)
+        write_gguf(config, block, args.gguf, args.sparse)
 
 
 def tensors(config: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -290,7 +290,17 @@ def _write_repeated(file: BinaryIO, block: np.ndarray, at: int, count: int) -> i
     return at
 
 
-def write_gguf(config: dict[str, Any], block: np.ndarray, path: Path) -> None:
+class _Hole(NamedTuple):
+    """What GGUFWriter asks of an array, as a hole in the file."""
+
+    nbytes: int
+
+    def tofile(self, file: BinaryIO) -> None:
+        """Skip them."""
+        file.seek(self.nbytes, 1)
+
+
+def write_gguf(config: dict[str, Any], block: np.ndarray, path: Path, sparse: bool = False) -> None:
     """Write the F16 GGUF file."""
     import gguf
 
@@ -329,6 +339,8 @@ def write_gguf(config: dict[str, Any], block: np.ndarray, path: Path) -> None:
         count = math.prod(shape)
         if len(shape) == 1:
             writer.write_tensor_data(np.ones(shape, np.float32))
+        elif sparse:
+            writer.write_tensor_data(_Hole(2 * count))
         else:
             writer.write_tensor_data(np.resize(np.roll(f16, -at), count))
             at = (at + count) % len(f16)

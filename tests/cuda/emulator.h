@@ -67,13 +67,18 @@ DEVICE void mma_i8(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
         }
     }
 }
+#ifdef __aarch64__ // g++ knows _Float16 there from version 13 on
+typedef __fp16 Half;
+#else
+typedef _Float16 Half;
+#endif
 DEVICE float f16_to_f32(u16 x) {
-    _Float16 h;
+    Half h;
     memcpy(&h, &x, 2);
     return (float)h;
 }
 DEVICE u16 f32_to_f16(float x) {
-    _Float16 h = (_Float16)x;
+    Half h = (Half)x;
     u16 bits;
     memcpy(&bits, &h, 2);
     return bits;

@@ -3,8 +3,8 @@
 
 use super::ops::{Both, Pair};
 use ferrule::backend::{
-    Activation, Backend, Core, Expert, Form, Groups, HeadRows, Heads, Latent, Recurrent, Routing,
-    Score, Span,
+    Activation, Backend, Core, Expert, Form, Groups, HeadRows, Heads, Latent, Place, Recurrent,
+    Routing, Score, Span,
 };
 
 fn routing(top_k: usize) -> Routing {
@@ -109,7 +109,10 @@ fn states() {
             Core::Mamba2(h) => (Some(h), false),
         };
         let heads = h.map_or(1, |h| h.heads);
-        let (decay, dt_bias, skip) = (b.vector(heads), b.vector(heads), b.vector(heads));
+        let (dt_bias, skip) = (b.vector(heads), b.vector(heads));
+        // Negative, as in all models: a state that grows soon overflows.
+        let decay: Vec<f32> = b.floats(heads).iter().map(|x| -x.abs()).collect();
+        let decay = (b.cpu.row(Place::End, &decay), b.cuda.row(Place::End, &decay));
         let norm = b.vector(h.map_or(1, |h| if delta { h.value_dim } else { h.values() }));
         let layers = [(6, how.state())];
         let mut states = (b.cpu.states(&layers).unwrap(), b.cuda.states(&layers).unwrap());

@@ -52,11 +52,13 @@ impl Dot for Sdot {
         Sdot(zero, zero)
     }
     #[inline(always)]
-    fn pack(q: [i16; 4]) -> u64 {
-        // The low byte is signed, which the high one makes up for.
-        let low = q.map(|q| q as u8);
-        let high = q.map(|q| ((q + 128) >> 8) as u8);
-        u64::from(u32::from_le_bytes(high)) | u64::from(u32::from_le_bytes(low)) << 32
+    fn pack(q: &mut [[i16; 4]]) {
+        for q in q {
+            // The low byte is signed, which the high one makes up for.
+            let [high, low] = [q.map(|q| ((q + 128) >> 8) as u8), q.map(|q| q as u8)];
+            let two = |bytes: [u8; 4], i| i16::from_le_bytes([bytes[i], bytes[i + 1]]);
+            *q = [two(high, 0), two(high, 2), two(low, 0), two(low, 2)];
+        }
     }
     #[inline(always)]
     fn line(bytes: &[u8; 64]) -> Self::Line {
@@ -64,9 +66,12 @@ impl Dot for Sdot {
         std::array::from_fn(|h| unsafe { vld1q_s8(bytes.as_ptr().add(16 * h).cast()) })
     }
     #[inline(always)]
-    fn four(q: &u64) -> Self::Four {
+    fn four(q: &[i16; 4]) -> Self::Four {
         // SAFETY: see above.
-        unsafe { vreinterpretq_s8_u64(vdupq_n_u64(*q)) }
+        unsafe {
+            let four = vreinterpret_s8_s16(vld1_s16(q.as_ptr()));
+            vcombine_s8(four, four)
+        }
     }
     #[inline(always)]
     fn add(mut self, line: Self::Line, q: Self::Four) -> Self {

@@ -44,9 +44,9 @@ impl Dot for Mlal {
         [line.0, line.1, line.2, line.3]
     }
     #[inline(always)]
-    fn four(q: &u64) -> Self::Four {
+    fn four(q: &[i16; 4]) -> Self::Four {
         // SAFETY: see above.
-        unsafe { vcreate_s16(*q) }
+        unsafe { vld1_s16(q.as_ptr()) }
     }
     #[inline(always)]
     fn add(self, [a, b, c, d]: Self::Line, q: Self::Four) -> Self {

@@ -15,6 +15,8 @@ use std::ops::Range;
 
 /// Dimensions of a head up to which the sums fit.
 pub(super) const MAX_DIM: usize = 512;
+/// Pages from the one whose keys are read to the one that is asked for.
+const AHEAD: usize = 4;
 /// The largest integer.
 const MAX: f32 = 32639.0;
 /// `x + MAGIC` has `round(x)`, ties to even, in its low bits, for |x| < 2^22.
@@ -30,12 +32,10 @@ pub(in super::super) trait Dot: Copy {
     type Four: Copy;
 
     fn zero() -> Self;
-    /// Four integers of magnitude 32639 or less, as [`four`](Dot::four) reads them.
+    /// Integers of magnitude 32639 or less as [`four`](Dot::four) reads them, in place.
     #[inline(always)]
-    fn pack(q: [i16; 4]) -> u64 {
-        q.iter().rev().fold(0, |all, &q| all << 16 | u64::from(q as u16))
-    }
-    fn four(q: &u64) -> Self::Four;
+    fn pack(_: &mut [[i16; 4]]) {}
+    fn four(q: &[i16; 4]) -> Self::Four;
     fn line(bytes: &[u8; 64]) -> Self::Line;
     /// Lane `i` gains the sum of `line[4 * i + j] * q[j]`.
     fn add(self, line: Self::Line, q: Self::Four) -> Self;
@@ -50,22 +50,20 @@ pub(in super::super) struct Sums([i32; 16]);
 impl Dot for Sums {
     const TILE: usize = 1;
     type Line = [i8; 64];
-    type Four = u64;
+    type Four = [i16; 4];
 
     fn zero() -> Self {
         Sums([0; 16])
     }
-    fn four(q: &u64) -> u64 {
+    fn four(q: &[i16; 4]) -> [i16; 4] {
         *q
     }
     fn line(bytes: &[u8; 64]) -> [i8; 64] {
         bytes.map(|x| x as i8)
     }
-    fn add(self, line: [i8; 64], q: u64) -> Self {
+    fn add(self, line: [i8; 64], q: [i16; 4]) -> Self {
         Sums(std::array::from_fn(|i| {
-            (0..4).fold(self.0[i], |sum, j| {
-                sum + i32::from(line[4 * i + j]) * i32::from((q >> (16 * j)) as i16)
-            })
+            (0..4).fold(self.0[i], |sum, j| sum + i32::from(line[4 * i + j]) * i32::from(q[j]))
         }))
     }
     fn store(self, out: &mut [f32; 16]) {
@@ -75,23 +73,21 @@ impl Dot for Sums {
 
 /// Numbers as integers, in fours, and what one is worth.
 #[derive(Clone, Copy)]
-struct Integers([u64; CHUNK / 4], f32);
+struct Integers([[i16; 4]; CHUNK / 4], f32);
 
 impl Integers {
-    const NONE: Integers = Integers([0; CHUNK / 4], 0.0);
+    const NONE: Integers = Integers([[0; 4]; CHUNK / 4], 0.0);
 
     /// At most 512 numbers, from the four `at` on.
     #[inline(always)]
     fn set<D: Dot>(&mut self, at: usize, x: &[f32]) {
         let amax = amax(x);
         let (inv, worth) = if amax < TINY { (0.0, 0.0) } else { (MAX / amax, amax / MAX) };
-        let mut q = [0i16; CHUNK];
-        for (q, x) in q.iter_mut().zip(x) {
+        let fours = &mut self.0[at..][..x.len().div_ceil(4)];
+        for (q, x) in fours.as_flattened_mut().iter_mut().zip(x) {
             *q = (x * inv + MAGIC).to_bits() as i16;
         }
-        for (four, q) in self.0[at..].iter_mut().zip(q.as_chunks().0).take(x.len().div_ceil(4)) {
-            *four = D::pack(*q);
-        }
+        D::pack(fours);
         self.1 = worth;
     }
 }
@@ -132,7 +128,8 @@ fn score<V: F32x16, D: Dot, const R: usize, const B: usize>(
     }
     let mut key = blocks.start;
     while key < blocks.end {
-        let page = page::<Int8>(a, (chunk + key) / PAGE);
+        let index = (chunk + key) / PAGE;
+        let page = Page { next: address(a, index + AHEAD), ..page::<Int8>(a, index) };
         let first = key % PAGE / 16;
         key += 16
             * if first + B <= 4 && key + 16 * B <= blocks.end {
@@ -192,11 +189,11 @@ fn dots<V: F32x16, D: Dot, const R: usize, const B: usize>(
 ) {
     // Slices of one length, so that the loop has no checks.
     let n = fours.len();
-    let q: [&[u64]; R] = std::array::from_fn(|r| &q[r].0[fours.start..][..n]);
+    let q: [&[[i16; 4]]; R] = std::array::from_fn(|r| &q[r].0[fours.start..][..n]);
     let lines: [&[[u8; 64]]; B] =
         std::array::from_fn(|b| &bytes[b * across..][..n * 64].as_chunks().0[..n]);
     for i in 0..n {
-        let mut by = [D::four(&0); R];
+        let mut by = [D::four(&[0; 4]); R];
         for r in 0..R {
             by[r] = D::four(&q[r][i]);
         }

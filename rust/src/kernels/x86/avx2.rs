@@ -52,9 +52,9 @@ impl Dot for YmmSums {
         line
     }
     #[inline(always)]
-    fn four(q: &u64) -> Self::Four {
+    fn four(q: &[i16; 4]) -> Self::Four {
         // SAFETY: see above.
-        unsafe { _mm256_broadcastq_epi64(_mm_loadl_epi64(std::ptr::from_ref(q).cast())) }
+        unsafe { _mm256_broadcastq_epi64(_mm_loadl_epi64(q.as_ptr().cast())) }
     }
     #[inline(always)]
     fn add(mut self, line: Self::Line, q: Self::Four) -> Self {
