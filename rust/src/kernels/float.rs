@@ -179,15 +179,15 @@ macro_rules! instantiate {
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn write_f32(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
-                attention::write_f32(k, v, slot, page)
+                attention::write::write_f32(k, v, slot, page)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn write_f16(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
-                attention::write_f16::<$v>(k, v, slot, page)
+                attention::write::write_f16::<$v>(k, v, slot, page)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn write_i8(k: &[f32], v: &[f32], slot: usize, page: &mut [u8]) {
-                attention::write_i8(k, v, slot, page)
+                attention::write::write_i8(k, v, slot, page)
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn conv(

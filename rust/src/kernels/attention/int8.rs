@@ -9,8 +9,7 @@
 
 use super::super::array_mut;
 use super::super::simd::F32x16;
-use super::{Attend, CHUNK, Int8, PAGE, Page, address, page, scales};
-use crate::quant::{TINY, amax};
+use super::{Attend, CHUNK, Int8, PAGE, Page, address, integer_scale, page, scales};
 use std::ops::Range;
 
 /// Dimensions of a head up to which the sums fit.
@@ -81,8 +80,7 @@ impl Integers {
     /// At most 512 numbers, from the four `at` on.
     #[inline(always)]
     fn set<D: Dot>(&mut self, at: usize, x: &[f32]) {
-        let amax = amax(x);
-        let (inv, worth) = if amax < TINY { (0.0, 0.0) } else { (MAX / amax, amax / MAX) };
+        let (inv, worth) = integer_scale(x, MAX);
         let fours = &mut self.0[at..][..x.len().div_ceil(4)];
         for (q, x) in fours.as_flattened_mut().iter_mut().zip(x) {
             *q = (x * inv + MAGIC).to_bits() as i16;

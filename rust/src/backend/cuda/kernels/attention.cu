@@ -103,7 +103,7 @@ KERNEL(128, rope_store, Rope) {
         for (u32 i = lane; i < d; i += 32) amax = fmaxf(amax, fabsf(x[i]));
 #pragma unroll
         for (int m = 16; m > 0; m /= 2) amax = fmaxf(amax, shuffle_xor(amax, m));
-        int8_scale(amax, inv, scale);
+        integer_scale(amax, 127.0f, inv, scale);
         if (lane == 0) ((float*)(at + p.pages.numbers))[(kind - 1) * PAGE + slot] = scale;
     }
     u32 v = p.pages.dtype == 0 ? 4 : p.pages.dtype == 1 ? 8 : 16;
@@ -147,12 +147,8 @@ DEVICE float stored(const uint4* lines, u32 index) {
     if (DTYPE == 1) return f16_to_f32(((const u16*)lines)[index]);
     return (float)((const i8*)lines)[index];
 }
-/// Scale of integers of at most 32639 for numbers of largest magnitude amax, and what one of them is worth.
-DEVICE void int16_scale(float amax, float& inv, float& worth) {
-    bool tiny = amax < as_float(0x17800000u); // 2^-80
-    inv = tiny ? 0.0f : 32639.0f / amax;
-    worth = tiny ? 0.0f : amax / 32639.0f;
-}
+/// Queries and weights of int8 keys and values are integers up to this: 127 * 257, see attention/int8.rs.
+#define MOST 32639.0f
 /// x rounded to such an integer, ties to even.
 DEVICE int round_i16(float x) { return (int)(short)as_bits(x + 12582912.0f); }
 /// x[0..n], n <= MAX_D, as integers, in place, by a warp: for each four a word of their high bytes and one of their low
@@ -163,7 +159,7 @@ DEVICE float query(float* x, u32 n) {
     for (u32 i = lane; i < n; i += 32) amax = fmaxf(amax, fabsf(x[i]));
 #pragma unroll
     for (int m = 16; m > 0; m /= 2) amax = fmaxf(amax, shuffle_xor(amax, m));
-    int16_scale(amax, inv, worth);
+    integer_scale(amax, MOST, inv, worth);
 #pragma unroll
     for (u32 j = 0; j < MAX_D / 128; j++) {
         high[j] = low[j] = 0;
@@ -392,7 +388,7 @@ DEVICE void attend(const Attend& p, float (&q)[R][D], float (&w)[R][CHUNK], floa
                 }
 #pragma unroll
                 for (int m = 16; m > 0; m /= 2) amax = fmaxf(amax, shuffle_xor(amax, m));
-                int16_scale(amax, inv, one);
+                integer_scale(amax, MOST, inv, one);
 #pragma unroll 1
                 for (u32 key = lane; key < CHUNK; key += 32) w[r][key] = as_float((u32)round_i16(w[r][key] * inv));
                 if (lane == 0) worth[1][r] = one;

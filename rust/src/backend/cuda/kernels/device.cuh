@@ -203,11 +203,11 @@ DEVICE float mean_square(const float* x, int n, float from) {
     return tree(sum) / (float)n;
 }
 
-/// Scale of int8 values of largest magnitude amax, and its inverse; 0 for (nearly) zeros.
-DEVICE void int8_scale(float amax, float& inv, float& scale) {
+/// Scale of integers up to `most` for numbers of largest magnitude amax, and its inverse; 0 for (nearly) zeros.
+DEVICE void integer_scale(float amax, float most, float& inv, float& scale) {
     bool tiny = amax < as_float(0x17800000u); // 2^-80
-    inv = tiny ? 0.0f : 127.0f / amax;
-    scale = tiny ? 0.0f : amax / 127.0f;
+    inv = tiny ? 0.0f : most / amax;
+    scale = tiny ? 0.0f : amax / most;
 }
 /// x rounded to an integer, ties to even, in the low byte.
 DEVICE u32 round_i8(float x) { return as_bits(x + 12582912.0f) & 255u; }
@@ -228,7 +228,7 @@ DEVICE void quantize_block(const float* x, int n, const Acts& acts, u32 r, u32 b
 #pragma unroll
     for (int m = 16; m > 0; m /= 2) amax = fmaxf(amax, shuffle_xor(amax, m));
     float inv, scale;
-    int8_scale(amax, inv, scale);
+    integer_scale(amax, 127.0f, inv, scale);
     u32 words[2] = {0, 0};
     int sum = 0;
 #pragma unroll

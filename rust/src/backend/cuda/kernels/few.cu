@@ -5,14 +5,6 @@
 // Formula: rust/src/kernels/scalar.rs.
 #include "product.cuh"
 
-struct Gemm {
-    Matrix w;
-    Acts acts;
-    u32 tokens, pad;
-    Epilogue e;
-    Jobs jobs;
-};
-
 #define T 16
 #define WARPS 16
 /// Inputs of the tokens in shared memory at once, bytes of their line (16 more, so that the eight a warp reads at once lie

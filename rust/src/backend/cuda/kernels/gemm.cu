@@ -4,14 +4,6 @@
 // the bits of gemv.cu. Formula: rust/src/kernels/scalar.rs.
 #include "grouped.cuh"
 
-struct Gemm {
-    Matrix w;
-    Acts acts;
-    u32 tokens, pad;
-    Epilogue e;
-    Jobs jobs;
-};
-
 /// Rows and tokens of a thread block, its threads, inputs in shared memory at once, and bytes of their line: 16 more, so
 /// that the eight rows a warp reads at once lie in different banks.
 #define ROWS 128

@@ -84,3 +84,11 @@ DEVICE u32 expand(u32 codes, int sc, int mn) {
     return (even & 0x00ff00ffu) | ((odd & 0x00ff00ffu) << 8);
 }
 DEVICE void store16(u8* at, uint4 v) { *(uint4*)at = v; }
+/// A product with more tokens than a row of threads takes one by one.
+struct Gemm {
+    Matrix w;
+    Acts acts;
+    u32 tokens, pad;
+    Epilogue e;
+    Jobs jobs;
+};

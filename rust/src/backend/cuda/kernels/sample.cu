@@ -1,6 +1,6 @@
 // variants: sm80
-// A token from each row of logits: rust/src/sample.rs without typical sampling. Bias and penalties first; weights are integers, so that their sums
-// are exact in any order, and every operation on doubles is the one that stands there.
+// A token from each row of logits: rust/src/sample.rs without typical sampling. Bias and penalties first; weights are
+// integers, so that their sums are exact in any order, and every operation on doubles is the one that stands there.
 #include "device.cuh"
 
 struct Draw {
