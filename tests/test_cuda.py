@@ -83,7 +83,8 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs = []
     for source in [*sorted(KERNELS.glob("*.cu")), here / "emulator.cpp"]:
         more = ["-include", here / "emulator.h"] if source.suffix == ".cu" else []
-        command = [compiler, *FLAGS.split(), *more, "-x", "c++", "-c", source]
+        unit = f"-DUNIT={source.stem}"
+        command = [compiler, *FLAGS.split(), *more, unit, "-x", "c++", "-c", source]
         jobs.append(subprocess.Popen([*command, "-o", folder / f"{source.stem}.o"]))
     assert all(job.wait() == 0 for job in jobs)
     objects = sorted(folder.glob("*.o"))
