@@ -167,6 +167,21 @@ def test_layers_on_two_machines(emulator: Path) -> None:
     assert 0 < found["kv"] <= 300_000
 
 
+def test_less_memory_than_the_driver_says(emulator: Path) -> None:
+    """What was planned does not go in: fewer layers do, unless their number was asked for."""
+    options = {"quantization": "int4", "kv_cache_dtype": "int8"}
+    cpu = run(emulator, {"device": "cpu", **options})
+    needed = number(run(emulator, {"device": "cuda", **options}, FAKE_MEMORY=str(RESERVE))["text"])
+    memory = RESERVE + needed // 3 * 4 + 4096  # three quarters are room for one layer
+    short = {"FAKE_MEMORY": str(memory), "FAKE_TAKEN": str(memory - 2_000_000)}
+    for device in ("cuda", "auto"):
+        found = run(emulator, {"device": device, **options}, **short)
+        assert (found["device"], found["layers"][0]) == ("cuda:0", 1)
+        assert found["texts"] == cpu["texts"]
+    asked = {"gpu_layers": cpu["layers"][1], **options}
+    assert run(emulator, {"device": "auto", **asked}, **short)["error"] == "OutOfMemoryError"
+
+
 def number(text: str) -> int:
     """The bytes that an error says were needed."""
     found = re.search(r"(\d+) bytes asked for", text)

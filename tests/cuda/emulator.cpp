@@ -10,7 +10,7 @@
 // FAKE_INTEGRATED (1: the device's memory is the computer's), FAKE_FAULT (the launch that fails, and all after it),
 // FAKE_DOWN (threads and blocks run in descending order), FAKE_LATE (a stream does nothing before the host waits for it, and
 // reads the host's memory no sooner: CUDA allows that where a device reads pageable memory itself), FAKE_GRAPHS (what making
-// a graph gives).
+// a graph gives), FAKE_TAKEN (bytes that cannot be had although the driver says so).
 #include "emulator.h"
 #include <functional>
 #include <map>
@@ -49,11 +49,11 @@ enum Wait { RUNS, WARP, BLOCK, DONE };
 struct Fiber {
     void* at[5];
     bool begun;
-    Wait wait;
 };
 // Stacks a little more than a power of two apart: else what they have in use would compete for a few lines of the caches.
 static const u32 STACK = (128 << 10) + 4096 + 320, MOST = 1024;
 static Fiber fibers[MOST];
+static u8 waits[MOST];
 static void* scheduler[5];
 static u32 current;
 static const void* params;
@@ -61,9 +61,8 @@ static const void* params;
 /// Of its own, as GCC asks: not where the place to come back to is kept.
 [[gnu::noinline]] static void go(void** to) { __builtin_longjmp(to, 1); }
 static void yield(Wait wait) {
-    Fiber& f = fibers[current];
-    f.wait = wait;
-    if (!__builtin_setjmp(f.at)) go(scheduler);
+    waits[current] = wait;
+    if (!__builtin_setjmp(fibers[current].at)) go(scheduler);
 }
 static void fiber() {
     for (;;) {
@@ -75,7 +74,6 @@ static void resume(u32 i) {
     Fiber& f = fibers[i];
     current = i;
     threadIdx = {i, 0, 0};
-    f.wait = RUNS;
     if (__builtin_setjmp(scheduler)) return;
     if (f.begun) go(f.at);
     f.begun = true;
@@ -110,27 +108,25 @@ static u32 run_warp(u32 first) {
         u32 count[4] = {0, 0, 0, 0};
         for (u32 j = 0; j < 32; j++) {
             u32 i = first + (down ? 31 - j : j);
-            if (fibers[i].wait == RUNS) resume(i);
+            if (waits[i] == RUNS) resume(i);
         }
-        for (u32 i = first; i < first + 32; i++) count[fibers[i].wait]++;
+        for (u32 i = first; i < first + 32; i++) count[waits[i]]++;
         if (count[WARP] == 0) return count[BLOCK];
         if (count[WARP] != 32) fail("a shuffle or warp barrier that not all lanes reach");
-        for (u32 i = first; i < first + 32; i++) fibers[i].wait = RUNS;
+        memset(waits + first, RUNS, 32);
     }
 }
 static void run_block() {
     u32 n = blockDim.x;
     memset(running->shared, 0xff, running->shared_end - running->shared);
-    for (u32 i = 0; i < n; i++) {
-        fibers[i].wait = RUNS;
-        turn[i] = false;
-    }
+    memset(turn, 0, n);
+    memset(waits, RUNS, n);
     for (;;) {
         u32 waiting = 0;
         for (u32 w = 0; w < n; w += 32) waiting += run_warp(down ? n - 32 - w : w);
         if (waiting == 0) return;
         if (waiting != n) fail("a barrier that not all threads reach");
-        for (u32 i = 0; i < n; i++) fibers[i].wait = RUNS;
+        memset(waits, RUNS, n);
     }
 }
 
@@ -231,7 +227,7 @@ R cuMemGetInfo_v2(size_t* free, size_t* total) {
 R cuMemAlloc_v2(u64* at, size_t n) {
     if (capturing) fail("allocation in a graph");
     late += replayed;
-    if (taken + n > (size_t)setting("FAKE_MEMORY", 4l << 30)) return OUT_OF_MEMORY;
+    if (taken + n + setting("FAKE_TAKEN", 0) > (size_t)setting("FAKE_MEMORY", 4l << 30)) return OUT_OF_MEMORY;
     u8* p = (u8*)aligned_alloc(256, (n + GUARD + 255) / 256 * 256);
     memset(p, 0xff, n);
     memset(p + n, 0xa5, GUARD);

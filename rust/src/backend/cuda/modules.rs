@@ -119,8 +119,8 @@ impl Modules {
     /// Loads the modules of these names, unless they are there.
     pub(super) fn load(&self, names: &[&str]) -> Result<()> {
         let mut loaded = self.loaded.lock().unwrap_or_else(|e| e.into_inner());
-        let missing = MODULES.iter().filter(|module| names.contains(&module.name));
-        missing.map(|module| self.add(module, &mut loaded)).collect()
+        let mut asked = MODULES.iter().filter(|module| names.contains(&module.name));
+        asked.try_for_each(|module| self.add(module, &mut loaded))
     }
 
     /// A kernel, its module loaded; `None`: there is none of this name.
