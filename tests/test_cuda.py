@@ -83,7 +83,8 @@ def emulator(tmp_path_factory: pytest.TempPathFactory) -> Path:
     jobs = []
     for source in [*sorted(KERNELS.glob("*.cu")), here / "emulator.cpp"]:
         more = ["-include", here / "emulator.h"] if source.suffix == ".cu" else []
-        command = [compiler, *FLAGS.split(), *more, "-x", "c++", "-c", source]
+        unit = f"-DUNIT={source.stem}"
+        command = [compiler, *FLAGS.split(), *more, unit, "-x", "c++", "-c", source]
         jobs.append(subprocess.Popen([*command, "-o", folder / f"{source.stem}.o"]))
     assert all(job.wait() == 0 for job in jobs)
     objects = sorted(folder.glob("*.o"))
@@ -164,6 +165,21 @@ def test_layers_on_two_machines(emulator: Path) -> None:
     # Keys and values of both sides together get what was allowed.
     found = run(emulator, {"device": "cuda", "gpu_layers": 1, "kv_cache_bytes": 300_000, **options})
     assert 0 < found["kv"] <= 300_000
+
+
+def test_less_memory_than_the_driver_says(emulator: Path) -> None:
+    """What was planned does not go in: fewer layers do, unless their number was asked for."""
+    options = {"quantization": "int4", "kv_cache_dtype": "int8"}
+    cpu = run(emulator, {"device": "cpu", **options})
+    needed = number(run(emulator, {"device": "cuda", **options}, FAKE_MEMORY=str(RESERVE))["text"])
+    memory = RESERVE + needed // 3 * 4 + 4096  # three quarters are room for one layer
+    short = {"FAKE_MEMORY": str(memory), "FAKE_TAKEN": str(memory - 2_000_000)}
+    for device in ("cuda", "auto"):
+        found = run(emulator, {"device": device, **options}, **short)
+        assert (found["device"], found["layers"][0]) == ("cuda:0", 1)
+        assert found["texts"] == cpu["texts"]
+    asked = {"gpu_layers": cpu["layers"][1], **options}
+    assert run(emulator, {"device": "auto", **asked}, **short)["error"] == "OutOfMemoryError"
 
 
 def number(text: str) -> int:

@@ -19,51 +19,57 @@ static inline float2 make_float2(float x, float y) { return {x, y}; }
 struct Dim { u32 x, y, z; };
 extern Dim threadIdx, blockIdx, blockDim, gridDim;
 
-/// Registers a kernel: name, most threads of a block, bytes of its parameter, what calls it.
+/// Registers a kernel: name, most threads of a block, bytes of its parameter, what calls it, the shared memory of its source.
 struct Kernel {
     const char* name;
     u32 threads;
     size_t bytes;
     void (*call)(const void*);
+    u8 *shared, *shared_end;
     Kernel* next;
-    Kernel(const char*, u32, size_t, void (*)(const void*));
+    Kernel(const char*, u32, size_t, void (*)(const void*), u8*, u8*);
 };
+
+/// Shared memory is in a section for each source, UNIT, and is poisoned before each block.
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#define TEXT_(a) #a
+#define TEXT(a) TEXT_(a)
+#define SHARED static __attribute__((section(TEXT(JOIN(shared_, UNIT)))))
+extern "C" u8 JOIN(__start_shared_, UNIT)[] __attribute__((weak)), JOIN(__stop_shared_, UNIT)[] __attribute__((weak));
 
 #define KERNEL(threads, name, Params)                                         \
     static void name(const Params& p);                                        \
     static void call_##name(const void* p) { name(*(const Params*)p); }       \
-    static Kernel kernel_##name(#name, threads, sizeof(Params), call_##name); \
+    static Kernel kernel_##name(#name, threads, sizeof(Params), call_##name,  \
+                                JOIN(__start_shared_, UNIT), JOIN(__stop_shared_, UNIT)); \
     static void name(const Params& p)
 #define KERNEL_BLOCKS(threads, blocks, name, Params) KERNEL(threads, name, Params)
 #define DEVICE static inline
 #define MEMBER inline
-/// In a section of its own, which is poisoned before each block.
-#define SHARED static __attribute__((section("shared")))
 
 void sync_block();
 void sync_warp();
-/// Gives every lane of the warp what lane `lane` puts in; all lanes must come.
-void exchange(const void* mine, size_t bytes, u32 lane, void* theirs);
-/// The same from all lanes, [32][bytes].
-void gather(const void* mine, size_t bytes, void* all);
+/// What all lanes of the warp put in, [32][bytes], until the lane calls it again; all lanes must come.
+const void* gather(const void* mine, size_t bytes);
 
 DEVICE int dp4a(u32 a, u32 b, int c) {
     for (int i = 0; i < 4; i++) c += (int)(i8)(a >> (8 * i)) * (int)(i8)(b >> (8 * i));
     return c;
 }
 DEVICE void mma_i8(int (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    struct Lane { u32 a[4], b[2]; } mine, all[32];
+    struct Lane { u32 a[4], b[2]; } mine;
     memcpy(mine.a, a, sizeof a);
     memcpy(mine.b, b, sizeof b);
-    gather(&mine, sizeof mine, all);
+    const Lane* all = (const Lane*)gather(&mine, sizeof mine);
     u32 lane = threadIdx.x % 32;
     for (int c = 0; c < 4; c++) {
         u32 row = lane / 4 + c / 2 * 8, column = lane % 4 * 2 + c % 2;
-        for (u32 k = 0; k < 32; k++) {
-            // PTX ISA, m16n8k32: the registers of a are (row, k), (row + 8, k), (row, k + 16), (row + 8, k + 16).
-            u32 of_a = all[row % 8 * 4 + k % 16 / 4].a[row / 8 + k / 16 * 2];
-            u32 of_b = all[column * 4 + k % 16 / 4].b[k / 16];
-            d[c] += (int)(i8)(of_a >> (8 * (k % 4))) * (int)(i8)(of_b >> (8 * (k % 4)));
+        // PTX ISA, m16n8k32: the registers of a are (row, k), (row + 8, k), (row, k + 16), (row + 8, k + 16).
+        for (u32 half = 0; half < 2; half++) {
+            for (u32 j = 0; j < 4; j++) {
+                d[c] = dp4a(all[row % 8 * 4 + j].a[row / 8 + half * 2], all[column * 4 + j].b[half], d[c]);
+            }
         }
     }
 }
@@ -132,14 +138,6 @@ DEVICE u64 as_word(double x) {
     memcpy(&u, &x, 8);
     return u;
 }
-DEVICE float shuffle(float x, int lane) {
-    float y;
-    exchange(&x, 4, lane, &y);
-    return y;
-}
+DEVICE float shuffle(float x, int lane) { return ((const float*)gather(&x, 4))[lane]; }
 DEVICE float shuffle_xor(float x, int lanes) { return shuffle(x, (threadIdx.x % 32) ^ lanes); }
-DEVICE int shuffle_xor(int x, int lanes) {
-    int y;
-    exchange(&x, 4, (threadIdx.x % 32) ^ lanes, &y);
-    return y;
-}
+DEVICE int shuffle_xor(int x, int lanes) { return ((const int*)gather(&x, 4))[(threadIdx.x % 32) ^ lanes]; }

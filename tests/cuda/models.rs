@@ -8,6 +8,7 @@ use ferrule::model::{
     Chunk, Forward, KvDtype, KvGroup, LoadOptions, Model, PAGE, Quantization, Sees, Wanted, load,
     load_cuda, load_onto, open_cuda,
 };
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
@@ -196,7 +197,7 @@ fn split() {
         }
         let expected = answers(&cpu, ids);
         let layers = cpu.spec.layers.len();
-        for border in [0, 1, layers / 2, layers - 1] {
+        for border in BTreeSet::from([0, 1, layers / 2, layers - 1]) {
             let cuda = open_cuda(None, &options()).unwrap();
             let model = load_onto(&folder, Split::new(cuda, border), options()).unwrap();
             let found = answers(&model, ids);

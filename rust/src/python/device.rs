@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 use std::path::Path;
 
 /// What `device=` asks for.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 pub(super) enum Wanted {
     Cpu,
     /// A device of the driver, or the first that kernels run on.
@@ -83,6 +83,8 @@ pub(super) struct Asked<'a> {
     pub(super) context_length: Option<usize>,
     pub(super) kv_bytes: Option<u64>,
     pub(super) gpu_layers: GpuLayers,
+    /// The memory that the device said it had did not do.
+    pub(super) again: bool,
 }
 
 /// The device, and what goes onto it.
@@ -90,20 +92,22 @@ pub(super) struct Asked<'a> {
 fn on_cuda(ordinal: Option<usize>, asked: &Asked<'_>) -> Result<Target> {
     let offload = Offload::new(asked.folder, asked.load, asked.context_length, asked.kv_bytes)?;
     let cuda = model::open_cuda(ordinal, asked.load)?;
-    let plan = offload.plan(asked.gpu_layers, room(cuda.memory()), cuda.info().integrated)?;
+    let room = room(cuda.memory(), asked.again);
+    let plan = offload.plan(asked.gpu_layers, room, cuda.info().integrated)?;
     Ok(Target::Cuda(Box::new(cuda), plan))
 }
 #[cfg(not(feature = "cuda"))]
 fn on_cuda(_: Option<usize>, asked: &Asked<'_>) -> Result<Target> {
-    let Asked { folder, load, context_length, kv_bytes, .. } = asked;
-    let _ = (folder, load, context_length, kv_bytes);
+    let Asked { folder, load, context_length, kv_bytes, again, .. } = asked;
+    let _ = (folder, load, context_length, kv_bytes, again);
     available().map(|()| Target::Cpu(String::new()))
 }
 
 /// Bytes of a device's memory that a model may take: some are left for activations and for others.
 #[cfg(feature = "cuda")]
-fn room((free, total): (u64, u64)) -> u64 {
-    free.saturating_sub((512 << 20).max(total / 20))
+fn room((free, total): (u64, u64), again: bool) -> u64 {
+    let room = free.saturating_sub((512 << 20).max(total / 20));
+    if again { room / 4 * 3 } else { room }
 }
 
 /// How many of the layers go onto a CUDA device, and of how many; or why none. For `ferrule plan`.
@@ -142,10 +146,10 @@ pub(super) fn cpu(cpu: &Cpu) -> Machine {
 }
 
 #[cfg(feature = "cuda")]
-pub(super) fn cuda(cuda: &Cuda, plan: &Planned) -> Machine {
+pub(super) fn cuda(cuda: &Cuda, plan: &Planned, again: bool) -> Machine {
     let info = cuda.info();
     let (major, minor) = info.capability;
-    let room = room(cuda.memory());
+    let room = room(cuda.memory(), again);
     // Memory that is the computer's is not all for keys and values.
     let room = if info.integrated { room / 2 } else { room };
     let device = format!("cuda:{}", info.ordinal);

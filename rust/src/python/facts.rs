@@ -41,6 +41,7 @@ pub(super) fn describe<'py>(
             context_length,
             kv_bytes: None,
             gpu_layers: gpu_layers.map_or(GpuLayers::Auto, GpuLayers::Count),
+            again: false,
         };
         let on_gpu = match device {
             "cpu" => None,

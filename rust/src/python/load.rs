@@ -2,7 +2,6 @@
 
 use super::driver::{self, Inbox};
 use super::{Info, KV_DTYPES, device};
-use crate::Result;
 use crate::backend::Backend;
 use crate::backend::cpu;
 #[cfg(feature = "cuda")]
@@ -11,6 +10,7 @@ use crate::chat::{ChatTemplate, special_tokens};
 use crate::engine::{self, EngineConfig};
 use crate::model::{self, Forward, GpuLayers, LoadOptions, Model, Wish};
 use crate::tokenizer::Tokenizer;
+use crate::{Error, Result};
 use std::path::Path;
 use std::sync::{Arc, mpsc};
 
@@ -26,6 +26,30 @@ pub(super) struct Options {
     pub(super) eos: Vec<u32>,
 }
 
+impl Options {
+    /// The same, for a second attempt, whose progress nobody is told.
+    fn again(&self) -> Options {
+        let Options { device, load, engine, kv_bytes, context_length, gpu_layers, .. } = self;
+        let load = LoadOptions {
+            isa: load.isa.clone(),
+            cache_dir: load.cache_dir.clone(),
+            family: load.family.clone(),
+            progress: None,
+            ..*load
+        };
+        Options {
+            device: *device,
+            load,
+            engine: engine.clone(),
+            kv_bytes: *kv_bytes,
+            context_length: *context_length,
+            gpu_layers: *gpu_layers,
+            chat_template: self.chat_template.clone(),
+            eos: self.eos.clone(),
+        }
+    }
+}
+
 /// Opens what `folder` has, reports to `sender`, and serves until the inbox is closed.
 pub(super) fn load_and_drive(
     folder: &Path,
@@ -33,30 +57,51 @@ pub(super) fn load_and_drive(
     sender: &mpsc::Sender<Result<Loaded>>,
     inbox: &Inbox,
 ) {
+    let again = options.again();
+    let served = match attempt(folder, options, false, sender, inbox) {
+        // The device had less than it said, or the model took more than its headers say.
+        Err(Error::OutOfMemory { .. })
+            if again.gpu_layers == GpuLayers::Auto && again.device != device::Wanted::Cpu =>
+        {
+            attempt(folder, again, true, sender, inbox)
+        }
+        served => served,
+    };
+    if let Err(error) = served {
+        drop(sender.send(Err(error)));
+    }
+}
+
+fn attempt(
+    folder: &Path,
+    options: Options,
+    again: bool,
+    sender: &mpsc::Sender<Result<Loaded>>,
+    inbox: &Inbox,
+) -> Result<()> {
     let Options { load, context_length, kv_bytes, gpu_layers, .. } = &options;
     let (context_length, kv_bytes, gpu_layers) = (*context_length, *kv_bytes, *gpu_layers);
-    let asked = device::Asked { folder, load, context_length, kv_bytes, gpu_layers };
-    let because = match options.device.target(&asked) {
-        Ok(device::Target::Cpu(because)) => because,
+    let asked = device::Asked { folder, load, context_length, kv_bytes, gpu_layers, again };
+    let because = match options.device.target(&asked)? {
+        device::Target::Cpu(because) => because,
         #[cfg(feature = "cuda")]
-        Ok(device::Target::Cuda(cuda, plan)) => {
+        device::Target::Cuda(cuda, plan) => {
             return match plan.border {
                 None => {
                     let load = |load| model::load_onto(folder, *cuda, load);
-                    let machine = |cuda: &Cuda| device::cuda(cuda, &plan);
-                    serve(folder, options, load, machine, None, String::new(), sender, inbox);
+                    let machine = |cuda: &Cuda| device::cuda(cuda, &plan, again);
+                    serve(folder, options, load, machine, None, String::new(), sender, inbox)
                 }
                 Some(border) => {
                     let load = |load| model::load_onto(folder, Split::new(*cuda, border), load);
-                    let machine = |split: &Split| device::cuda(split.cuda(), &plan);
-                    serve(folder, options, load, machine, None, String::new(), sender, inbox);
+                    let machine = |split: &Split| device::cuda(split.cuda(), &plan, again);
+                    serve(folder, options, load, machine, None, String::new(), sender, inbox)
                 }
             };
         }
-        Err(error) => return drop(sender.send(Err(error))),
     };
     let (load, available) = (|load| model::load(folder, load), Some(cpu::memory().available));
-    serve(folder, options, load, device::cpu, available, because, sender, inbox);
+    serve(folder, options, load, device::cpu, available, because, sender, inbox)
 }
 
 fn serve<B: Backend>(
@@ -68,15 +113,12 @@ fn serve<B: Backend>(
     because: String,
     sender: &mpsc::Sender<Result<Loaded>>,
     inbox: &Inbox,
-) {
-    match open(folder, options, load, machine, available, because) {
-        Ok((engine, loaded)) => {
-            // Nobody may wait for it any more: then the inbox is closed, and nobody comes.
-            let _ = sender.send(Ok(loaded));
-            driver::drive(engine, inbox);
-        }
-        Err(error) => drop(sender.send(Err(error))),
-    }
+) -> Result<()> {
+    let (engine, loaded) = open(folder, options, load, machine, available, because)?;
+    // Nobody may wait for it any more: then the inbox is closed, and nobody comes.
+    let _ = sender.send(Ok(loaded));
+    driver::drive(engine, inbox);
+    Ok(())
 }
 
 fn open<B: Backend>(

@@ -16,6 +16,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 /// Graphs that are kept; the one longest unused goes first.
 const GRAPHS: usize = 64;
 
+/// Words that the driver may still read, as lists, before the host waits for it.
+const LENT: usize = 64;
+
 /// One device, shared by everything that lies on it.
 pub(super) struct Device {
     pub(super) info: DeviceInfo,
@@ -38,7 +41,12 @@ struct State {
     inputs: Vec<Input>,
     /// Slots that this step uses.
     used: usize,
+    /// Words of earlier steps. Where a device reads the host's pageable memory itself (Grace, HMM), a copy may be on its way
+    /// after its call has returned, so they stay until the stream has been waited for.
+    lent: Vec<Vec<u32>>,
     graphs: Vec<Graph>,
+    /// Making a graph has failed: all is launched one by one.
+    no_graphs: bool,
     steps: u64,
     fault: Option<Fault>,
 }
@@ -161,6 +169,11 @@ impl Device {
         asked.map_or((0, self.info.memory), |(free, total)| (free as u64, total as u64))
     }
 
+    /// Loads kernels that are going to be needed, so that no step waits for it.
+    pub(super) fn load(&self, modules: &[&str]) -> Result<()> {
+        self.modules.load(modules)
+    }
+
     /// Memory, not initialized.
     pub(super) fn alloc(self: &Arc<Device>, bytes: usize) -> Result<Memory> {
         self.allocate(bytes).map_err(|fault| fault.error())
@@ -211,12 +224,20 @@ impl Device {
             return;
         }
         let copied = self.enter().and_then(|()| {
-            // SAFETY: callers have allocated the range at `to`; pageable host memory is read before this returns.
+            // SAFETY: callers have allocated the range at `to`; `from` lives until the stream has been waited for.
             unsafe { result::memcpy_htod_async(to, from, self.stream) }
         });
-        if let Err(error) = copied {
+        if let Err(error) = copied.and_then(|()| self.wait(&mut state)) {
             state.fail(Fault::Device(format!("copying to the device: {}", text(error))));
         }
+    }
+
+    /// Waits until all that was sent is done.
+    fn wait(&self, state: &mut State) -> std::result::Result<(), result::DriverError> {
+        // SAFETY: the stream is alive, and callers have entered the context.
+        unsafe { result::stream::synchronize(self.stream) }?;
+        state.lent.clear();
+        Ok(())
     }
 
     /// Zeros.
@@ -238,10 +259,9 @@ impl Device {
         }
         let copied = self.enter().and_then(|()| {
             // SAFETY: callers pass a range that they own; `values` lives until the stream is done.
-            unsafe { result::memcpy_dtoh_async(&mut values, from, self.stream) }?;
-            // SAFETY: the stream is alive.
-            unsafe { result::stream::synchronize(self.stream) }
+            unsafe { result::memcpy_dtoh_async(&mut values, from, self.stream) }
         });
+        let copied = copied.and_then(|()| self.wait(&mut state));
         if let Err(error) = copied {
             state.fail(Fault::Device(format!("a step on the device: {}", text(error))));
         }
@@ -276,13 +296,13 @@ impl Device {
         }
         let input = &mut state.inputs[slot];
         if input.words != words {
-            input.words.clear();
-            input.words.extend_from_slice(words);
-            // SAFETY: the slot has room; launches that read it come later in the stream; pageable host memory is
-            // read before this returns.
+            state.lent.push(std::mem::replace(&mut input.words, words.to_vec()));
+            let (at, words) = (input.at, input.words.as_slice());
+            // SAFETY: the slot has room; launches that read it come later in the stream; the words stay until the stream
+            // has been waited for.
             let copied = self
                 .enter()
-                .and_then(|()| unsafe { result::memcpy_htod_async(input.at, words, self.stream) });
+                .and_then(|()| unsafe { result::memcpy_htod_async(at, words, self.stream) });
             if let Err(error) = copied {
                 state.fail(Fault::Device(format!("copying to the device: {}", text(error))));
             }
@@ -300,13 +320,17 @@ impl Device {
     ) {
         debug_assert!(P::KERNELS.contains(&kernel), "{kernel} takes other parameters");
         let mut state = self.state();
-        let limits = grid[0] < 1 << 31 && grid[1] < 1 << 16 && grid[2] < 1 << 16;
-        let Some(&function) = self.modules.kernels.get(kernel).filter(|_| limits) else {
-            return state.fail(Fault::Device(format!("{kernel}: no such launch, {grid:?}")));
-        };
         if state.fault.is_some() || grid.contains(&0) {
             return;
         }
+        let limits = grid[0] < 1 << 31 && grid[1] < 1 << 16 && grid[2] < 1 << 16;
+        let function = match self.modules.kernel(kernel) {
+            Ok(Some(function)) if limits => function,
+            Ok(_) => {
+                return state.fail(Fault::Device(format!("{kernel}: no such launch, {grid:?}")));
+            }
+            Err(error) => return state.fail(Fault::Device(error.to_string())),
+        };
         let words = size_of::<P>().div_ceil(8);
         let head = [
             function as u64,
@@ -375,6 +399,12 @@ impl Device {
         let mut state = self.state();
         self.flush(&mut state);
         state.used = 0;
+        if state.lent.len() > LENT {
+            let waited = self.enter().and_then(|()| self.wait(&mut state));
+            if let Err(error) = waited {
+                state.fail(Fault::Device(format!("a step on the device: {}", text(error))));
+            }
+        }
         match state.fault.clone() {
             None => Ok(()),
             Some(fault) => {
@@ -413,13 +443,22 @@ impl Device {
             return self.launch_all(&state.words);
         };
         state.graphs[i].last = state.steps;
-        if state.graphs[i].exec.is_none() {
-            state.graphs[i].exec = Some(self.capture(&state.words)?);
+        if state.graphs[i].exec.is_none() && !state.no_graphs {
+            match self.capture(&state.words) {
+                Ok(exec) => state.graphs[i].exec = Some(exec),
+                Err(error) => {
+                    state.no_graphs = true;
+                    eprintln!(
+                        "ferrule: {}, so each kernel is launched alone, which is slower",
+                        text(error)
+                    );
+                }
+            }
         }
         match state.graphs[i].exec {
             // SAFETY: the graph was made below, and what its launches name is what these name.
             Some(exec) => unsafe { result::graph::launch(exec, self.stream) },
-            None => Ok(()),
+            None => self.launch_all(&state.words),
         }
     }
 

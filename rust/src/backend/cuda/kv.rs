@@ -15,11 +15,16 @@ pub struct Kv {
 
 impl Kv {
     pub(super) fn new(device: &Arc<Device>, dtype: KvDtype, layers: &[KvLayer]) -> Result<Kv> {
-        let (number, dtype_code) = match dtype {
-            KvDtype::F32 => (4, 0),
-            KvDtype::F16 => (2, 1),
-            KvDtype::Int8 => (1, 2),
+        let (number, dtype_code, plain) = match dtype {
+            KvDtype::F32 => (4, 0, "attend_f32"),
+            KvDtype::F16 => (2, 1, "attend_f16"),
+            KvDtype::Int8 => (1, 2, "attend_i8"),
         };
+        // All that a step takes beside products.
+        device.load(&["attention", "sample"])?;
+        for l in layers.iter().filter(|l| l.pages > 0) {
+            device.load(&[if l.values { plain } else { "attend_latent" }])?;
+        }
         let layer = |l: &KvLayer| {
             let keys = PAGE * l.head_dim.next_multiple_of(16 / number) * number;
             let values = usize::from(l.values);

@@ -30,6 +30,15 @@ pub(super) fn rows_at_once(form: Form, rows: usize) -> usize {
     }
 }
 
+/// Those of the kernels that `products` chooses from.
+fn modules(form: Form) -> &'static [&'static str] {
+    match form {
+        Form::Q4 | Form::Q8 => &["gemv", "few", "gemm"],
+        Form::Grouped(_) | Form::GroupedFloat(_) => &["gemv_grouped", "gemm"],
+        Form::Bf16 | Form::F16 | Form::F32 => &["gemv_float"],
+    }
+}
+
 impl Mat {
     fn matrix(&self) -> launch::Matrix {
         let (groups, blocks) = pack::groups(self.k);
@@ -60,6 +69,7 @@ impl Cuda {
             );
             return Err(Error::Unsupported(what));
         };
+        self.device.load(modules(form))?;
         let memory = self.device.alloc(bytes)?;
         let tiles = (STAGE / tile).max(1);
         let mut stage = vec![0; bytes.min(tiles * tile)];

@@ -21,6 +21,9 @@ impl States {
             device.clear(&memory)?;
             Ok((memory, size))
         };
+        if layers.iter().any(|(count, _)| *count > 0) {
+            device.load(&["recurrent"])?;
+        }
         Ok(States { layers: layers.iter().map(layer).collect::<Result<_>>()? })
     }
 }
