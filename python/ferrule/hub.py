@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from . import _core
-from .errors import DownloadError, ModelNotFoundError
+from .errors import DownloadError, ModelNotFoundError, UnsupportedModelError
 
 EMBEDDED = ("tales-4m", "tales-1m")
 """Models that ship inside this package."""
@@ -41,7 +42,7 @@ def resolve(
     name = os.fspath(model)
     path = Path(name).expanduser()
     if path.exists():
-        return _core.gguf_at(path) or _folder(path)
+        return _core.gguf_at(path) or _folder(path, name)
     if name in EMBEDDED:
         return _embedded(name)
     repository = _REPOSITORY.fullmatch(name) if isinstance(model, str) else None
@@ -51,15 +52,42 @@ def resolve(
             f"({', '.join(EMBEDDED)}) or of a hub repository ('org/repo', or 'org/repo:Q4_K_M' "
             "for a GGUF file)"
         )
-    return _download(repository[1], repository[2], revision, offline, progress)
+    found = _download(repository[1], repository[2], revision, offline, progress)
+    _no_adapter(found, name)
+    return found
 
 
-def _folder(path: Path) -> Path:
+def _folder(path: Path, name: str) -> Path:
+    if path.is_file():
+        also = (
+            "; give the folder that it lies in" if path.suffix in (".safetensors", ".json") else ""
+        )
+        raise ModelNotFoundError(
+            f"{path}: is a file that is not GGUF, expected a model folder or a GGUF file{also}"
+        )
+    _no_adapter(path, name)
     if not (path / "config.json").is_file():
         raise ModelNotFoundError(
             f"{path}: no config.json in it, expected a model folder or a GGUF file"
         )
     return path
+
+
+def _no_adapter(path: Path, name: str) -> None:
+    if (path / "adapter_config.json").is_file():
+        raise UnsupportedModelError(
+            f"{name}: found adapter_config.json: adapters (LoRA) are not applied; merge it into "
+            f"{_base(path)} and save that (peft: merge_and_unload(), save_pretrained(folder))"
+        )
+
+
+def _base(path: Path) -> str:
+    """The model that an adapter is for, as far as it says."""
+    try:
+        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        return str(base["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its base model"
 
 
 def _embedded(name: str) -> Path:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, _core, hub
+from .. import __version__, _core, arguments, hub
 
 
 def main(args: argparse.Namespace) -> int:
@@ -60,7 +60,7 @@ def described(folder: Path, args: argparse.Namespace, quantization: str | None) 
         kv_cache_dtype=args.kv_cache_dtype or "f16",
         context_length=args.context_length,
         weight_cache=not args.no_weight_cache,
-        family=None if args.family is None else Path(args.family).read_text(encoding="utf-8"),
+        family=arguments.family(args.family),
         device=args.device or "cpu",
         gpu_layers=args.gpu_layers,
     )

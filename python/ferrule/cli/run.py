@@ -14,7 +14,7 @@ from ..llm import LLM
 from ..params import SamplingParams
 from ..request import Stream
 from ..results import Completion
-from . import model_keywords, sampling_keywords
+from . import model_keywords, piped, sampling_keywords, tell
 
 
 def main(args: argparse.Namespace) -> int:
@@ -24,15 +24,19 @@ def main(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"ferrule run: {error}", file=sys.stderr)
         return 2
-    chat_on_terminal = prompt is None and sys.stdin.isatty()
+    chat_on_terminal = prompt is None and sys.stdin is not None and sys.stdin.isatty()
     if prompt is None and not chat_on_terminal:
-        prompt = _piped()
+        prompt = piped("prompt").strip("\n")
         if not prompt:
-            print("ferrule run: no prompt: give one, or pipe one in", file=sys.stderr)
+            print(
+                f"ferrule run: no prompt for the model {model!r}: give one, or pipe one in",
+                file=sys.stderr,
+            )
             return 2
     threads = {} if args.threads is None else {"threads": args.threads}
     params = SamplingParams(**sampling_keywords(args))
     with LLM(model, **model_keywords(args), **threads) as llm:
+        tell(llm)
         if chat_on_terminal:
             return _chat(llm, params, args)
         assert prompt is not None
@@ -60,16 +64,6 @@ def _words(args: argparse.Namespace) -> tuple[str, str | None]:
     if words and is_model_name(words[0]):
         return words[0], None
     return "tales-4m", words[0] if words else None
-
-
-def _piped() -> str:
-    data = sys.stdin.buffer.read()
-    try:
-        return data.decode().strip("\n")
-    except UnicodeDecodeError as error:
-        raise InvalidParameterError(
-            f"stdin: {error}; expected UTF-8 text", field="prompt"
-        ) from None
 
 
 def _system(args: argparse.Namespace) -> list[dict[str, str]]:

@@ -49,7 +49,7 @@ pub(super) fn quantize<'py>(
                 ..LoadOptions::default()
             },
         };
-        Ok((how, limit.map(|n| convert::count("chunks", n)).transpose()?))
+        Ok((how, limit.map(|n| convert::some("chunks", n)).transpose()?))
     };
     let (mut how, limit) = prepare().map_err(raise(py))?;
     let written = watched(py, progress, move |watch| {

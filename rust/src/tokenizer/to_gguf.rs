@@ -45,7 +45,7 @@ pub fn to_gguf(folder: &Path, architecture: &str, vocab: usize) -> Result<Vec<(S
     let Some(bytes) = read(&path, MAX_TOKENIZER)? else {
         let there = Tokenizer::open(folder);
         return match there {
-            Err(Error::Tokenizer(what)) if what.ends_with("no tokenizer.json") => {
+            Err(Error::Tokenizer(what)) if what.ends_with(super::NO_TOKENIZER) => {
                 Ok(vec![("tokenizer.ggml.model".to_owned(), text("no_vocab"))])
             }
             Err(error) => Err(error),
