@@ -7,10 +7,17 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 from . import _core
-from .errors import DownloadError, ModelNotFoundError, UnsupportedModelError
+from .errors import (
+    DownloadError,
+    FerruleError,
+    ModelFormatError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+)
 
 EMBEDDED = ("tales-4m", "tales-1m")
 """Models that ship inside this package."""
@@ -20,6 +27,10 @@ _REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 _FILES = ["*.json", "*.safetensors", "*.jinja"]
 # Sub-folders and consolidated.* hold the same weights once more, in the author's own format.
 _NOT_FILES = ["*/*", "consolidated*"]
+# Large, and no header tells of them.
+_TOKENS = ("tokenizer.json", "vocab.json")
+# The longest header of a safetensors file; what of a GGUF file is looked at first is an eighth.
+_HEADER = 100_000_000
 
 
 def is_model_name(text: str) -> bool:
@@ -101,21 +112,67 @@ def _embedded(name: str) -> Path:
     )
 
 
+def headers(
+    model: str | os.PathLike[str], into: Path, *, revision: str | None = None, offline: bool = False
+) -> Path:
+    """As `resolve`, to look and not to load: of a repository only the headers come here.
+
+    `into` gets files as long as the repository's that hold nothing else. What quantized safetensors
+    are depends on more: those are downloaded.
+    """
+    name = os.fspath(model)
+    repository = _REPOSITORY.fullmatch(name)
+    here = name in EMBEDDED or Path(name).expanduser().exists()
+    if repository is None or here or offline or os.name == "nt":  # no files of holes there
+        return resolve(model, revision=revision, offline=offline)
+    name, kind = repository.groups()
+    from huggingface_hub import HfApi, HfFileSystem
+
+    with _told(name, revision, offline):
+        files = HfApi().list_repo_files(name, revision=revision)
+        hub = HfFileSystem()
+
+        def copy(file: str, count: int | None = None) -> Path:
+            """The first `count` bytes of a file; all, or (0) the header of a safetensors file."""
+            path = into / file.rpartition("/")[2]
+            with hub.open(f"{name}/{file}", "rb", revision=revision) as there:
+                if count == 0:
+                    start = there.read(8)
+                    start += there.read(min(int.from_bytes(start, "little"), _HEADER))
+                else:
+                    start = there.read(-1 if count is None else count)
+                path.write_bytes(start)
+                os.truncate(path, there.size)
+            return path
+
+        weights = [file for file in files if fnmatch(file, "*.safetensors") and "/" not in file]
+        weights = [file for file in weights if not file.startswith("consolidated")]
+        if kind is None and weights:
+            for file in files:
+                if "/" not in file and file.endswith((".json", ".jinja")) and file not in _TOKENS:
+                    copy(file)
+            _no_adapter(into, name)
+            config = (_folder(into, name) / "config.json").read_text(encoding="utf-8")
+            if re.search(r"\b(quantization|compression)_config\b", config):
+                return resolve(model, revision=revision)
+            for file in weights:
+                copy(file, 0)
+            return into
+        weights = _chosen(name, files, kind)
+        for count in (_HEADER >> 3, _HEADER) if weights else ():
+            first, *_ = [copy(file, count) for file in weights]
+            with contextlib.suppress(ModelFormatError):  # it goes on behind
+                tensors = json.loads(_core.inspect(first))["tensors"]
+                if all(tensor["start"] <= count for tensor in tensors):
+                    return first
+    return resolve(model, revision=revision)
+
+
 def _download(
     name: str, kind: str | None, revision: str | None, offline: bool, progress: bool
 ) -> Path:
     # Imported here: it takes longer than loading a small model.
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    url = f"https://huggingface.co/{name}"
-    at = f" at revision {revision!r}" if revision else ""
 
     def fetch(allow: list[str], ignore: list[str] | None = None) -> Path:
         folder = snapshot_download(
@@ -133,16 +190,32 @@ def _download(
         folder = fetch(["*.gguf"])
         return [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
 
+    with _told(name, revision, offline), contextlib.nullcontext() if progress else _no_bars():
+        if kind is None:
+            folder = fetch(_FILES, _NOT_FILES)
+            if any(folder.glob("*.safetensors")):
+                return folder
+        files = _chosen(name, names(), kind)
+        # A repository of neither is reported when its files are read.
+        return fetch(files) / files[0] if files else folder
+
+
+@contextlib.contextmanager
+def _told(name: str, revision: str | None, offline: bool) -> Iterator[None]:
+    """What goes wrong on the hub, as our errors."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    url = f"https://huggingface.co/{name}"
+    at = f" at revision {revision!r}" if revision else ""
     try:
-        with contextlib.nullcontext() if progress else _no_bars():
-            if kind is None:
-                folder = fetch(_FILES, _NOT_FILES)
-                if any(folder.glob("*.safetensors")):
-                    return folder
-            files = _chosen(name, names(), kind)
-            # A repository of neither is reported when its files are read.
-            return fetch(files) / files[0] if files else folder
-    except ModelNotFoundError:
+        yield
+    except FerruleError:
         raise
     except GatedRepoError as error:
         raise DownloadError(

@@ -277,9 +277,9 @@ class LLM:
         """Answer a conversation, or each of a list: dicts with "role" and "content".
 
         Uses the model's own template; a model without one raises `ChatTemplateError`. tools: JSON
-        schemas of functions that the model may call, for templates that take them; its calls come
-        back as text. chat_template_kwargs: further variables of the template, such as
-        {"enable_thinking": False}.
+        schemas of functions that the model may call; its calls come back as text, and a template
+        that has no place for tools raises. chat_template_kwargs: further variables of the template,
+        such as {"enable_thinking": False}.
         """
         single, chats = arguments.chat_list(messages)
         ids = [self._chat_ids(chat, fields) for chat in chats]

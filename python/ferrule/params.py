@@ -177,6 +177,14 @@ class Defaults:
             self.sources["temperature"] = (0.0, f"{_CONFIG} (do_sample is false)")
         self.eos = _eos(config, folder / _CONFIG) or _eos_of_model(folder)
 
+    def of_gguf(self) -> list[tuple[str, float]]:
+        """What the model itself says, as keys of a GGUF file."""
+        said = {
+            name: value for name, (value, source) in self.sources.items() if source != "built in"
+        }
+        found = ((key, said.get(field)) for key, field in _GGUF_NAMES.items())
+        return [(key, value) for key, value in found if isinstance(value, int | float)]
+
     def fill(self, params: SamplingParams) -> dict[str, Any]:
         """The fields of `params`, open ones filled, as keywords for the core's `submit`."""
         out = {field.name: getattr(params, field.name) for field in fields(params)}

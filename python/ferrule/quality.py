@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from . import _core, arguments, hub
 from .errors import InvalidParameterError
 from .llm import Quantization, cache_dir
+from .params import Defaults
 from .progress import Steps
 
 # The types of a GGUF file that is written.
@@ -207,6 +208,7 @@ def quantize(
                 out,
                 format=format or "q4_k",
                 rules=list((rules or {}).items()),
+                sampling=Defaults(folder).of_gguf(),
                 threads=threads,
                 family=arguments.family(family),
                 progress=show,

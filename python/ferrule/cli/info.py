@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +46,21 @@ def main(args: argparse.Namespace) -> int:
 
 def _model(args: argparse.Namespace) -> dict[str, Any]:
     """What the model is, and what it will take here, from its headers."""
-    folder = hub.resolve(args.model, revision=args.revision, offline=args.offline)
-    facts: dict[str, Any] = {"path": str(folder)} | described(folder, args, args.quantization)
+    with headers(args) as folder:
+        facts: dict[str, Any] = {"path": ""} | described(folder, args, args.quantization)
+    facts["path"] = str(folder) if folder.exists() else args.model
     layers, on_gpu = sum(facts["layers"].values()), facts.get("gpu_layers", 0)
     on_cpu = f"cpu, {_core.kernel_set()}: {layers - on_gpu} of {layers} layers"
     facts["runs_on"] = f"{args.device}: {on_gpu} layers; {on_cpu}" if on_gpu else on_cpu
     return facts
+
+
+@contextlib.contextmanager
+def headers(args: argparse.Namespace) -> Iterator[Path]:
+    """The model's folder or file, for as long as its headers are read."""
+    with tempfile.TemporaryDirectory(prefix="ferrule-", ignore_cleanup_errors=True) as into:
+        found = hub.headers(args.model, Path(into), revision=args.revision, offline=args.offline)
+        yield found
 
 
 def described(folder: Path, args: argparse.Namespace, quantization: str | None) -> dict[str, Any]:

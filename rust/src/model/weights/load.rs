@@ -72,7 +72,11 @@ impl Reader<'_> {
                 Kept::Grouped(how) => Form::Grouped(how),
             });
             let wanted = match (quantization, kept) {
-                (Quantization::None, Form::Grouped(how)) => Form::GroupedFloat(how),
+                (Quantization::None, Form::Grouped(how))
+                    if encoded.is_none_or(|encoded| encoded.is_exact()) =>
+                {
+                    Form::GroupedFloat(how)
+                }
                 (Quantization::None, _) => stored,
                 _ if exact => stored,
                 (Quantization::Auto, _) | (_, Form::MXFP4) => kept,
