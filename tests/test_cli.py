@@ -77,6 +77,7 @@ def test_wrong_usage(args: list[str]) -> None:
         (["bench", "tales-1m", "-p", "4096", "-n", "0"], "1024"),
         (["run", "--seed", "-1", "a"], "seed: found -1"),
         (["run", "--family", "/no/such.toml", "a"], "family: /no/such.toml"),
+        (["run", "--chat-template", "/no/such.jinja", "a"], "--chat-template: /no/such.jinja"),
         (["plan", "--family", "/no/such.toml", "tales-1m"], "family: /no/such.toml"),
         (["eval", "tales-1m", "--text", "/no/such.txt"], "--text: /no/such.txt"),
         (
@@ -117,6 +118,13 @@ def test_run_json_and_raw() -> None:
     with ferrule.LLM("tales-1m") as llm:
         want = llm.generate("Once upon a time", max_tokens=5, temperature=0)
     assert answer["text"] == want.text
+
+
+def test_a_template_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("Once upon {{ messages[0].content }}")
+    options = ["--temperature", "0", "--max-tokens", "5"]
+    own = ferrule_cli("run", "a time", "--chat-template", str(tmp_path / "t.jinja"), *options)
+    assert own.stdout == ferrule_cli("run", "--raw", "Once upon a time", *options).stdout
 
 
 def test_run_options() -> None:

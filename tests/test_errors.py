@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy as stdlib_copy
 import json
 import multiprocessing
 import os
@@ -395,6 +396,12 @@ def test_bad_generation_configs(tmp_path: Path, change: dict[str, Any]) -> None:
     folder = copy(tmp_path, generation_config=lambda c: c.update(change))
     with pytest.raises(ferrule.ModelFormatError, match=next(iter(change))):
         LLM(folder)
+
+
+def test_an_llm_stays_in_its_process(llm: LLM) -> None:
+    for call in (pickle.dumps, stdlib_copy.copy):
+        with pytest.raises(TypeError, match="load the model in the process that uses it"):
+            call(llm)
 
 
 def test_what_generation_config_asks_for_in_vain(tmp_path: Path) -> None:

@@ -179,6 +179,17 @@ def test_a_gguf_repository_with_one_model(repository: list[str], tmp_path: Path)
     assert hub.resolve("org/repo:Q8_0") == tmp_path / "m-Q8_0.gguf"
 
 
+def test_a_repository_of_other_weights(repository: list[str]) -> None:
+    repository[:] = ["config.json", "pytorch_model.bin"]
+    with pytest.raises(ferrule.ModelNotFoundError, match=r"org/repo: .* only pytorch_model\.bin"):
+        hub.resolve("org/repo")
+    repository[:] = ["README.md"]
+    with pytest.raises(
+        ferrule.ModelNotFoundError, match="found no safetensors or GGUF file, expected"
+    ):
+        hub.resolve("org/repo")
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

@@ -195,9 +195,16 @@ def _download(
             folder = fetch(_FILES, _NOT_FILES)
             if any(folder.glob("*.safetensors")):
                 return folder
-        files = _chosen(name, names(), kind)
-        # A repository of neither is reported when its files are read.
-        return fetch(files) / files[0] if files else folder
+        there = names()
+        files = _chosen(name, there, kind)
+        if files or offline:
+            # A folder of neither is reported when its files are read.
+            return fetch(files) / files[0] if files else folder
+        weights = [file for file in there if file.endswith((".bin", ".pt", ".pth"))]
+        also = f" only {weights[0]}: take a conversion of it" if weights else ""
+        raise ModelNotFoundError(
+            f"{name}: found no safetensors or GGUF file,{also or ' expected one'}; see {_url(name)}"
+        )
 
 
 @contextlib.contextmanager
@@ -211,7 +218,7 @@ def _told(name: str, revision: str | None, offline: bool) -> Iterator[None]:
         RevisionNotFoundError,
     )
 
-    url = f"https://huggingface.co/{name}"
+    url = _url(name)
     at = f" at revision {revision!r}" if revision else ""
     try:
         yield
@@ -274,6 +281,10 @@ def _chosen(name: str, files: list[str], kind: str | None) -> list[str]:
         f"{name}: found {number}{that}, expected one; there are: {there}; name one, as in "
         f"'{name}:Q4_K_M'"
     )
+
+
+def _url(name: str) -> str:
+    return f"https://huggingface.co/{name}"
 
 
 def _status(error: Exception) -> int | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from hashlib import blake2b
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeAlias, overload
 
 from . import _core, arguments, hub, tuning
 from .errors import EngineClosedError, InvalidParameterError
@@ -446,6 +446,11 @@ class LLM:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an LLM can't be pickled or copied: load the model in the process that uses it"
+        )
 
     def __repr__(self) -> str:
         return f"<LLM {self.info.name} {self.info.quantization} on {self.device}>"

@@ -20,6 +20,9 @@ from ..quality import GgufType
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's) and give the exit status."""
     parser = _parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        return 2
     args, more = parser.parse_known_args(argv)
     # argparse takes the words of a list in one place: those behind an option are left over.
     if more and (not hasattr(args, "words") or any(word.startswith("-") for word in more)):
@@ -84,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("words", nargs="*", metavar="[MODEL] [PROMPT]", help="see above")
     run.add_argument("-m", "--model", help="the model; then the one argument is the prompt")
     run.add_argument("-s", "--system", metavar="TEXT", help="a system message to begin with")
+    run.add_argument("--chat-template", metavar="FILE", help="Jinja, instead of the model's own")
     run.add_argument("--raw", action="store_true", help="continue the prompt as plain text")
     run.add_argument("--stats", action="store_true", help="print counts and speed to stderr")
     sampling = run.add_argument_group("sampling (default: what the model's files say)")

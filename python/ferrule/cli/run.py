@@ -7,7 +7,9 @@ import contextlib
 import dataclasses
 import json
 import sys
+from typing import Any
 
+from .. import arguments
 from ..errors import FerruleError, InvalidParameterError
 from ..hub import is_model_name
 from ..llm import LLM
@@ -33,9 +35,11 @@ def main(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
             return 2
-    threads = {} if args.threads is None else {"threads": args.threads}
+    more: dict[str, Any] = {} if args.threads is None else {"threads": args.threads}
+    if args.chat_template is not None:
+        more["chat_template"] = arguments.text_file("--chat-template", args.chat_template)
     params = SamplingParams(**sampling_keywords(args))
-    with LLM(model, **model_keywords(args), **threads) as llm:
+    with LLM(model, **model_keywords(args), **more) as llm:
         tell(llm)
         if chat_on_terminal:
             return _chat(llm, params, args)

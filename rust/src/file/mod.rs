@@ -408,7 +408,10 @@ fn nothing_to_open(folder: &Path) -> Result<Error> {
     let names = names(folder)?;
     let torch = |name: &&String| [".bin", ".pt", ".pth"].iter().any(|end| name.ends_with(end));
     let remedy = match names.iter().find(torch) {
-        Some(name) => format!("; convert {name} to safetensors"),
+        Some(name) => format!(
+            "; convert {name} to safetensors (transformers: \
+             AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder))"
+        ),
         None => String::new(),
     };
     let found = match names.len() {
