@@ -195,7 +195,7 @@ class Defaults:
         for token, _ in out["logit_bias"]:
             if not hasattr(token, "__index__"):
                 raise TypeError(f"logit_bias: found key {token!r}, expected token ids")
-        stop = params.stop or [] if params.stop != "" else ""
+        stop = () if params.stop is None else params.stop
         out["stop"] = [stop] if isinstance(stop, str) else list(stop)
         out["stop_token_ids"] = list(params.stop_token_ids or ())
         out["logits_processors"] = list(params.logits_processors or ())

@@ -115,7 +115,7 @@ fn open<B: Backend>(
         return Err(Error::format(
             folder,
             format!(
-                "eos_token_id of generation_config.json (or config.json): found {id}, expected an id below {}",
+                "eos_token_id (of generation_config.json, config.json or the tokenizer): found {id}, expected an id below {}",
                 spec.vocab
             ),
         ));
