@@ -1,12 +1,17 @@
-"""Models that several tests share. Loading one takes milliseconds."""
+"""Models that several tests share (loading one takes milliseconds), and that no property test is timed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from ferrule import LLM
+
+# A slow machine is not a wrong answer.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -135,7 +135,7 @@ def test_stop_strings(llm: LLM) -> None:
         assert "".join(chunk.text for chunk in stream) == cut
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 120), st.integers(1, 9), st.integers(0, 3))
 def test_any_stop_string(llm: LLM, start: int, length: int, seed: int) -> None:
     """Streamed or not, the answer ends before the first stop string."""
@@ -287,7 +287,7 @@ def test_user_text_can_be_told_from_special_tokens(llm: LLM) -> None:
     assert llm.detokenize(plain) == "<|end|>"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(alphabet=st.characters(codec="utf-8")))
 def test_text_comes_back(llm: LLM, text: str) -> None:
     ids = llm.tokenize(text)
@@ -295,7 +295,7 @@ def test_text_comes_back(llm: LLM, text: str) -> None:
     assert llm.detokenize(np.array(ids, np.int64)) == text
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 2047), min_size=1, max_size=30), st.integers(0, 1000))
 def test_streams_of_any_ids(llm: LLM, forced: list[int], seed: int) -> None:
     """Whatever ids come, also broken UTF-8: joined chunks are the text, whole characters each."""

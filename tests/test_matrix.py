@@ -23,7 +23,7 @@ def blocks(x: np.ndarray) -> list[np.ndarray]:
     return [x[:, i : i + BLOCK] for i in range(0, x.shape[1], BLOCK)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 70),
     st.integers(1, 600),

@@ -40,7 +40,7 @@ def test_every_field_is_a_keyword() -> None:
     assert names == list(Fields.__annotations__)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.fixed_dictionaries({}, optional=FIELDS))
 def test_any_values(llm: LLM, fields: dict[str, Any]) -> None:
     try:

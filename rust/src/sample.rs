@@ -97,6 +97,7 @@ pub struct Scratch {
     keys: Vec<u64>,
     kept: Vec<Token>,
     ranked: Vec<Ranked>,
+    edited: Vec<f32>,
 }
 
 /// A coin in [0, 1): a function of seed and position alone. SplitMix64's finalizer (Steele, Lea and Flood 2014)
@@ -177,6 +178,45 @@ pub fn edits(
         }
     }
     all
+}
+
+/// How a token is drawn from a row of logits.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Draw<'a> {
+    /// What changes the logits first.
+    pub edits: Vec<Edit>,
+    /// The filters and the temperature.
+    pub sampling: &'a Sampling,
+    /// From 0 to 1.
+    pub coin: f64,
+}
+
+impl Draw<'_> {
+    /// The token; `None` if the logits are no numbers, or if none is allowed.
+    pub fn token(&self, logits: &[f32], scratch: &mut Scratch) -> Option<u32> {
+        if !finite(logits) {
+            return None;
+        }
+        if self.edits.is_empty() {
+            return draw(self.sampling, logits, self.coin, scratch).ok();
+        }
+        let mut edited = std::mem::take(&mut scratch.edited);
+        edited.clear();
+        edited.extend_from_slice(logits);
+        for edit in &self.edits {
+            let logit = &mut edited[edit.id as usize];
+            *logit = edit.apply(*logit);
+        }
+        let token = draw(self.sampling, &edited, self.coin, scratch).ok();
+        scratch.edited = edited;
+        token
+    }
+}
+
+/// Whether none is NaN or infinite; -inf may stand for "never".
+pub fn finite(logits: &[f32]) -> bool {
+    // Without an early exit, so that it vectorizes.
+    logits.iter().fold(true, |good, x| good & (*x < f32::INFINITY))
 }
 
 /// Applies [`edits`] to `logits` in place.

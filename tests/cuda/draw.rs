@@ -2,14 +2,13 @@
 
 use ferrule::backend::cpu::Cpu;
 use ferrule::backend::cuda::Cuda;
-use ferrule::backend::{Backend, Draw};
+use ferrule::backend::{Backend, Draw, Edit};
 use ferrule::sample::{Sampling, Scratch, adjust, coin, draw, edits};
 
 #[test]
 #[ignore = "on the emulated driver: see main.rs"]
 fn tokens() {
     let cuda = Cuda::new(None, Cpu::new(1, None).unwrap()).unwrap();
-    assert!(cuda.draws());
     let mut state = 5u32;
     let mut next = || {
         state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -48,12 +47,8 @@ fn tokens() {
                     continue; // slow, and no other code
                 }
                 let sampling = Sampling { temperature, min_p, top_k, top_p, ..Sampling::default() };
-                let least = sampling.least_weight().unwrap();
-                let top_k = if top_k < vocab { top_k as u32 } else { 0 };
                 let coins = [0.0, coin(round as u64, 1), coin(9, vocab as u64), 1.0 - f64::EPSILON];
-                let edits = Vec::new();
-                let plain = Draw { edits, temperature, least, coin: 0.0, top_k, top_p };
-                let how = coins.map(|coin| Draw { coin, ..plain.clone() });
+                let how = coins.map(|coin| Draw { edits: Vec::new(), sampling: &sampling, coin });
                 let found = cuda.draw(&cuda.upload(&logits, vocab), &how);
                 cuda.finish().unwrap();
                 for (r, coin) in coins.into_iter().enumerate() {
@@ -69,22 +64,28 @@ fn tokens() {
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let mut logits = vec![if bad < 0.0 { bad } else { 1.0 }; 2500];
         logits[2400] = bad;
-        let edits = Vec::new();
-        let plain = Draw { edits, temperature: 0.0, least: 1, coin: 0.5, top_k: 0, top_p: 1.0 };
-        let how = [
-            plain.clone(),
-            Draw { temperature: 1.0, ..plain.clone() },
-            Draw { temperature: 1.0, top_k: 7, top_p: 0.5, ..plain },
-        ];
+        let rules =
+            [(0.0, 0, 1.0), (1.0, 0, 1.0), (1.0, 7, 0.5)].map(|(temperature, top_k, top_p)| {
+                Sampling { temperature, top_k, top_p, ..Sampling::default() }
+            });
+        let how = rules.each_ref().map(|s| Draw { edits: Vec::new(), sampling: s, coin: 0.5 });
         let found = cuda.draw(&cuda.upload(&[&logits[..]; 3].concat(), 2500), &how);
         assert_eq!(found, [None; 3], "{bad}");
     }
     edited(&cuda);
-    // Typical sampling is not drawn there.
-    let with = |temperature, typical_p| {
-        Sampling { temperature, typical_p, ..Sampling::default() }.least_weight()
-    };
-    assert_eq!([with(1.0, 1.0), with(0.0, 0.5), with(1.0, 0.9)], [Some(1), Some(1), None]);
+    // Typical sampling is not drawn there, and leaves the logits.
+    let rules = [(1.0, 1.0), (0.0, 0.5), (1.0, 0.9)].map(|(temperature, typical_p)| Sampling {
+        temperature,
+        typical_p,
+        ..Sampling::default()
+    });
+    let edit = Edit { id: 1, add: 1.0, penalty: 1.0, subtract: 0.0 };
+    let how = rules.each_ref().map(|s| Draw { edits: vec![edit], sampling: s, coin: 0.0 });
+    let logits = [[5.0f32, 4.5, 4.0]; 3].concat();
+    let buf = cuda.upload(&logits, 3);
+    assert_eq!(cuda.draw(&buf, &how), [Some(0), Some(1), None]);
+    assert_eq!(cuda.read(&buf), logits);
+    cuda.finish().unwrap();
 }
 
 /// Bias, penalties and bans, of other ids in each row; where a row allows nothing, all are as they were.
@@ -125,11 +126,8 @@ fn edited(cuda: &Cuda) {
             let mut row = logits[r * vocab..(r + 1) * vocab].to_vec();
             how.push(Draw {
                 edits: edits(s, vocab, &prompt, &answer, banned, &mut scratch),
-                temperature: s.temperature,
-                least: s.least_weight().unwrap(),
+                sampling: s,
                 coin,
-                top_k: s.top_k as u32,
-                top_p: s.top_p,
             });
             adjust(s, &mut row, &prompt, &answer, banned, &mut scratch);
             want.push(Some(draw(s, &row, coin, &mut scratch).unwrap()));

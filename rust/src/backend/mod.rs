@@ -13,7 +13,7 @@ pub use crate::kernels::{Activation, Form, KvDtype, PAGE, Score};
 pub use crate::quant::{Blocks, Encoded, Kept};
 pub use recurrent::{Core, HeadRows, Heads, Recurrent};
 
-pub use crate::sample::Edit;
+pub use crate::sample::{Draw, Edit};
 
 use crate::Result;
 
@@ -228,23 +228,6 @@ pub struct Parts<'a> {
     /// `false`: one part below the other. `true`: 16 rows of the first of two equal parts, 16 of the second,
     /// and so on, both padded to a multiple of 16 rows, as [`Backend::gated`] wants gate and up.
     pub interleaved: bool,
-}
-
-/// How a token is drawn from a row of logits: as `sample::draw` does, without typical sampling.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Draw {
-    /// What changes the logits first.
-    pub edits: Vec<Edit>,
-    /// 0 = the likeliest, the lowest id of equals.
-    pub temperature: f32,
-    /// Tokens with a smaller weight than this are not drawn; the likeliest has 2^38.
-    pub least: u64,
-    /// From 0 to 1.
-    pub coin: f64,
-    /// Keep the k likeliest; 0 = all.
-    pub top_k: u32,
-    /// Keep the smallest set with at least this probability; 1 = all.
-    pub top_p: f32,
 }
 
 /// A number in the stored weights that is not finite: its part, row and column.
@@ -489,15 +472,9 @@ pub trait Backend: Send + Sync {
     fn scale(&self, x: &mut Self::Buf, scale: f32);
     /// `x = cap * tanh(x / cap)`.
     fn softcap(&self, x: &mut Self::Buf, cap: f32);
-    /// Whether there is [`Backend::draw`].
-    fn draws(&self) -> bool {
-        false
-    }
-    /// A token from each row of logits; `None` where they are no numbers, or allow no token. Then all logits are as they were,
-    /// else unspecified.
-    fn draw(&self, _logits: &Self::Buf, _how: &[Draw]) -> Vec<Option<u32>> {
-        Vec::new()
-    }
+    /// A token from each row of logits, as [`Draw::token`] does; also `None` where this back end does not know how. Then
+    /// all logits are as they were, else unspecified.
+    fn draw(&self, logits: &Self::Buf, how: &[Draw<'_>]) -> Vec<Option<u32>>;
     /// Activations as they lie, `[rows, width]`.
     fn read(&self, x: &Self::Buf) -> Vec<f32>;
 }

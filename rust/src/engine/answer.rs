@@ -4,7 +4,7 @@
 use super::text::{Piece, Text};
 use super::{Event, FinishReason, Request, RequestId, TokenLogprobs};
 use crate::model::Draw;
-use crate::sample::{self, Sampling, Scratch};
+use crate::sample::{self, Scratch};
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 use std::ops::Range;
@@ -74,22 +74,22 @@ impl Answer {
     }
 
     /// How the token after `tokens` is drawn, if it may be drawn where the logits are: if nothing else looks at them.
-    pub(super) fn drawn(&self, tokens: &[u32], scratch: &mut Scratch) -> Option<Draw> {
+    pub(super) fn drawn(&self, tokens: &[u32], scratch: &mut Scratch) -> Option<Draw<'_>> {
         let request = &self.request;
         let answered = tokens.len().checked_sub(self.prompt_tokens)?;
         let seen = self.scores_prompt()
             || request.logprobs.is_some()
             || !request.processors.is_empty()
             || self.limit == 0;
-        let Sampling { temperature, top_k, top_p, seed, .. } = request.sampling;
-        let least = request.sampling.least_weight().filter(|_| !seen)?;
-        let top_k = if top_k < self.vocab { top_k as u32 } else { 0 };
-        let coin = sample::coin(seed, answered as u64);
+        if seen {
+            return None;
+        }
+        let sampling = &request.sampling;
+        let coin = sample::coin(sampling.seed, answered as u64);
         let (prompt, answer) = tokens.split_at(self.prompt_tokens);
         let banned = self.banned(answered);
-        let sampling = &request.sampling;
         let edits = sample::edits(sampling, self.vocab, prompt, answer, banned, scratch);
-        Some(Draw { edits, temperature, least, coin, top_k, top_p })
+        Some(Draw { edits, sampling, coin })
     }
 
     /// What must not come after so many tokens.
@@ -248,8 +248,7 @@ impl Answer {
 
 /// A model's logits are numbers; -inf may stand for "never".
 fn check_finite(logits: &[f32], position: usize) -> Result<()> {
-    // Without an early exit, so that it vectorizes.
-    if logits.iter().fold(true, |good, x| good & (*x < f32::INFINITY)) {
+    if sample::finite(logits) {
         return Ok(());
     }
     match logits.iter().position(|x| x.is_nan() || *x == f32::INFINITY) {

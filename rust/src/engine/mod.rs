@@ -193,12 +193,9 @@ impl<M: Forward> Engine<M> {
         // A row for each that ends at its last token; where all of them are only drawn from, the model does it.
         let wants = batch.iter().zip(&plan).filter(|(chunk, _)| chunk.wanted != Wanted::None);
         let scratch = &mut self.scratch;
-        let draws: Option<Vec<Draw>> = match self.model.draws() {
-            true => wants
-                .map(|(_, work)| slots[work.slot].data.drawn(&slots[work.slot].tokens, scratch))
-                .collect(),
-            false => None,
-        };
+        let draws: Option<Vec<Draw<'_>>> = wants
+            .map(|(_, work)| slots[work.slot].data.drawn(&slots[work.slot].tokens, scratch))
+            .collect();
         let computed = match draws.filter(|draws| !draws.is_empty()) {
             Some(draws) => self
                 .model

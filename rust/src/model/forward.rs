@@ -373,15 +373,11 @@ impl<B: Backend> Forward for Model<B> {
         Ok(logits.unwrap_or_default())
     }
 
-    fn draws(&self) -> bool {
-        self.backend.draws()
-    }
-
     fn forward_and_draw(
         &self,
         kv: &mut Kv<B>,
         batch: &[Chunk<'_>],
-        draws: &[Draw],
+        draws: &[Draw<'_>],
         interrupt: &AtomicBool,
     ) -> Result<Vec<Drawn>> {
         let vocab = self.vocab();

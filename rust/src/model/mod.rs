@@ -91,7 +91,7 @@ pub enum Wanted {
 pub enum Drawn {
     /// The token drawn from them.
     Token(u32),
-    /// The logits, which are no numbers or allow no token.
+    /// The logits, which are no numbers, allow no token, or are not drawn from where they are.
     Logits(Vec<f32>),
 }
 
@@ -123,19 +123,16 @@ pub trait Forward {
         batch: &[Chunk<'_>],
         interrupt: &AtomicBool,
     ) -> Result<Vec<f32>>;
-    /// Whether there is `forward_and_draw`.
-    fn draws(&self) -> bool {
-        false
-    }
-    /// As `forward`, and draws a token from each of the wanted rows where they are, so that they need not be read.
+    /// As `forward`, and draws a token from each of the wanted rows where it is, if that can be done.
     fn forward_and_draw(
         &self,
-        _kv: &mut Self::Kv,
-        _batch: &[Chunk<'_>],
-        _draws: &[Draw],
-        _interrupt: &AtomicBool,
+        kv: &mut Self::Kv,
+        batch: &[Chunk<'_>],
+        _draws: &[Draw<'_>],
+        interrupt: &AtomicBool,
     ) -> Result<Vec<Drawn>> {
-        Ok(Vec::new())
+        let logits = self.forward(kv, batch, interrupt)?;
+        Ok(logits.chunks(self.vocab()).map(|row| Drawn::Logits(row.to_vec())).collect())
     }
 }
 

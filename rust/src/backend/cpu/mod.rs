@@ -26,10 +26,11 @@ pub use recurrent::States;
 pub use statistics::Inputs;
 
 use super::{
-    Activation, Attention, Backend, Expert, HeadRows, KvDtype, KvLayer, Latent, NotFinite, Part,
-    Parts, Place, QkNorm, Recurrent, Routing, Score, Span,
+    Activation, Attention, Backend, Draw, Expert, HeadRows, KvDtype, KvLayer, Latent, NotFinite,
+    Part, Parts, Place, QkNorm, Recurrent, Routing, Score, Span,
 };
 use crate::kernels::{Acts, Form, Kernels, layout};
+use crate::sample::Scratch;
 use crate::{Error, Result};
 use layout::ROWS;
 use memory::Disjoint;
@@ -47,6 +48,8 @@ pub struct Cpu {
     acts: Mutex<ActBuf>,
     moe: Mutex<moe::Scratch>,
     heads: Mutex<latent::Scratch>,
+    /// Of each thread.
+    draws: Vec<Mutex<Scratch>>,
     /// Sums over what matrices are multiplied by, while they are asked for.
     inputs: Option<Mutex<Inputs>>,
 }
@@ -144,6 +147,7 @@ impl Cpu {
             acts: Mutex::default(),
             moe: Mutex::default(),
             heads: Mutex::default(),
+            draws: (0..threads).map(|_| Mutex::default()).collect(),
             inputs: None,
         })
     }
@@ -515,6 +519,27 @@ impl Backend for Cpu {
             // SAFETY: each row is claimed by one thread.
             self.kernels.softcap(unsafe { values.part(r * width..(r + 1) * width) }, cap);
         });
+    }
+
+    fn draw(&self, logits: &Buf, how: &[Draw<'_>]) -> Vec<Option<u32>> {
+        let ids = Mutex::new(vec![None; how.len()]);
+        let threads = self.pool.threads().min(how.len());
+        let claims = Claims::new(how.len(), threads.max(1), 1);
+        let work = |thread: usize| {
+            claims.each(thread, |rows| {
+                let mut scratch = self.draws[thread].lock().unwrap_or_else(|e| e.into_inner());
+                for r in rows {
+                    let id = how[r].token(logits.row(r), &mut scratch);
+                    ids.lock().unwrap_or_else(|e| e.into_inner())[r] = id;
+                }
+            });
+        };
+        if threads > 1 {
+            self.pool.run(&work)
+        } else {
+            work(0)
+        }
+        ids.into_inner().unwrap_or_else(|e| e.into_inner())
     }
 
     fn read(&self, x: &Buf) -> Vec<f32> {

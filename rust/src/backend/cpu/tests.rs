@@ -381,3 +381,41 @@ fn queries_grow_with_their_position() {
     assert_eq!(plain.values()[..every * 2 * d], grown.values()[..every * 2 * d]);
     assert_ne!(plain.row(every), grown.row(every));
 }
+
+#[test]
+fn each_row_gets_the_token_that_its_rules_give_it() {
+    use crate::sample::{self, Edit, Sampling};
+    let (vocab, rows) = (700, 7);
+    let mut logits: Vec<f32> = noise(vocab * rows, 5).iter().map(|x| 4.0 * x).collect();
+    logits[3 * vocab + 9] = f32::NAN;
+    logits[4 * vocab..5 * vocab].fill(f32::NEG_INFINITY);
+    let rules = [(0.0, 1.0), (1.0, 1.0), (0.7, 0.9)].map(|(temperature, typical_p)| Sampling {
+        temperature,
+        typical_p,
+        top_p: 0.95,
+        ..Sampling::default()
+    });
+    let favour = |id, add| Edit { id, add, penalty: 1.0, subtract: 0.0 };
+    let how: Vec<_> = (0..rows)
+        .map(|r| Draw {
+            edits: if r < 5 { Vec::new() } else { vec![favour(r as u32, 90.0)] },
+            sampling: &rules[r % 3],
+            coin: sample::coin(r as u64, 0),
+        })
+        .collect();
+    let mut scratch = Scratch::default();
+    let mut want: Vec<_> = (0..rows)
+        .map(|r| {
+            let row = &logits[r * vocab..][..vocab];
+            sample::draw(how[r].sampling, row, how[r].coin, &mut scratch).ok()
+        })
+        .collect();
+    want[3] = None;
+    (want[5], want[6]) = (Some(5), Some(6));
+    assert_eq!(want[4], None);
+    let logits = Buf::new(logits, vocab);
+    for threads in [1, 2, 3, 9] {
+        let cpu = Cpu::new(threads, None).unwrap();
+        assert_eq!(cpu.draw(&logits, &how), want, "{threads}");
+    }
+}

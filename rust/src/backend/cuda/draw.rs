@@ -1,21 +1,27 @@
 //! Tokens drawn where the logits are, as launches. Reads back ids and nothing else.
 
 use super::{Buf, Cuda, Draw, THREADS, launch};
+use crate::sample::Sampling;
 
 impl Cuda {
     /// [`Backend::draw`](super::Backend::draw).
-    pub(super) fn draw_tokens(&self, logits: &Buf, how: &[Draw]) -> Vec<Option<u32>> {
+    pub(super) fn draw_tokens(&self, logits: &Buf, how: &[Draw<'_>]) -> Vec<Option<u32>> {
         let rows = logits.rows;
         assert_eq!(rows, how.len());
         // Blocks of a part of a row each: enough of them for one row to keep a device busy.
         let parts = (logits.width / 2048).clamp(1, 64);
         let halves = |x: u64| [x as u32, (x >> 32) as u32];
-        let words = how.iter().flat_map(|d| {
-            let per_temperature = 1.0 / f64::from(d.temperature);
-            let share = f64::from(d.top_p).to_bits();
-            let numbers = [per_temperature.to_bits(), d.least, d.coin.to_bits(), share];
-            let greedy = (d.temperature == 0.0).into();
-            numbers.map(halves).into_iter().flatten().chain([greedy, d.top_k])
+        // Typical sampling is the host's.
+        let here = how.iter().map(|d| d.sampling.least_weight()).collect::<Vec<_>>();
+        let top_k = |s: &Sampling| if s.top_k < logits.width { s.top_k as u32 } else { 0 };
+        let words = how.iter().zip(&here).flat_map(|(d, least)| {
+            let s = d.sampling;
+            let per_temperature = 1.0 / f64::from(s.temperature);
+            let share = f64::from(s.top_p).to_bits();
+            let least = least.unwrap_or(1);
+            let numbers = [per_temperature.to_bits(), least, d.coin.to_bits(), share];
+            let greedy = (s.temperature == 0.0).into();
+            numbers.map(halves).into_iter().flatten().chain([greedy, top_k(s)])
         });
         let words: Vec<u32> = words.collect();
         let edited: usize = how.iter().map(|d| d.edits.len()).sum();
@@ -27,7 +33,8 @@ impl Cuda {
         let limits = best + 8 * (rows * parts) as u64;
         let sums = limits + 8 * rows as u64;
         let out = sums + 8 * (rows * parts) as u64;
-        let filters = how.iter().any(|d| d.temperature > 0.0 && (d.top_k > 0 || d.top_p < 1.0));
+        let filtered = |s: &Sampling| s.temperature > 0.0 && (top_k(s) > 0 || s.top_p < 1.0);
+        let filters = how.iter().any(|d| filtered(d.sampling));
         let params = launch::Draw {
             logits: logits.at,
             how: self.device.input(&words),
@@ -57,8 +64,10 @@ impl Cuda {
         self.launch("draw_sums", [rows, parts, 1], THREADS, &params);
         self.launch("draw_pick", [rows, 1, 1], THREADS, &params);
         let ids = self.device.download(out, rows);
-        let id = |x: &f32| Some(x.to_bits()).filter(|&id| (id as usize) < logits.width);
-        let ids: Vec<_> = ids.iter().map(id).collect();
+        let id = |(x, least): (&f32, Option<u64>)| {
+            Some(x.to_bits()).filter(|&id| least.is_some() && (id as usize) < logits.width)
+        };
+        let ids: Vec<_> = ids.iter().zip(here).map(id).collect();
         if edited > 0 && ids.contains(&None) {
             self.launch("edit", [rows, 1, 1], THREADS, &launch::Edits { restore: 1, ..edits });
         }
@@ -67,7 +76,7 @@ impl Cuda {
 }
 
 /// The first edit of each row and the end of all, padded to 16 bytes; then the edits.
-fn edit_words(how: &[Draw]) -> Vec<u32> {
+fn edit_words(how: &[Draw<'_>]) -> Vec<u32> {
     let mut words = vec![0];
     for d in how {
         words.push(words[words.len() - 1] + d.edits.len() as u32);

@@ -508,11 +508,7 @@ impl Backend for Cuda {
         self.each(3, x.at, 0, x, launch::Each { scale: cap, ..launch::Each::default() });
     }
 
-    fn draws(&self) -> bool {
-        true
-    }
-
-    fn draw(&self, logits: &Buf, how: &[Draw]) -> Vec<Option<u32>> {
+    fn draw(&self, logits: &Buf, how: &[Draw<'_>]) -> Vec<Option<u32>> {
         self.draw_tokens(logits, how)
     }
 

@@ -577,12 +577,11 @@ impl Backend for Split {
         on!(self, x.side(), softcap(change x, as_is cap));
     }
 
-    fn draws(&self) -> bool {
-        true
-    }
-
-    fn draw(&self, logits: &Buf, how: &[Draw]) -> Vec<Option<u32>> {
-        self.cuda.draw(&self.on_cuda(logits), how)
+    fn draw(&self, logits: &Buf, how: &[Draw<'_>]) -> Vec<Option<u32>> {
+        match logits.side() {
+            Side::Cpu => self.cpu().draw(&logits.cpu.borrow(), how),
+            Side::Cuda => self.cuda.draw(&logits.cuda.borrow(), how),
+        }
     }
 
     fn read(&self, x: &Buf) -> Vec<f32> {

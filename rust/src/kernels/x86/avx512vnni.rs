@@ -1,7 +1,8 @@
 //! AVX-512 with VNNI: 16 rows are the 16 lanes of one register.
 //!
-//! Few tokens read the packed weights as they lie. More tokens unpack a block of 32 rows to int8 once
-//! (8 KiB, in L1) and run it against all tokens. Both give the exact integer of each block.
+//! Few tokens multiply the packed weights as they lie; more, 16 at a time, each line after it became int8 in a
+//! register. Many tokens unpack a block of int4 to int8 once (4 KiB, in L1) and run it against all tokens. All give
+//! the exact integer of each block.
 
 use super::super::layout::{Q4_HEADER, Q8_HEADER, ROWS, block_offset};
 use super::super::{Acts, Form, Kernels};
@@ -9,6 +10,7 @@ use super::grouped512;
 use super::zmm::FLOATS;
 use crate::quant::BLOCK;
 use std::arch::x86_64::*;
+use std::ops::Range;
 use std::sync::OnceLock;
 
 pub(in super::super) const KERNELS: Kernels = Kernels {
@@ -24,53 +26,57 @@ pub(in super::super) const KERNELS: Kernels = Kernels {
 /// speed without. Tuned on Emerald Rapids; speed only, never results.
 const NEAR: usize = 2304;
 const FAR: usize = 18_432;
-/// Tokens up to which the packed weights are read directly.
-const DIRECT: usize = 16;
-/// Kernels for one token to eight from the one with that number on.
-type Direct = [unsafe fn(&[u8], &Acts<'_>, &mut [f32], usize); 8];
+/// Kernels for one token to sixteen from the one with that number on.
+type Few = [unsafe fn(&[u8], &Acts<'_>, &mut [f32], usize); 16];
 
-/// A [`Direct`] of the kernel `$kernel`.
-macro_rules! direct {
-    ($kernel:ident, $streams:expr; $($m:literal)+) => { [$($kernel::<$m, $streams>),+] };
+/// [`Few`]: `$direct` for the first numbers of tokens, [`lines`] for the others.
+macro_rules! few {
+    ($direct:ident, $streams:expr; $($few:literal)+; $q4:expr; $($more:literal)+) => {
+        [$($direct::<$few, $streams>,)+ $(lines::<$more, $q4>),+]
+    };
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) unsafe fn gemm_q4(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
-    const KERNELS: Direct = direct!(direct_q4, false; 1 2 3 4 5 6 7 8);
+    const FEW: Few = few!(direct_q4, false; 1 2 3 4 5 6 7 8; true; 9 10 11 12 13 14 15 16);
     // SAFETY: the shapes were checked by `Kernels::gemm`.
     unsafe {
         match a.m {
             1 if streams() => direct_q4::<1, true>(w, a, y, 0),
-            ..=DIRECT => few(&KERNELS, w, a, y),
-            _ => panels::<true>(w, a, y),
+            ..=32 => few(&FEW, w, a, y),
+            _ => panels(w, a, y),
         }
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) unsafe fn gemm_q8(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
-    const KERNELS: Direct = direct!(direct_q8, false; 1 2 3 4 5 6 7 8);
-    const STREAMS: Direct = direct!(direct_q8, true; 1 2 3 4 5 6 7 8);
+    const FEW: Few = few!(direct_q8, false; 1 2 3 4; false; 5 6 7 8 9 10 11 12 13 14 15 16);
+    const STREAMS: Few = few!(direct_q8, true; 1 2 3 4; false; 5 6 7 8 9 10 11 12 13 14 15 16);
     // SAFETY: the shapes were checked by `Kernels::gemm`.
-    unsafe {
-        match a.m {
-            ..=DIRECT if streams() => few(&STREAMS, w, a, y),
-            ..=DIRECT => few(&KERNELS, w, a, y),
-            _ => panels::<false>(w, a, y),
-        }
-    }
+    unsafe { few(if streams() { &STREAMS } else { &FEW }, w, a, y) }
 }
 
-/// All tokens, eight at a time: the weights come from the cache again.
+/// [`Tile`]s of so many tokens.
+macro_rules! tiles {
+    ($($t:literal)+) => { [$(tile::<$t>),+] };
+}
+
+/// All tokens; after the first pass, the weights come from the cache.
 ///
 /// # Safety
 /// As the kernels.
-unsafe fn few(kernels: &Direct, w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
-    for t in (0..a.m).step_by(kernels.len()) {
-        let tokens = (a.m - t).min(kernels.len());
-        // SAFETY: the caller's promise, and there are so many tokens from `t` on.
-        unsafe { kernels[tokens - 1](w, a, y, t) }
+unsafe fn few(kernels: &Few, w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
+    for tokens in passes(a.m) {
+        // SAFETY: the caller's promise, and `passes` gives tokens that there are, at most 16 at once.
+        unsafe { kernels[tokens.len() - 1](w, a, y, tokens.start) }
     }
+}
+
+/// The tokens `0..m` in as few parts of at most 16 as there can be, which are about as long as each other.
+fn passes(m: usize) -> impl Iterator<Item = Range<usize>> {
+    let parts = m.div_ceil(16);
+    (0..parts).map(move |i| i * m / parts..(i + 1) * m / parts)
 }
 
 /// Four consecutive int8 as one 32-bit lane.
@@ -200,11 +206,8 @@ unsafe fn direct_q8<const M: usize, const STREAMS: bool>(
                     prefetch(p);
                 }
                 let lines = p.add(Q8_HEADER);
-                let mut c0 = [_mm512_setzero_si512(); M];
+                let mut c0 = negative::<M>(a, at);
                 let mut c1 = [_mm512_setzero_si512(); M];
-                for (i, c0) in c0.iter_mut().enumerate() {
-                    *c0 = _mm512_set1_epi32(-128 * *a.totals.get_unchecked(at + i));
-                }
                 let mut j = 0;
                 while j < len / 4 {
                     if !STREAMS {
@@ -234,6 +237,99 @@ unsafe fn direct_q8<const M: usize, const STREAMS: bool>(
                 _mm512_storeu_ps(y, acc);
             }
         }
+    }
+}
+
+/// Tokens `t0..t0 + M` against int4 or int8 weights: each line of 16 rows becomes int8 plus 128 in a register, and is
+/// multiplied with all tokens.
+///
+/// # Safety
+/// As [`direct_q4`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn lines<const M: usize, const Q4: bool>(w: &[u8], a: &Acts<'_>, y: &mut [f32], t0: usize) {
+    let (form, header) = if Q4 { (Form::Q4, Q4_HEADER) } else { (Form::Q8, Q8_HEADER) };
+    let size = form.row_block_bytes(a.k);
+    let row_blocks = w.len() / size;
+    let flip = _mm512_set1_epi8(-128);
+    // SAFETY: as in `direct_q4`.
+    unsafe {
+        for rb in 0..row_blocks {
+            let mut acc = [_mm512_setzero_ps(); M];
+            for b in 0..a.blocks() {
+                let p = w.as_ptr().add(rb * size + block_offset(form, b));
+                let len = a.len(b);
+                let q = a.q.as_ptr().add(b * BLOCK * a.m + t0 * len);
+                let at = b * a.m + t0;
+                for line in 0..header / 64 {
+                    prefetch(p.add(64 * line));
+                }
+                let mut c = negative::<M>(a, at);
+                for t in 0..len / 64 {
+                    let q = q.add(64 * t);
+                    if Q4 {
+                        let scales = Scales::read::<0x80>(p, t);
+                        for j in 0..8 {
+                            let line = p.add(header + 512 * t + 64 * j);
+                            prefetch(line);
+                            let (low, high) = scales.apply(_mm512_load_si512(line.cast()));
+                            times(low, q, len, j, &mut c);
+                            times(high, q, len, j + 8, &mut c);
+                        }
+                    } else {
+                        for j in 0..16 {
+                            let line = p.add(header + 1024 * t + 64 * j);
+                            prefetch(line);
+                            let v = _mm512_xor_si512(_mm512_load_si512(line.cast()), flip);
+                            times(v, q, len, j, &mut c);
+                        }
+                    }
+                }
+                let d = _mm512_load_ps(p.cast());
+                for i in 0..M {
+                    let scale = _mm512_mul_ps(d, _mm512_set1_ps(*a.s.get_unchecked(at + i)));
+                    acc[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(c[i]), scale, acc[i]);
+                }
+            }
+            for (i, acc) in acc.into_iter().enumerate() {
+                let y = y.as_mut_ptr().add(((t0 + i) * row_blocks + rb) * ROWS);
+                _mm512_storeu_ps(y, acc);
+            }
+        }
+    }
+}
+
+/// What sums start at whose weights are 128 too large: -128 times the sum of the activations, from `at` on.
+///
+/// # Safety
+/// `at + M` is at most the number of totals.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn negative<const M: usize>(a: &Acts<'_>, at: usize) -> [__m512i; M] {
+    let mut c = [_mm512_setzero_si512(); M];
+    for (i, c) in c.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *c = _mm512_set1_epi32(-128 * unsafe { *a.totals.get_unchecked(at + i) });
+    }
+    c
+}
+
+/// Adds the products of a line with the `j`th four values of each of the tokens, which are `len` apart.
+///
+/// # Safety
+/// So many values can be read from `q` on.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn times<const M: usize>(
+    line: __m512i,
+    q: *const i8,
+    len: usize,
+    j: usize,
+    c: &mut [__m512i; M],
+) {
+    for (i, c) in c.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        let x = unsafe { four(q.add(i * len), j) };
+        *c = _mm512_dpbusd_epi32(*c, line, _mm512_set1_epi32(x));
     }
 }
 
@@ -273,58 +369,84 @@ pub(super) unsafe fn prefetch_block(p: *const u8, size: usize) {
     }
 }
 
-/// Tokens of a tile.
-const TILE: usize = 8;
-
-/// int8 weights of one block of two row blocks, plus 128 each: line `j` of row block `h` at `[h][j]`.
+/// int8 weights of one block of a row block, plus 128 each.
 #[repr(C, align(64))]
-struct Panel([[[u8; 64]; BLOCK / 4]; 2]);
+struct Panel([[u8; 64]; BLOCK / 4]);
 
-/// Many tokens: unpack a block of two row blocks, run all tokens against it, go on along K.
+/// Many tokens against int4 weights: unpack a block of a row block, run all tokens against it, go on along K.
 ///
 /// # Safety
 /// As [`direct_q4`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn panels<const Q4: bool>(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
-    let form = if Q4 { Form::Q4 } else { Form::Q8 };
-    let size = form.row_block_bytes(a.k);
+unsafe fn panels(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
+    const TILES: [Tile; 16] = tiles!(1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16);
+    let size = Form::Q4.row_block_bytes(a.k);
     let row_blocks = w.len() / size;
-    let mut panel = Panel([[[0; 64]; BLOCK / 4]; 2]);
+    let mut panel = Panel([[0; 64]; BLOCK / 4]);
     // SAFETY: as in `direct_q4`.
     unsafe {
-        let mut rb = 0;
-        while rb < row_blocks {
-            let pair = (row_blocks - rb).min(2);
+        for rb in 0..row_blocks {
             for b in 0..a.blocks() {
-                let mut d = [_mm512_setzero_ps(); 2];
-                for h in 0..pair {
-                    let block = w.as_ptr().add((rb + h) * size + block_offset(form, b));
-                    d[h] = _mm512_load_ps(block.cast());
-                    let out: *mut u8 = panel.0[h].as_mut_ptr().cast();
-                    for t in 0..a.len(b) / 64 {
-                        if Q4 {
-                            unpack::<0x80>(block, t, out.add(1024 * t));
-                        } else {
-                            flip(block.add(Q8_HEADER + 1024 * t), out.add(1024 * t));
-                        }
-                    }
+                let block = w.as_ptr().add(rb * size + block_offset(Form::Q4, b));
+                for t in 0..a.len(b) / 64 {
+                    unpack::<0x80>(block, t, panel.0.as_mut_ptr().cast::<u8>().add(1024 * t));
                 }
-                let mut t = 0;
-                while t < a.m {
-                    let out = y.as_mut_ptr().add((t * row_blocks + rb) * ROWS);
-                    let ld = row_blocks * ROWS;
-                    t += match (pair, a.m - t) {
-                        (2, TILE..) => tile::<TILE, 2>(&panel, a, b, t, &d, out, ld),
-                        (2, 4..) => tile::<4, 2>(&panel, a, b, t, &d, out, ld),
-                        (2, 2..) => tile::<2, 2>(&panel, a, b, t, &d, out, ld),
-                        (2, _) => tile::<1, 2>(&panel, a, b, t, &d, out, ld),
-                        (_, TILE..) => tile::<TILE, 1>(&panel, a, b, t, &d, out, ld),
-                        _ => tile::<1, 1>(&panel, a, b, t, &d, out, ld),
-                    };
+                let d = _mm512_load_ps(block.cast());
+                for tokens in passes(a.m) {
+                    let y = y.as_mut_ptr().add((tokens.start * row_blocks + rb) * ROWS);
+                    TILES[tokens.len() - 1](&panel, a, b, tokens.start, d, y, row_blocks * ROWS);
                 }
             }
-            rb += pair;
         }
+    }
+}
+
+/// How the nibbles of a sub-block become int8, for the low and the high ones: times the scale in each 16-bit half,
+/// minus the byte. `q <= 15` and `scale <= 16`: both products of a half stay in their bytes.
+struct Scales([(__m512i, __m512i); 2]);
+
+impl Scales {
+    /// Of sub-block `t` (64 k) of an int4 block of 16 rows; the int8 will be xor `FLIP`.
+    ///
+    /// # Safety
+    /// `block` is an int4 block with more than `64 * t` k, 64-byte aligned.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    unsafe fn read<const FLIP: u8>(block: *const u8, t: usize) -> Scales {
+        // Times this, the low byte of a lane stands in all four.
+        let all = _mm512_set1_epi32(0x0101_0101);
+        let one = _mm512_set1_epi32(1);
+        let flip = _mm512_set1_epi8(FLIP as i8);
+        // SAFETY: the caller's promise.
+        let (codes, mn) = unsafe {
+            let codes = _mm_load_si128(block.add(64 + 16 * t).cast());
+            (codes, _mm256_load_si256(block.add(128 + 32 * t).cast()))
+        };
+        let codes = _mm512_cvtepu8_epi32(codes);
+        let s0 = _mm512_add_epi32(_mm512_and_si512(codes, _mm512_set1_epi32(15)), one);
+        let s0 = _mm512_or_si512(s0, _mm512_slli_epi32::<16>(s0));
+        let s1 = _mm512_add_epi32(_mm512_srli_epi32::<4>(codes), one);
+        let s1 = _mm512_or_si512(s1, _mm512_slli_epi32::<16>(s1));
+        let mn = _mm512_cvtepu16_epi32(mn);
+        let m0 = _mm512_and_si512(mn, _mm512_set1_epi32(255));
+        let m1 = _mm512_srli_epi32::<8>(mn);
+        // Byte offsets, all four bytes of a lane alike; 0xff * 0x01010101 does not overflow. Modulo 256: subtracting
+        // mn ^ 0x80 is subtracting mn and adding 128.
+        let m0 = _mm512_xor_si512(_mm512_mullo_epi32(m0, all), flip);
+        let m1 = _mm512_xor_si512(_mm512_mullo_epi32(m1, all), flip);
+        Scales([(s0, m0), (s1, m1)])
+    }
+
+    /// The int8 of a line's low nibbles and of its high ones.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+    fn apply(&self, line: __m512i) -> (__m512i, __m512i) {
+        let nibble = _mm512_set1_epi8(0x0f);
+        let low = _mm512_and_si512(line, nibble);
+        let high = _mm512_and_si512(_mm512_srli_epi16::<4>(line), nibble);
+        let [(s0, m0), (s1, m1)] = self.0;
+        let low = _mm512_sub_epi8(_mm512_mullo_epi16(low, s0), m0);
+        (low, _mm512_sub_epi8(_mm512_mullo_epi16(high, s1), m1))
     }
 }
 
@@ -336,107 +458,51 @@ unsafe fn panels<const Q4: bool>(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 pub(super) unsafe fn unpack<const FLIP: u8>(block: *const u8, t: usize, out: *mut u8) {
-    let nibble = _mm512_set1_epi8(0x0f);
-    // Times this, the low byte of a lane stands in all four.
-    let all = _mm512_set1_epi32(0x0101_0101);
-    let one = _mm512_set1_epi32(1);
-    let flip = _mm512_set1_epi8(FLIP as i8);
     // SAFETY: the caller's promise.
     unsafe {
         // A quarter of the header.
         prefetch(block.add(64 * t));
-        let codes = _mm512_cvtepu8_epi32(_mm_load_si128(block.add(64 + 16 * t).cast()));
-        let low = _mm512_and_si512(codes, _mm512_set1_epi32(15));
-        let high = _mm512_srli_epi32::<4>(codes);
-        // sc <= 16 and q <= 15: both products of a 16-bit half stay in their bytes.
-        let s0 = _mm512_add_epi32(low, one);
-        let s0 = _mm512_or_si512(s0, _mm512_slli_epi32::<16>(s0));
-        let s1 = _mm512_add_epi32(high, one);
-        let s1 = _mm512_or_si512(s1, _mm512_slli_epi32::<16>(s1));
-        let mn = _mm512_cvtepu16_epi32(_mm256_load_si256(block.add(128 + 32 * t).cast()));
-        let m0 = _mm512_and_si512(mn, _mm512_set1_epi32(255));
-        let m1 = _mm512_srli_epi32::<8>(mn);
-        // Byte offsets, all four bytes of a lane alike; 0xff * 0x01010101 does not overflow.
-        let m0 = _mm512_xor_si512(_mm512_mullo_epi32(m0, all), flip);
-        let m1 = _mm512_xor_si512(_mm512_mullo_epi32(m1, all), flip);
+        let scales = Scales::read::<FLIP>(block, t);
         for j in 0..8 {
             let line = block.add(Q4_HEADER + 512 * t + 64 * j);
             prefetch(line);
-            let v = _mm512_load_si512(line.cast());
-            let lo = _mm512_and_si512(v, nibble);
-            let hi = _mm512_and_si512(_mm512_srli_epi16::<4>(v), nibble);
-            // Modulo 256: subtracting mn ^ 0x80 is subtracting mn and adding 128.
-            let lo = _mm512_sub_epi8(_mm512_mullo_epi16(lo, s0), m0);
-            let hi = _mm512_sub_epi8(_mm512_mullo_epi16(hi, s1), m1);
-            _mm512_store_si512(out.add(64 * j).cast(), lo);
-            _mm512_store_si512(out.add(64 * j + 512).cast(), hi);
+            let (low, high) = scales.apply(_mm512_load_si512(line.cast()));
+            _mm512_store_si512(out.add(64 * j).cast(), low);
+            _mm512_store_si512(out.add(64 * j + 512).cast(), high);
         }
     }
 }
 
-/// Copies 16 lines of an int8 block, plus 128.
-///
-/// # Safety
-/// As [`unpack`], for int8 lines.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn flip(lines: *const u8, out: *mut u8) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        for j in 0..16 {
-            prefetch(lines.add(64 * j));
-            let v = _mm512_load_si512(lines.add(64 * j).cast());
-            let v = _mm512_xor_si512(v, _mm512_set1_epi8(-128));
-            _mm512_store_si512(out.add(64 * j).cast(), v);
-        }
-    }
-}
+/// [`tile`] of a number of tokens.
+type Tile = unsafe fn(&Panel, &Acts<'_>, usize, usize, __m512, *mut f32, usize);
 
-/// `T` tokens against `R` row blocks of the panel: one block's exact integers, then the float step into
-/// `y`. Block 0 starts from zero. Gives `T`.
+/// `T` tokens from `t` on against block `b`: its exact integers, then the float step into `y`. Block 0 starts from zero.
 ///
 /// # Safety
-/// `t + T <= a.m`; `y` has `T` rows `ld` apart with `16 * R` values each.
-#[inline]
+/// `t + T <= a.m`; `y` has `T` rows `ld` apart with 16 values each.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn tile<const T: usize, const R: usize>(
+unsafe fn tile<const T: usize>(
     panel: &Panel,
     a: &Acts<'_>,
     b: usize,
     t: usize,
-    d: &[__m512; 2],
+    d: __m512,
     y: *mut f32,
     ld: usize,
-) -> usize {
-    let len = a.len(b);
-    // SAFETY: the caller's promise, and the panel has `len / 4` lines for each row block.
+) {
+    let (len, at) = (a.len(b), b * a.m + t);
+    // SAFETY: the caller's promise, and the panel has `len / 4` lines.
     unsafe {
         let q = a.q.as_ptr().add(b * BLOCK * a.m + t * len);
-        let mut c = [[_mm512_setzero_si512(); R]; T];
-        for (i, c) in c.iter_mut().enumerate() {
-            *c = [_mm512_set1_epi32(-128 * *a.totals.get_unchecked(b * a.m + t + i)); R];
-        }
-        for j in 0..len / 4 {
-            let mut w = [_mm512_setzero_si512(); R];
-            for (h, w) in w.iter_mut().enumerate() {
-                *w = _mm512_load_si512(panel.0.get_unchecked(h).get_unchecked(j).as_ptr().cast());
-            }
-            for i in 0..T {
-                let x = _mm512_set1_epi32(four(q.add(i * len), j));
-                for h in 0..R {
-                    c[i][h] = _mm512_dpbusd_epi32(c[i][h], w[h], x);
-                }
-            }
+        let mut c = negative::<T>(a, at);
+        for (j, line) in panel.0[..len / 4].iter().enumerate() {
+            times(_mm512_load_si512(line.as_ptr().cast()), q, len, j, &mut c);
         }
         for (i, c) in c.iter().enumerate() {
-            let s = _mm512_set1_ps(*a.s.get_unchecked(b * a.m + t + i));
-            for h in 0..R {
-                let y = y.add(i * ld + h * ROWS);
-                let acc = if b == 0 { _mm512_setzero_ps() } else { _mm512_loadu_ps(y) };
-                let dot = _mm512_cvtepi32_ps(c[h]);
-                _mm512_storeu_ps(y, _mm512_fmadd_ps(dot, _mm512_mul_ps(d[h], s), acc));
-            }
+            let y = y.add(i * ld);
+            let acc = if b == 0 { _mm512_setzero_ps() } else { _mm512_loadu_ps(y) };
+            let scale = _mm512_mul_ps(d, _mm512_set1_ps(*a.s.get_unchecked(at + i)));
+            _mm512_storeu_ps(y, _mm512_fmadd_ps(_mm512_cvtepi32_ps(*c), scale, acc));
         }
     }
-    T
 }
