@@ -243,7 +243,7 @@ fn says_what_a_folder_holds_instead() {
     folder.write("pytorch_model.bin", "x");
     let found = message(Checkpoint::open(&folder.0));
     assert!(
-        found.ends_with("found pytorch_model.bin; convert pytorch_model.bin to safetensors"),
+        found.contains("found pytorch_model.bin; convert pytorch_model.bin to safetensors (trans"),
         "{found}"
     );
     fs::create_dir(folder.0.join("model.safetensors")).unwrap();

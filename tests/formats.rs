@@ -212,6 +212,16 @@ fn the_readme_has_the_table_of_formats() {
             e => (8 + b % 8) as f32 / 8.0 * 2f32.powi(e as i32 - 7),
         })
         .collect();
+    let all = largest_of(&w) / (448.0 * 6.0);
+    let scales: Vec<u8> = w.chunks(16).map(|w| nearest(largest_of(w) / 6.0 / all, &e4m3)).collect();
+    let code = |at: usize| {
+        let x = w[at] / (e4m3[usize::from(scales[at / 16])] * all);
+        nearest(x.abs(), &e2m1) | if x < 0.0 { 8 } else { 0 }
+    };
+    let codes: Vec<u8> = (0..N * K / 2).map(|b| code(2 * b) | code(2 * b + 1) << 4).collect();
+    let bytes = codes.len() + scales.len() + 4;
+    table.row("NVFP4", bytes, quant::nvfp4(K, &codes, &scales, all));
+
     let step = largest.iter().fold(0f32, |m, x| m.max(*x)) / 448.0;
     let code = |x: &f32| nearest((x / step).abs(), &e4m3) | if *x < 0.0 { 128 } else { 0 };
     let codes: Vec<u8> = w.iter().map(code).collect();

@@ -262,6 +262,75 @@ fn fp8_blocks_of_latent_attention() {
     same(both("deepseek-v3-a", "fp8-latent", said, &modules, make));
 }
 
+/// NVFP4 as compressed-tensors and as ModelOpt store it, for which there are no goldens.
+#[test]
+fn nvfp4_of_two_programs() {
+    let groups = |format: &str| {
+        json!({"quant_method": "compressed-tensors", "format": format, "quantization_status": "compressed",
+            "ignore": ["lm_head"], "config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 4,
+                "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": true,
+                "dynamic": false}}}})
+    };
+    let modelopt =
+        json!({"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]});
+    for (said, modelopt) in [(groups("nvfp4-pack-quantized"), false), (modelopt, true)] {
+        let make = |module: &str, w: &[f32], n: usize, k: usize| -> Made {
+            let all = 0.01 + module.len() as f32 / 4096.0; // another one for each of the fused parts
+            let times = if modelopt { all } else { 1.0 / (1.0 / all) };
+            let scales: Vec<u8> = (0..n * k / 16).map(|g| 0x20 + (g * 7 % 0x20) as u8).collect();
+            let scale = |byte: u8| {
+                (1.0 + f32::from(byte & 7) / 8.0) * 2f32.powi(i32::from(byte >> 3) - 7) * times
+            };
+            let code = |at: usize, x: f32| (at * 5 % 8) as u8 | if x < 0.0 { 8 } else { 0 };
+            let codes: Vec<u8> = w.iter().enumerate().map(|(at, &x)| code(at, x)).collect();
+            let value = |q: u8| {
+                let x = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0][usize::from(q % 8)];
+                if q > 8 { -x } else { x }
+            };
+            let numbers = (0..n * k).map(|at| scale(scales[at / 16]) * value(codes[at])).collect();
+            let bytes = codes.chunks(2).map(|two| two[0] | two[1] << 4).collect();
+            let (end, last) = match modelopt {
+                true => (".weight", (".weight_scale_2", Dtype::F32, vec![], f32s(&[all]))),
+                false => (
+                    ".weight_packed",
+                    (".weight_global_scale", Dtype::F32, vec![1], f32s(&[1.0 / all])),
+                ),
+            };
+            let input = if modelopt { ".input_scale" } else { ".input_global_scale" };
+            let tensors = vec![
+                (end, Dtype::U8, vec![n, k / 2], bytes),
+                (".weight_scale", Dtype::F8_E4M3, vec![n, k / 16], scales),
+                last,
+                (input, Dtype::F32, vec![1], f32s(&[0.5])),
+            ];
+            (tensors, numbers)
+        };
+        let folders = both("phi4-mini-a", "nvfp4", said, &["qkv_proj", "o_proj", "_up_proj"], make);
+        folders[0].write();
+        let found = describe(&folders[0].path, &LoadOptions::default()).unwrap();
+        assert!(found.packed.iter().any(|(form, _)| *form == "grouped"), "{:?}", found.packed);
+        let (mut auto, plain) = (
+            folders[0].logits(Quantization::Auto).unwrap(),
+            folders[1].logits(Quantization::Int8).unwrap(),
+        );
+        let largest = plain.iter().fold(0f32, |m, x| m.max(x.abs()));
+        auto.iter_mut().zip(&plain).for_each(|(a, b)| *a -= b);
+        assert!(auto.iter().all(|x| x.abs() < 0.1 * largest));
+        let mut broken = Folder::of("phi4-mini-a", "nvfp4-broken");
+        broken.config = folders[0].config.clone();
+        broken.tensors = folders[0].tensors.clone();
+        let end = if modelopt { "weight_scale_2" } else { "weight_global_scale" };
+        let name = format!("model.layers.1.self_attn.o_proj.{end}");
+        broken.tensors.get_mut(&name).unwrap().2 = f32s(&[0.0]);
+        let error = broken.error();
+        assert!(
+            error.contains(&format!("`{name}`: found 0, expected a positive number")),
+            "{error}"
+        );
+        same(folders);
+    }
+}
+
 /// compressed-tensors with a format for each group of modules: parts of one packed matrix are stored differently.
 #[test]
 fn groups_of_modules_with_formats_of_their_own() {

@@ -75,6 +75,15 @@ def test_wrong_usage(args: list[str]) -> None:
         (["run", "--temperature", "-1", "a"], "temperature"),
         (["run", "--raw", "-s", "be short", "a"], "chat template"),
         (["bench", "tales-1m", "-p", "4096", "-n", "0"], "1024"),
+        (["run", "--seed", "-1", "a"], "seed: found -1"),
+        (["run", "--family", "/no/such.toml", "a"], "family: /no/such.toml"),
+        (["run", "--chat-template", "/no/such.jinja", "a"], "--chat-template: /no/such.jinja"),
+        (["plan", "--family", "/no/such.toml", "tales-1m"], "family: /no/such.toml"),
+        (["eval", "tales-1m", "--text", "/no/such.txt"], "--text: /no/such.txt"),
+        (
+            ["quantize", "tales-1m", "-o", "never", "--calibrate", "/no/such.txt"],
+            "--calibrate: /no/such.txt",
+        ),
     ],
 )
 def test_errors(args: list[str], text: str) -> None:
@@ -111,6 +120,13 @@ def test_run_json_and_raw() -> None:
     assert answer["text"] == want.text
 
 
+def test_a_template_of_ones_own(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("Once upon {{ messages[0].content }}")
+    options = ["--temperature", "0", "--max-tokens", "5"]
+    own = ferrule_cli("run", "a time", "--chat-template", str(tmp_path / "t.jinja"), *options)
+    assert own.stdout == ferrule_cli("run", "--raw", "Once upon a time", *options).stdout
+
+
 def test_run_options() -> None:
     done = ferrule_cli(
         "run", "tales-1m", STORY, "--stats", "--stop", ".", "-s", "You are brief.", "-q", "int8",
@@ -122,15 +138,53 @@ def test_run_options() -> None:
     assert "seed" in done.stderr
 
 
-def test_piped_bytes_that_are_no_text() -> None:
+@pytest.mark.parametrize("args", [["run"], ["eval", "tales-1m", "--text", "-"]])
+def test_piped_bytes_that_are_no_text(args: list[str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "ferrule", "run"],
+        [sys.executable, "-m", "ferrule", *args],
         input=b"\xff\xfe",
         capture_output=True,
         check=False,
+        env={**os.environ, "LC_ALL": "C"},  # where Python would read anything as text
     )
     assert done.returncode == 1
+    assert done.stderr.startswith(b"ferrule: ")
     assert b"UTF-8" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("args", [["info"], ["run", "Hi"], ["bench", "-p", "8", "-n", "0"]])
+def test_a_full_disk_is_one_line(args: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ferrule", *args],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr == b"ferrule: could not write: No space left on device\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+@pytest.mark.parametrize(
+    ("command", "status", "text"),
+    [("info >&-", 1, "standard output is closed"), ("run <&-", 2, "no prompt for the model")],
+)
+def test_closed_streams(command: str, status: int, text: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -m ferrule {command}'],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (status, 1)
+    assert text in done.stderr
+
+
+def test_an_embedded_model_can_be_inspected() -> None:
+    found = json.loads(ferrule_cli("inspect", "tales-1m", "--json").stdout)
+    assert found["files"][0]["name"] == "model.safetensors"
 
 
 def test_bench() -> None:

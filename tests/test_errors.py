@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy as stdlib_copy
 import json
 import multiprocessing
 import os
@@ -122,11 +123,32 @@ def test_parameters(llm: LLM, fields: dict[str, Any], names: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"seed": -1}, {"seed": 1 << 64}, {"top_k": 1 << 90}, {"max_tokens": 1 << 63}]
+    "fields",
+    [
+        {"seed": -1},
+        {"seed": 1 << 64},
+        {"top_k": 1 << 90},
+        {"max_tokens": 1 << 63},
+        {"stop_token_ids": [-1]},
+        {"logit_bias": {1 << 32: 1.0}},
+    ],
 )
 def test_numbers_too_large(llm: LLM, fields: dict[str, Any]) -> None:
-    with pytest.raises(ferrule.InvalidParameterError):
+    name = next(iter(fields))
+    with pytest.raises(ferrule.InvalidParameterError, match=f"{name}: found -?[0-9]+, ") as caught:
         llm.generate(STORY, **fields)
+    assert caught.value.field == name
+
+
+def test_none_is_none(llm: LLM) -> None:
+    given = {"stop": None, "stop_token_ids": None, "logits_processors": None, "logit_bias": None}
+    open_ = ferrule.SamplingParams(**given)  # type: ignore[arg-type]
+    plain = llm.generate(STORY, max_tokens=5, temperature=0)
+    assert llm.generate(STORY, open_, max_tokens=5, temperature=0).text == plain.text
+    with pytest.raises(TypeError, match="logit_bias: found key '5'"):
+        llm.generate(STORY, logit_bias={"5": 1.0})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="params: found dict"):
+        llm.generate(STORY, {"max_tokens": 3})  # type: ignore[call-overload]
 
 
 @pytest.mark.parametrize(
@@ -209,6 +231,8 @@ def test_logits_processor_errors(llm: LLM) -> None:
         with pytest.raises(ferrule.LogitsProcessorError, match="expected") as caught:
             llm.generate(STORY, logits_processors=[function])
         assert isinstance(caught.value.__cause__, cause)
+    with pytest.raises(ferrule.LogitsProcessorError, match=r"found float64 of shape \(2048,\)"):
+        llm.generate(STORY, logits_processors=[lambda ids, logits: logits.astype(np.float64)])
     with pytest.raises(ferrule.LogitsProcessorError):
         llm.generate(STORY, logits_processors=[lambda ids, logits: np.full_like(logits, np.nan)])
     with pytest.raises(ferrule.InvalidParameterError, match="no token that is allowed"):
@@ -218,7 +242,7 @@ def test_logits_processor_errors(llm: LLM) -> None:
 def test_queue_full() -> None:
     with LLM("tales-4m", max_batch=1, max_queue=1, progress=False) as llm:
         requests = [llm.submit(STORY, max_tokens=900, ignore_eos=True) for _ in range(5)]
-        with pytest.raises(ferrule.QueueFullError, match="at most 1") as caught:
+        with pytest.raises(ferrule.QueueFullError, match="max_queue is 1: wait") as caught:
             requests[-1].result()
         assert caught.value.limit == 1
         with pytest.raises(ferrule.QueueFullError):
@@ -372,6 +396,70 @@ def test_bad_generation_configs(tmp_path: Path, change: dict[str, Any]) -> None:
     folder = copy(tmp_path, generation_config=lambda c: c.update(change))
     with pytest.raises(ferrule.ModelFormatError, match=next(iter(change))):
         LLM(folder)
+
+
+def test_an_llm_stays_in_its_process(llm: LLM) -> None:
+    for call in (pickle.dumps, stdlib_copy.copy):
+        with pytest.raises(TypeError, match="load the model in the process that uses it"):
+            call(llm)
+
+
+def test_what_generation_config_asks_for_in_vain(tmp_path: Path) -> None:
+    vain = {"num_beams": 4, "no_repeat_ngram_size": 3}
+    nothing = {"num_beam_groups": 1, "penalty_alpha": None, "epsilon_cutoff": 0.0, "min_length": 0}
+    folder = copy(tmp_path, generation_config=lambda c: c.update(vain | nothing))
+    with LLM(folder, progress=False) as llm:
+        (note,) = llm.info.notes
+    assert note == "generation_config.json: not honoured: num_beams, no_repeat_ngram_size"
+
+
+def test_an_end_token_outside_the_vocabulary(tmp_path: Path) -> None:
+    folder = copy(tmp_path, generation_config=lambda c: c.update(eos_token_id=[99_999]))
+    with pytest.raises(
+        ferrule.ModelFormatError, match=r"eos_token_id .* found 99999, .* below 2048"
+    ):
+        LLM(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_git_lfs_pointers(tmp_path: Path, name: str) -> None:
+    folder = copy(tmp_path)
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7745928\n"
+    (folder / name).write_text(text)
+    with pytest.raises(
+        ferrule.ModelFormatError, match=rf"{name}: is a Git LFS pointer.*git lfs pull"
+    ):
+        LLM(folder)
+
+
+def test_adapters_are_not_ignored(tmp_path: Path) -> None:
+    folder = copy(tmp_path)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    with pytest.raises(ferrule.UnsupportedModelError, match=r"adapter_config\.json.*some/base"):
+        LLM(folder)
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text("[]")
+    with pytest.raises(ferrule.UnsupportedModelError, match="its base model"):
+        LLM(folder)
+
+
+def test_a_file_of_a_folder_is_not_the_model(tmp_path: Path) -> None:
+    file = copy(tmp_path) / "model.safetensors"
+    with pytest.raises(ferrule.ModelNotFoundError, match="give the folder that it lies in"):
+        LLM(file)
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(ferrule.TokenizerError, match=r"no tokenizer\.json; take it from"):
+        LLM(copy(tmp_path, tokenizer=None))
+
+
+def test_a_family_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ferrule.FileAccessError, match=r"family: .*none\.toml: No such file"):
+        LLM(family=tmp_path / "none.toml")
+    (tmp_path / "latin.toml").write_bytes(b"\xff")
+    with pytest.raises(ferrule.InvalidParameterError, match=r"family: .*latin\.toml: not UTF-8"):
+        LLM(family=tmp_path / "latin.toml")
 
 
 def test_generation_configs(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+import os
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +15,7 @@ import pytest
 from huggingface_hub import errors
 
 import ferrule
-from ferrule import LLM, hub
+from ferrule import LLM, cli, hub
 
 
 @pytest.fixture(autouse=True)
@@ -176,6 +179,17 @@ def test_a_gguf_repository_with_one_model(repository: list[str], tmp_path: Path)
     assert hub.resolve("org/repo:Q8_0") == tmp_path / "m-Q8_0.gguf"
 
 
+def test_a_repository_of_other_weights(repository: list[str]) -> None:
+    repository[:] = ["config.json", "pytorch_model.bin"]
+    with pytest.raises(ferrule.ModelNotFoundError, match=r"org/repo: .* only pytorch_model\.bin"):
+        hub.resolve("org/repo")
+    repository[:] = ["README.md"]
+    with pytest.raises(
+        ferrule.ModelNotFoundError, match="found no safetensors or GGUF file, expected"
+    ):
+        hub.resolve("org/repo")
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [
@@ -228,3 +242,62 @@ def test_failures(
         hub.resolve("org/repo", revision="v9")
     if isinstance(caught.value, ferrule.DownloadError) and raised is not RuntimeError:
         assert caught.value.status == 503
+
+
+@pytest.fixture
+def ranges(monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """A stand-in for the hub that gives ranges of these files, and downloads none."""
+    files: dict[str, Path] = {}
+
+    class There(io.FileIO):
+        @property
+        def size(self) -> int:
+            return os.fstat(self.fileno()).st_size
+
+    def opened(_self: Any, path: str, mode: str, *, revision: str | None) -> There:
+        assert (mode, revision) == ("rb", "v1")
+        return There(files[path.removeprefix("org/repo/")])
+
+    def download(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a download")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: list(files))
+    monkeypatch.setattr(huggingface_hub.HfFileSystem, "open", opened)
+    return files
+
+
+def planned(capsys: pytest.CaptureFixture[str], *args: str) -> Any:
+    assert cli.main(["plan", *args, "-q", "int8", "-c", "64", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    # Free memory changes from one call to the next.
+    return [{name: x for name, x in row.items() if "available" not in name} for row in rows]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="files of holes")
+def test_a_plan_reads_headers_only(
+    ranges: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remote = ["org/repo", "--revision", "v1"]
+    folder = hub.resolve("tales-1m")
+    ranges |= {path.name: path for path in folder.iterdir()}
+    assert planned(capsys, *remote) == planned(capsys, "tales-1m")
+    path = hub.headers("org/repo", tmp_path, revision="v1") / "model.safetensors"
+    header = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    whole = (folder / "model.safetensors").read_bytes()
+    assert path.read_bytes() == whole[:header].ljust(len(whole), b"\0")
+    gguf = sorted((Path(__file__).parent / "golden/gguf").rglob("*.gguf"))[0]
+    ranges.clear()
+    ranges["sub/m-Q8_0.gguf"] = gguf
+    assert planned(capsys, "org/repo:Q8_0", *remote[1:]) == planned(capsys, str(gguf))
+    # What depends on more than headers is downloaded.
+    golden = Path(__file__).parent / "golden/quant-fp8-block-moe-a"
+    ranges.clear()
+    ranges |= {path.name: path for path in golden.iterdir()}
+    with pytest.raises(ferrule.DownloadError, match="a download"):
+        hub.headers("org/repo", tmp_path, revision="v1")
+    ranges["adapter_config.json"] = golden / "config.json"
+    with pytest.raises(
+        ferrule.UnsupportedModelError, match=r"org/repo: found adapter_config\.json"
+    ):
+        hub.headers("org/repo", tmp_path, revision="v1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+import ferrule
 
 SCRIPT = Path(__file__).parent.parent / "benches" / "random_model.py"
 
@@ -49,6 +52,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random_model.write_folder(config, block, path)
     (path / "tokenizer_config.json").unlink()  # a chat template needs a large stack for a moment
     return path
+
+
+def test_weights_that_cannot_be_kept_are_told(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with ferrule.LLM(folder, weight_cache=tmp_path / "file" / "cache", progress=False) as llm:
+        (note,) = llm.info.notes
+    assert re.match(
+        r"the packed weights \(\d+ MB\) could not be kept in .*file/cache: the next", note
+    )
+    with ferrule.LLM(folder, weight_cache=False, progress=False) as llm:
+        assert llm.info.notes == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts this way on Linux only")

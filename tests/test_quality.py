@@ -92,6 +92,8 @@ def test_a_model_has_no_distance_from_itself() -> None:
         (["a"], {"context": 1}, "context: found 1, expected 4 to 1024"),
         (TEXT, {"context": 2000}, "context: found 2000, expected 4 to 1024"),
         (TEXT, {"quantization": "int3"}, "quantization: found"),
+        (TEXT, {"chunks": 0}, "chunks: found 0, expected at least 1"),
+        ("a\ud800", {}, r"text: lone surrogate U\+D800 at position 1"),
     ],
 )
 def test_what_cannot_be_measured(text: str, more: dict[str, Any], message: str) -> None:
@@ -142,10 +144,13 @@ def test_command_line_reads_documents(tmp_path: Path) -> None:
     path.write_text('{"text": "One day, a fox went out."}\n\n{"text": "The end."}\n')
     found = json.loads(cli("eval", MODEL, "--text", str(path), "--json").stdout)
     assert found["contexts"] == 2
-    path.write_text('{"text": 3}\n')
+    # U+2028 ends a line for Python, and not for JSON.
+    path.write_text('{"text": "One day,\u2028a fox went out."}\n', encoding="utf-8")
+    assert json.loads(cli("eval", MODEL, "--text", str(path), "--json").stdout)["contexts"] == 1
+    path.write_text('\n{"text": 3}\n')
     done = cli("eval", MODEL, "--text", str(path))
     assert done.returncode == 1
-    assert 'line 1: expected an object with a string "text"' in done.stderr
+    assert 'line 2: expected an object with a string "text"' in done.stderr
     assert cli("eval", MODEL, "--text", str(tmp_path / "none")).returncode == 1
 
 

@@ -230,6 +230,10 @@ def test_gguf_is_the_model(tmp_path: Path) -> None:
         answers = [llm.chat(chat, max_tokens=24, temperature=0) for llm in (copy, source)]
         assert answers[0].text == answers[1].text
         assert answers[0].finish_reason == answers[1].finish_reason
+        for field in ("temperature", "top_p"):
+            value, key = copy.info.defaults[field]
+            assert value == source.info.defaults[field][0]
+            assert str(key).startswith("general.sampling.")
     with pytest.raises(InvalidParameterError, match="a path where nothing is"):
         quantize(MODEL, out, format="bf16")
     with pytest.raises(InvalidParameterError, match="q4_k"):

@@ -100,15 +100,19 @@ def template(request: pytest.FixtureRequest) -> Any:
         ferrule.LLM("tales-1m", chat_template=source, threads=1, progress=False) as llm,
         mock.patch("time.time", return_value=now),
     ):
-        yield llm, theirs
+        yield llm, theirs, source
 
 
 @settings(max_examples=40)
 @given(data=st.data())
 def test_as_jinja2(template: Any, data: st.DataObject) -> None:
-    llm, theirs = template
+    llm, theirs, source = template
     messages = data.draw(conversation())
     some = data.draw(tools())
+    if some and "tools" not in source:
+        with pytest.raises(ferrule.ChatTemplateError, match="no place for tools"):
+            llm.apply_chat_template(messages, tools=some)
+        some = []
     prompt = data.draw(st.booleans())
     extra = data.draw(st.sampled_from([{}, {"enable_thinking": False}, {"enable_thinking": True}]))
     try:

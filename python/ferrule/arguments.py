@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
-from .errors import InvalidParameterError
+from .errors import FileAccessError, InvalidParameterError
 from .params import ChatFields, Fields
 
 
@@ -67,6 +69,50 @@ def as_json(name: str, value: object) -> str:
         raise InvalidParameterError(
             f"{name}: expected what JSON can hold: {error}", field=name
         ) from error
+
+
+def text_file(name: str, path: str | os.PathLike[str]) -> str:
+    """The text of the UTF-8 file that the argument `name` names."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        what = error.strerror or str(error)
+        raise FileAccessError(f"{name}: {os.fspath(path)}: {what}", file=os.fspath(path)) from None
+    except UnicodeDecodeError as error:
+        raise InvalidParameterError(
+            f"{name}: {os.fspath(path)}: not UTF-8 ({error})", field=name, value=os.fspath(path)
+        ) from None
+
+
+def family(path: str | os.PathLike[str] | None) -> str | None:
+    """The TOML text of a family, if one is given."""
+    return None if path is None else text_file("family", path)
+
+
+def texts(name: str, given: str | Sequence[str]) -> list[str]:
+    """One text or several as a list of what UTF-8 can hold."""
+    found = [given] if isinstance(given, str) else list(given)
+    for text in found:
+        if not isinstance(text, str):
+            raise TypeError(f"{name}: found {type(text).__name__}, expected text")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise surrogate(name, error) from None
+    return found
+
+
+def too_large(fields: Mapping[str, Any]) -> InvalidParameterError:
+    """The error for a number that the core's types can't hold."""
+    for name, value in fields.items():
+        most = (1 << {"seed": 64, "stop_token_ids": 32, "logit_bias": 32}.get(name, 63)) - 1
+        for item in value if isinstance(value, list) else [value]:
+            number = item[0] if isinstance(item, tuple) else item
+            if isinstance(number, int) and not 0 <= number <= most:
+                return InvalidParameterError(
+                    f"{name}: found {number}, expected 0 to {most}", field=name, value=str(number)
+                )
+    return InvalidParameterError("found a number that is too large")
 
 
 def surrogate(name: str, error: UnicodeEncodeError) -> InvalidParameterError:

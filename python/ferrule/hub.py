@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 from . import _core
-from .errors import DownloadError, ModelNotFoundError
+from .errors import (
+    DownloadError,
+    FerruleError,
+    ModelFormatError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+)
 
 EMBEDDED = ("tales-4m", "tales-1m")
 """Models that ship inside this package."""
@@ -19,6 +27,10 @@ _REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([\w.-]+))?")
 _FILES = ["*.json", "*.safetensors", "*.jinja"]
 # Sub-folders and consolidated.* hold the same weights once more, in the author's own format.
 _NOT_FILES = ["*/*", "consolidated*"]
+# Large, and no header tells of them.
+_TOKENS = ("tokenizer.json", "vocab.json")
+# The longest header of a safetensors file; what of a GGUF file is looked at first is an eighth.
+_HEADER = 100_000_000
 
 
 def is_model_name(text: str) -> bool:
@@ -41,7 +53,7 @@ def resolve(
     name = os.fspath(model)
     path = Path(name).expanduser()
     if path.exists():
-        return _core.gguf_at(path) or _folder(path)
+        return _core.gguf_at(path) or _folder(path, name)
     if name in EMBEDDED:
         return _embedded(name)
     repository = _REPOSITORY.fullmatch(name) if isinstance(model, str) else None
@@ -51,15 +63,42 @@ def resolve(
             f"({', '.join(EMBEDDED)}) or of a hub repository ('org/repo', or 'org/repo:Q4_K_M' "
             "for a GGUF file)"
         )
-    return _download(repository[1], repository[2], revision, offline, progress)
+    found = _download(repository[1], repository[2], revision, offline, progress)
+    _no_adapter(found, name)
+    return found
 
 
-def _folder(path: Path) -> Path:
+def _folder(path: Path, name: str) -> Path:
+    if path.is_file():
+        also = (
+            "; give the folder that it lies in" if path.suffix in (".safetensors", ".json") else ""
+        )
+        raise ModelNotFoundError(
+            f"{path}: is a file that is not GGUF, expected a model folder or a GGUF file{also}"
+        )
+    _no_adapter(path, name)
     if not (path / "config.json").is_file():
         raise ModelNotFoundError(
             f"{path}: no config.json in it, expected a model folder or a GGUF file"
         )
     return path
+
+
+def _no_adapter(path: Path, name: str) -> None:
+    if (path / "adapter_config.json").is_file():
+        raise UnsupportedModelError(
+            f"{name}: found adapter_config.json: adapters (LoRA) are not applied; merge it into "
+            f"{_base(path)} and save that (peft: merge_and_unload(), save_pretrained(folder))"
+        )
+
+
+def _base(path: Path) -> str:
+    """The model that an adapter is for, as far as it says."""
+    try:
+        base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        return str(base["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "its base model"
 
 
 def _embedded(name: str) -> Path:
@@ -73,21 +112,67 @@ def _embedded(name: str) -> Path:
     )
 
 
+def headers(
+    model: str | os.PathLike[str], into: Path, *, revision: str | None = None, offline: bool = False
+) -> Path:
+    """As `resolve`, to look and not to load: of a repository only the headers come here.
+
+    `into` gets files as long as the repository's that hold nothing else. What quantized safetensors
+    are depends on more: those are downloaded.
+    """
+    name = os.fspath(model)
+    repository = _REPOSITORY.fullmatch(name)
+    here = name in EMBEDDED or Path(name).expanduser().exists()
+    if repository is None or here or offline or os.name == "nt":  # no files of holes there
+        return resolve(model, revision=revision, offline=offline)
+    name, kind = repository.groups()
+    from huggingface_hub import HfApi, HfFileSystem
+
+    with _told(name, revision, offline):
+        files = HfApi().list_repo_files(name, revision=revision)
+        hub = HfFileSystem()
+
+        def copy(file: str, count: int | None = None) -> Path:
+            """The first `count` bytes of a file; all, or (0) the header of a safetensors file."""
+            path = into / file.rpartition("/")[2]
+            with hub.open(f"{name}/{file}", "rb", revision=revision) as there:
+                if count == 0:
+                    start = there.read(8)
+                    start += there.read(min(int.from_bytes(start, "little"), _HEADER))
+                else:
+                    start = there.read(-1 if count is None else count)
+                path.write_bytes(start)
+                os.truncate(path, there.size)
+            return path
+
+        weights = [file for file in files if fnmatch(file, "*.safetensors") and "/" not in file]
+        weights = [file for file in weights if not file.startswith("consolidated")]
+        if kind is None and weights:
+            for file in files:
+                if "/" not in file and file.endswith((".json", ".jinja")) and file not in _TOKENS:
+                    copy(file)
+            _no_adapter(into, name)
+            config = (_folder(into, name) / "config.json").read_text(encoding="utf-8")
+            if re.search(r"\b(quantization|compression)_config\b", config):
+                return resolve(model, revision=revision)
+            for file in weights:
+                copy(file, 0)
+            return into
+        weights = _chosen(name, files, kind)
+        for count in (_HEADER >> 3, _HEADER) if weights else ():
+            first, *_ = [copy(file, count) for file in weights]
+            with contextlib.suppress(ModelFormatError):  # it goes on behind
+                tensors = json.loads(_core.inspect(first))["tensors"]
+                if all(tensor["start"] <= count for tensor in tensors):
+                    return first
+    return resolve(model, revision=revision)
+
+
 def _download(
     name: str, kind: str | None, revision: str | None, offline: bool, progress: bool
 ) -> Path:
     # Imported here: it takes longer than loading a small model.
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    url = f"https://huggingface.co/{name}"
-    at = f" at revision {revision!r}" if revision else ""
 
     def fetch(allow: list[str], ignore: list[str] | None = None) -> Path:
         folder = snapshot_download(
@@ -105,16 +190,39 @@ def _download(
         folder = fetch(["*.gguf"])
         return [path.relative_to(folder).as_posix() for path in folder.rglob("*.gguf")]
 
-    try:
-        with contextlib.nullcontext() if progress else _no_bars():
-            if kind is None:
-                folder = fetch(_FILES, _NOT_FILES)
-                if any(folder.glob("*.safetensors")):
-                    return folder
-            files = _chosen(name, names(), kind)
-            # A repository of neither is reported when its files are read.
+    with _told(name, revision, offline), contextlib.nullcontext() if progress else _no_bars():
+        if kind is None:
+            folder = fetch(_FILES, _NOT_FILES)
+            if any(folder.glob("*.safetensors")):
+                return folder
+        there = names()
+        files = _chosen(name, there, kind)
+        if files or offline:
+            # A folder of neither is reported when its files are read.
             return fetch(files) / files[0] if files else folder
-    except ModelNotFoundError:
+        weights = [file for file in there if file.endswith((".bin", ".pt", ".pth"))]
+        also = f" only {weights[0]}: take a conversion of it" if weights else ""
+        raise ModelNotFoundError(
+            f"{name}: found no safetensors or GGUF file,{also or ' expected one'}; see {_url(name)}"
+        )
+
+
+@contextlib.contextmanager
+def _told(name: str, revision: str | None, offline: bool) -> Iterator[None]:
+    """What goes wrong on the hub, as our errors."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    url = _url(name)
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        yield
+    except FerruleError:
         raise
     except GatedRepoError as error:
         raise DownloadError(
@@ -173,6 +281,10 @@ def _chosen(name: str, files: list[str], kind: str | None) -> list[str]:
         f"{name}: found {number}{that}, expected one; there are: {there}; name one, as in "
         f"'{name}:Q4_K_M'"
     )
+
+
+def _url(name: str) -> str:
+    return f"https://huggingface.co/{name}"
 
 
 def _status(error: Exception) -> int | None:

@@ -11,9 +11,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from hashlib import blake2b
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeAlias, overload
 
 from . import _core, arguments, hub, tuning
 from .errors import EngineClosedError, InvalidParameterError
@@ -125,7 +124,7 @@ class LLM:
                 prefix_cache=prefix_cache,
                 cache_dir=cache_dir(weight_cache),
                 chat_template=chat_template,
-                family=None if family is None else Path(family).read_text(encoding="utf-8"),
+                family=arguments.family(family),
                 eos=defaults.eos,
                 progress=report,
             )
@@ -135,12 +134,14 @@ class LLM:
         self._seed = seed
         self._numbers = itertools.count()
         self._window = max_batch + max(0, min(max_batch, max_queue - 1))
+        info = self._core.info
+        info["notes"] = defaults.notes + info["notes"]
         self.info = ModelInfo(
             name=os.fspath(model),
             path=str(folder),
             load_s=time.monotonic() - began,
             defaults=defaults.sources,
-            **self._core.info,
+            **info,
         )
         self.device = self.info.device
         if self.info.device_because:
@@ -276,9 +277,9 @@ class LLM:
         """Answer a conversation, or each of a list: dicts with "role" and "content".
 
         Uses the model's own template; a model without one raises `ChatTemplateError`. tools: JSON
-        schemas of functions that the model may call, for templates that take them; its calls come
-        back as text. chat_template_kwargs: further variables of the template, such as
-        {"enable_thinking": False}.
+        schemas of functions that the model may call; its calls come back as text, and a template
+        that has no place for tools raises. chat_template_kwargs: further variables of the template,
+        such as {"enable_thinking": False}.
         """
         single, chats = arguments.chat_list(messages)
         ids = [self._chat_ids(chat, fields) for chat in chats]
@@ -446,6 +447,11 @@ class LLM:
     ) -> None:
         self.close()
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an LLM can't be pickled or copied: load the model in the process that uses it"
+        )
+
     def __repr__(self) -> str:
         return f"<LLM {self.info.name} {self.info.quantization} on {self.device}>"
 
@@ -466,6 +472,11 @@ class LLM:
         return self._core.encode(text, True, True)
 
     def _job(self, ids: list[int], params: Params, fields: Fields, sample: int = 0) -> _Job:
+        if not isinstance(params, SamplingParams | None):
+            raise TypeError(
+                f"params: found {type(params).__name__}, expected SamplingParams; its fields may "
+                "also be given as keywords"
+            )
         params = replace(params or SamplingParams(), **fields)
         out = self._defaults.fill(params)
         if params.max_tokens is None and out["max_tokens"] is not None:
@@ -571,7 +582,7 @@ def _checked(submit: Callable[..., _core.Request]) -> Callable[..., _core.Reques
         try:
             return submit(*args, **fields)
         except OverflowError as error:
-            raise InvalidParameterError(f"{error}; expected a smaller number") from error
+            raise arguments.too_large(fields) from error
         except UnicodeEncodeError as error:
             raise arguments.surrogate("stop", error) from None
 

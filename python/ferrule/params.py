@@ -30,7 +30,7 @@ else:
 class SamplingParams:
     """How to choose tokens and when to stop. Each field is also a keyword of `generate`.
 
-    None means: the model's generation_config.json, else the value in the comment.
+    None means: the model's generation_config.json, else the value in the comment, else none.
     """
 
     max_tokens: int | None = None  # the rest of the context
@@ -43,15 +43,15 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] | None = None
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
     min_tokens: int = 0
     ignore_eos: bool = False
     seed: int | None = None  # from LLM's seed and the request's number; the one used is reported
     logprobs: int | None = None  # None = none; k = of each token, and of the k likeliest
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
-    logits_processors: Sequence[LogitsProcessor] = ()
+    logits_processors: Sequence[LogitsProcessor] | None = None
 
 
 class Fields(TypedDict, total=False):
@@ -67,15 +67,15 @@ class Fields(TypedDict, total=False):
     presence_penalty: float
     frequency_penalty: float
     logit_bias: Mapping[int, float] | None
-    stop: str | Sequence[str]
-    stop_token_ids: Sequence[int]
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
     min_tokens: int
     ignore_eos: bool
     seed: int | None
     logprobs: int | None
     prompt_logprobs: int | None
     skip_special_tokens: bool
-    logits_processors: Sequence[LogitsProcessor]
+    logits_processors: Sequence[LogitsProcessor] | None
 
 
 class ChatFields(Fields, total=False):
@@ -98,7 +98,31 @@ BUILT_IN: dict[str, float | int | None] = {
 
 _CONFIG_NAMES = {"max_tokens": "max_new_tokens"}
 _CONFIG = "generation_config.json"
-
+# What changes an answer and is not honoured, and the values that mean nothing.
+_IGNORED: dict[str, tuple[object, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "penalty_alpha": (0,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1,),
+    "bad_words_ids": ([],),
+    "sequence_bias": ({}, []),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "forced_decoder_ids": ([],),
+    "exponential_decay_length_penalty": (),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "guidance_scale": (1,),
+    "watermarking_config": ({},),
+    "dola_layers": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "stop_strings": ([], ""),
+    "top_h": (),
+}
 
 _GGUF_NAMES = {
     "general.sampling.temp": "temperature",
@@ -114,6 +138,7 @@ class Defaults:
 
     def __init__(self, folder: Path) -> None:
         self.sources: dict[str, tuple[object, str]] = {}
+        self.notes: list[str] = []
         if folder.is_file():
             # A GGUF file. The core knows its end tokens.
             self.eos: list[int] = []
@@ -140,10 +165,25 @@ class Defaults:
                     file=str(folder / _CONFIG),
                 )
             self.sources[field] = (found, _CONFIG)
+        ignored = [
+            name
+            for name, nothing in _IGNORED.items()
+            if config.get(name) is not None and config[name] not in nothing
+        ]
+        if ignored:
+            self.notes.append(f"{_CONFIG}: not honoured: {', '.join(ignored)}")
         # As in transformers, a model that says `"do_sample": false` is greedy unless asked.
         if config.get("do_sample") is False:
             self.sources["temperature"] = (0.0, f"{_CONFIG} (do_sample is false)")
         self.eos = _eos(config, folder / _CONFIG) or _eos_of_model(folder)
+
+    def of_gguf(self) -> list[tuple[str, float]]:
+        """What the model itself says, as keys of a GGUF file."""
+        said = {
+            name: value for name, (value, source) in self.sources.items() if source != "built in"
+        }
+        found = ((key, said.get(field)) for key, field in _GGUF_NAMES.items())
+        return [(key, value) for key, value in found if isinstance(value, int | float)]
 
     def fill(self, params: SamplingParams) -> dict[str, Any]:
         """The fields of `params`, open ones filled, as keywords for the core's `submit`."""
@@ -152,9 +192,13 @@ class Defaults:
             if out[field] is None:
                 out[field] = value
         out["logit_bias"] = list((params.logit_bias or {}).items())
-        out["stop"] = [params.stop] if isinstance(params.stop, str) else list(params.stop)
-        out["stop_token_ids"] = list(params.stop_token_ids)
-        out["logits_processors"] = list(params.logits_processors)
+        for token, _ in out["logit_bias"]:
+            if not hasattr(token, "__index__"):
+                raise TypeError(f"logit_bias: found key {token!r}, expected token ids")
+        stop = () if params.stop is None else params.stop
+        out["stop"] = [stop] if isinstance(stop, str) else list(stop)
+        out["stop_token_ids"] = list(params.stop_token_ids or ())
+        out["logits_processors"] = list(params.logits_processors or ())
         return out
 
 

@@ -22,11 +22,14 @@ class Bar:
         return self._draw if self._progress and sys.stderr and sys.stderr.isatty() else None
 
     def _draw(self, done: int, total: int) -> None:
+        from shutil import get_terminal_size  # slow to import
+
         self._shown = True
-        filled = 30 * done // max(total, 1)
-        sys.stderr.write(
-            f"\rloading [{'=' * filled}{' ' * (30 - filled)}] {done / 1e6:.0f}/{total / 1e6:.0f} MB"
-        )
+        text = f" {done / 1e6:.0f}/{total / 1e6:.0f} MB"
+        # A line that is wrapped would not be written over.
+        width = max(1, min(30, get_terminal_size().columns - len("loading []") - len(text) - 1))
+        filled = width * done // max(total, 1)
+        sys.stderr.write(f"\rloading [{'=' * filled}{' ' * (width - filled)}]{text}")
         sys.stderr.flush()
 
     def __exit__(self, *_: object) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from . import _core, hub
+from . import _core, arguments, hub
 from .errors import InvalidParameterError
 from .llm import Quantization, cache_dir
+from .params import Defaults
 from .progress import Steps
 
 # The types of a GGUF file that is written.
@@ -124,7 +124,7 @@ def evaluate(
     with Steps(progress) as show:
         found = _core.evaluate(
             str(resolve[0]),
-            [text] if isinstance(text, str) else list(text),
+            arguments.texts("text", text),
             documents=not isinstance(text, str),
             reference=str(resolve[1]) if other else None,
             quantization=quantization,
@@ -134,7 +134,7 @@ def evaluate(
             kv_cache_dtype=kv_cache_dtype,
             threads=threads,
             cache_dir=cache_dir(weight_cache),
-            family=None if family is None else Path(family).read_text(encoding="utf-8"),
+            family=arguments.family(family),
             progress=show,
         )
     distance = found.pop("distance", None)
@@ -208,12 +208,13 @@ def quantize(
                 out,
                 format=format or "q4_k",
                 rules=list((rules or {}).items()),
+                sampling=Defaults(folder).of_gguf(),
                 threads=threads,
-                family=None if family is None else Path(family).read_text(encoding="utf-8"),
+                family=arguments.family(family),
                 progress=show,
             )
         return Quantized(path=os.fspath(out), **found)
-    texts = [calibrate] if isinstance(calibrate, str) else list(calibrate or ())
+    texts = arguments.texts("calibrate", () if calibrate is None else calibrate)
     with Steps(progress) as show:
         found = _core.quantize(
             folder,
@@ -226,7 +227,7 @@ def quantize(
             limit=chunks,
             threads=threads,
             cache_dir=cache_dir(weight_cache),
-            family=None if family is None else Path(family).read_text(encoding="utf-8"),
+            family=arguments.family(family),
             progress=show,
         )
     return Quantized(path=os.fspath(out), **found)

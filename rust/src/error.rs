@@ -136,7 +136,11 @@ impl fmt::Display for Error {
             }
             Error::Io { path, source } => write!(f, "{}: {source}", path.display()),
             Error::QueueFull { queued, limit } => {
-                write!(f, "{queued} requests wait, at most {limit} may")
+                write!(
+                    f,
+                    "{queued} requests wait, and max_queue is {limit}: wait for answers, give the prompts as one list, \
+                     or raise max_queue"
+                )
             }
             Error::Closed => write!(f, "the engine is closed"),
             Error::Interrupted => write!(f, "cancelled"),

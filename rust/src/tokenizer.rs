@@ -22,6 +22,9 @@ const MAX_TOKENIZER: u64 = 512 << 20;
 /// The longest of the small JSON files beside it.
 const MAX_CONFIG: u64 = 64 << 20;
 
+/// How the error of a folder without a tokenizer ends.
+const NO_TOKENIZER: &str = "no tokenizer.json; take it from the model that this one was made from";
+
 /// A tokenizer with the special ids its model folder names.
 pub struct Tokenizer {
     inner: HfTokenizer,
@@ -58,7 +61,7 @@ impl Tokenizer {
                      AutoTokenizer.from_pretrained(folder).save_pretrained(folder))",
                     folder.display()
                 ),
-                None => format!("{}: no tokenizer.json", folder.display()),
+                None => format!("{}: {NO_TOKENIZER}", folder.display()),
             }));
         };
         let at_path = |e: Error| Error::Tokenizer(format!("{}: {e}", path.display()));

@@ -12,14 +12,17 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from .. import __version__
-from ..errors import FerruleError
-from ..llm import Quantization
+from ..errors import FerruleError, InvalidParameterError
+from ..llm import LLM, Quantization
 from ..quality import GgufType
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: this process's) and give the exit status."""
     parser = _parser()
+    if not (sys.argv[1:] if argv is None else argv):
+        parser.print_help(sys.stderr)
+        return 2
     args, more = parser.parse_known_args(argv)
     # argparse takes the words of a list in one place: those behind an option are left over.
     if more and (not hasattr(args, "words") or any(word.startswith("-") for word in more)):
@@ -27,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if more:
         args.words += more
     try:
+        if sys.stdout is None:
+            raise OSError("standard output is closed")
         status: int = args.run(args)
         sys.stdout.flush()
     except FerruleError as error:
@@ -34,11 +39,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader has had enough. Python flushes stdout once more at exit: let that succeed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        if sys.stdout is not None:
+            # Python flushes stdout once more at exit: let that succeed.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            return 0  # the reader has had enough
+        what = error if error.filename else f"could not write: {error.strerror or error}"
+        print(f"ferrule: {what}", file=sys.stderr)
+        return 1
     return status
+
+
+def tell(llm: LLM) -> None:
+    """The notes of a load, on stderr."""
+    for note in llm.info.notes:
+        print(f"ferrule: note: {note}", file=sys.stderr)
+
+
+def piped(name: str) -> str:
+    """All of standard input: UTF-8, whatever the locale; nothing, if it is closed."""
+    if sys.stdin is None:
+        return ""
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise InvalidParameterError(
+            f"{name}: standard input: {error}; expected UTF-8 text", field=name
+        ) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("words", nargs="*", metavar="[MODEL] [PROMPT]", help="see above")
     run.add_argument("-m", "--model", help="the model; then the one argument is the prompt")
     run.add_argument("-s", "--system", metavar="TEXT", help="a system message to begin with")
+    run.add_argument("--chat-template", metavar="FILE", help="Jinja, instead of the model's own")
     run.add_argument("--raw", action="store_true", help="continue the prompt as plain text")
     run.add_argument("--stats", action="store_true", help="print counts and speed to stderr")
     sampling = run.add_argument_group("sampling (default: what the model's files say)")
@@ -95,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         "info",
         help="show what this machine and a model offer",
         description="Show versions, CPU "
-        "features, kernels and threads; with MODEL, load it and show what it is.",
+        "features, kernels and threads; with MODEL, what its headers say and what it takes here.",
     )
     info.add_argument("model", nargs="?", metavar="MODEL")
     _model_options(info)
@@ -295,7 +324,12 @@ def sampling_keywords(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _numbers(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}, expected a whole number, or several with commas between"
+        ) from None
     if min(numbers) < 0:
         raise argparse.ArgumentTypeError(f"found {min(numbers)}, expected no negative number")
     return numbers

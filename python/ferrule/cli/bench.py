@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ..llm import LLM
 from ..machine import Watch
-from . import model_keywords
+from . import model_keywords, tell
 
 _COLUMNS = ("model", "size", "params", "backend", "threads", "test", "t/s")
 
@@ -29,6 +29,7 @@ def main(args: argparse.Namespace) -> int:
     for threads in args.threads or ["auto"]:
         keywords = model_keywords(args) | {"max_batch": max(args.batch), "threads": threads}
         with LLM(args.model, **keywords) as llm:
+            tell(llm)
             for depth in args.depth:
                 for batch in args.batch:
                     tests = [("pp", n) for n in args.n_prompt] + [("tg", n) for n in args.n_gen]

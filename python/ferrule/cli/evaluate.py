@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
-from pathlib import Path
 
-from ..errors import FileAccessError, InvalidParameterError
+from .. import arguments
+from ..errors import InvalidParameterError
 from ..quality import Estimate, Evaluation, evaluate
+from . import piped
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command."""
     found = evaluate(
         args.model,
-        read(args.text),
+        read("--text", args.text),
         reference=args.reference,
         quantization=args.quantization,
         reference_quantization=args.reference_quantization,
@@ -36,26 +36,24 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def read(path: str) -> str | list[str]:
-    """A file as one text, or the documents of a .jsonl file."""
-    try:
-        content = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise FileAccessError(f"--text: {error}") from None
-    except UnicodeDecodeError as error:
-        raise InvalidParameterError(f"--text {path}: not UTF-8 ({error})", field="text") from None
+def read(option: str, path: str) -> str | list[str]:
+    """The file that an option names as one text, or the documents of a .jsonl file."""
+    content = piped(option) if path == "-" else arguments.text_file(option, path)
     if not path.endswith(".jsonl"):
         return content
     documents = []
-    for number, line in enumerate(filter(str.strip, content.splitlines()), 1):
+    # Not `splitlines`: it also cuts at characters that JSON may hold, such as U+2028.
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             text = json.loads(line)["text"]
         except (ValueError, KeyError, TypeError):
             text = None
         if not isinstance(text, str):
             raise InvalidParameterError(
-                f'--text {path}, line {number}: expected an object with a string "text"',
-                field="text",
+                f'{option} {path}, line {number}: expected an object with a string "text"',
+                field=option,
             )
         documents.append(text)
     return documents

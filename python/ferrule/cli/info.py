@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import __version__, _core, hub
+from .. import __version__, _core, arguments, hub
 
 
 def main(args: argparse.Namespace) -> int:
@@ -44,12 +46,21 @@ def main(args: argparse.Namespace) -> int:
 
 def _model(args: argparse.Namespace) -> dict[str, Any]:
     """What the model is, and what it will take here, from its headers."""
-    folder = hub.resolve(args.model, revision=args.revision, offline=args.offline)
-    facts: dict[str, Any] = {"path": str(folder)} | described(folder, args, args.quantization)
+    with headers(args) as folder:
+        facts: dict[str, Any] = {"path": ""} | described(folder, args, args.quantization)
+    facts["path"] = str(folder) if folder.exists() else args.model
     layers, on_gpu = sum(facts["layers"].values()), facts.get("gpu_layers", 0)
     on_cpu = f"cpu, {_core.kernel_set()}: {layers - on_gpu} of {layers} layers"
     facts["runs_on"] = f"{args.device}: {on_gpu} layers; {on_cpu}" if on_gpu else on_cpu
     return facts
+
+
+@contextlib.contextmanager
+def headers(args: argparse.Namespace) -> Iterator[Path]:
+    """The model's folder or file, for as long as its headers are read."""
+    with tempfile.TemporaryDirectory(prefix="ferrule-", ignore_cleanup_errors=True) as into:
+        found = hub.headers(args.model, Path(into), revision=args.revision, offline=args.offline)
+        yield found
 
 
 def described(folder: Path, args: argparse.Namespace, quantization: str | None) -> dict[str, Any]:
@@ -60,7 +71,7 @@ def described(folder: Path, args: argparse.Namespace, quantization: str | None) 
         kv_cache_dtype=args.kv_cache_dtype or "f16",
         context_length=args.context_length,
         weight_cache=not args.no_weight_cache,
-        family=None if args.family is None else Path(args.family).read_text(encoding="utf-8"),
+        family=arguments.family(args.family),
         device=args.device or "cpu",
         gpu_layers=args.gpu_layers,
     )

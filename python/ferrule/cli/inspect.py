@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections import Counter
 from math import prod
 from typing import Any
 
-from .. import _core
+from .. import _core, hub
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command."""
-    text = _core.inspect(args.path)
+    embedded = args.path in hub.EMBEDDED and not os.path.exists(args.path)
+    text = _core.inspect(hub.resolve(args.path) if embedded else args.path)
     if args.json:
         print(text)
         return 0

@@ -6,27 +6,27 @@ import argparse
 import json
 from typing import Any, get_args
 
-from .. import _core, hub
+from .. import _core
 from ..errors import UnsupportedModelError
 from ..llm import Quantization
-from .info import described
+from .info import described, headers
 
 _COLUMNS = ("quantization", "weights", "keys and values", "rest", "context here", "fits")
 
 
 def main(args: argparse.Namespace) -> int:
     """Run the command."""
-    folder = hub.resolve(args.model, revision=args.revision, offline=args.offline)
     rows: list[dict[str, Any]] = []
     quantizations = [q for q in get_args(Quantization) if q != "auto"]
-    for quantization in [args.quantization] if args.quantization else quantizations:
-        try:
-            facts = described(folder, args, quantization)
-        except UnsupportedModelError:
-            if args.quantization:
-                raise
-            continue  # a form that this file's weights cannot be kept in
-        rows.append({"quantization": quantization, **facts})
+    with headers(args) as folder:
+        for quantization in [args.quantization] if args.quantization else quantizations:
+            try:
+                facts = described(folder, args, quantization)
+            except UnsupportedModelError:
+                if args.quantization:
+                    raise
+                continue  # a form that this file's weights cannot be kept in
+            rows.append({"quantization": quantization, **facts})
     if args.json:
         print(json.dumps(rows, indent=1))
     else:

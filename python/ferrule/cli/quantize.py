@@ -18,7 +18,7 @@ def main(args: argparse.Namespace) -> int:
         args.out,
         format=args.format,
         bits=args.bits,
-        calibrate=None if args.calibrate is None else read(args.calibrate),
+        calibrate=None if args.calibrate is None else read("--calibrate", args.calibrate),
         chunks=args.chunks,
         rules=dict(args.rule),
         threads=args.threads,

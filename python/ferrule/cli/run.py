@@ -7,14 +7,16 @@ import contextlib
 import dataclasses
 import json
 import sys
+from typing import Any
 
+from .. import arguments
 from ..errors import FerruleError, InvalidParameterError
 from ..hub import is_model_name
 from ..llm import LLM
 from ..params import SamplingParams
 from ..request import Stream
 from ..results import Completion
-from . import model_keywords, sampling_keywords
+from . import model_keywords, piped, sampling_keywords, tell
 
 
 def main(args: argparse.Namespace) -> int:
@@ -24,15 +26,21 @@ def main(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"ferrule run: {error}", file=sys.stderr)
         return 2
-    chat_on_terminal = prompt is None and sys.stdin.isatty()
+    chat_on_terminal = prompt is None and sys.stdin is not None and sys.stdin.isatty()
     if prompt is None and not chat_on_terminal:
-        prompt = _piped()
+        prompt = piped("prompt").strip("\n")
         if not prompt:
-            print("ferrule run: no prompt: give one, or pipe one in", file=sys.stderr)
+            print(
+                f"ferrule run: no prompt for the model {model!r}: give one, or pipe one in",
+                file=sys.stderr,
+            )
             return 2
-    threads = {} if args.threads is None else {"threads": args.threads}
+    more: dict[str, Any] = {} if args.threads is None else {"threads": args.threads}
+    if args.chat_template is not None:
+        more["chat_template"] = arguments.text_file("--chat-template", args.chat_template)
     params = SamplingParams(**sampling_keywords(args))
-    with LLM(model, **model_keywords(args), **threads) as llm:
+    with LLM(model, **model_keywords(args), **more) as llm:
+        tell(llm)
         if chat_on_terminal:
             return _chat(llm, params, args)
         assert prompt is not None
@@ -60,16 +68,6 @@ def _words(args: argparse.Namespace) -> tuple[str, str | None]:
     if words and is_model_name(words[0]):
         return words[0], None
     return "tales-4m", words[0] if words else None
-
-
-def _piped() -> str:
-    data = sys.stdin.buffer.read()
-    try:
-        return data.decode().strip("\n")
-    except UnicodeDecodeError as error:
-        raise InvalidParameterError(
-            f"stdin: {error}; expected UTF-8 text", field="prompt"
-        ) from None
 
 
 def _system(args: argparse.Namespace) -> list[dict[str, str]]:

@@ -180,6 +180,7 @@ impl Checkpoint {
         }
         let file = File::open(path).map_err(|e| Error::io(path, e))?;
         let map = Arc::new(map(&file).map_err(|e| Error::io(path, e))?);
+        not_a_pointer(path, &map)?;
         let wrong = |what: String| Error::format(path, what);
         let (gguf, entries) = if named_gguf(path) || map.starts_with(b"GGUF") {
             let mut header = gguf::parse(&map).map_err(wrong)?;
@@ -407,7 +408,10 @@ fn nothing_to_open(folder: &Path) -> Result<Error> {
     let names = names(folder)?;
     let torch = |name: &&String| [".bin", ".pt", ".pth"].iter().any(|end| name.ends_with(end));
     let remedy = match names.iter().find(torch) {
-        Some(name) => format!("; convert {name} to safetensors"),
+        Some(name) => format!(
+            "; convert {name} to safetensors (transformers: \
+             AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder))"
+        ),
         None => String::new(),
     };
     let found = match names.len() {
@@ -484,8 +488,9 @@ pub fn gguf_at(path: &Path) -> Result<Option<PathBuf>> {
             let names = found.iter().filter_map(|f| Some(f.file_name()?.to_string_lossy()));
             let names: Vec<_> = names.take(8).collect();
             let what = format!(
-                "found {n} GGUF models ({}), expected one; give the path of the file",
-                names.join(", ")
+                "found {n} GGUF models ({}{}), expected one; give the path of the file",
+                names.join(", "),
+                if n > names.len() { ", ..." } else { "" }
             );
             Err(Error::format(path, what))
         }
@@ -530,7 +535,20 @@ pub fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
             format!("found more than {limit} bytes, expected at most that"),
         ));
     }
+    not_a_pointer(path, &bytes)?;
     Ok(Some(bytes))
+}
+
+/// What `git clone` leaves in place of a large file where Git LFS is not installed is an error with a remedy.
+fn not_a_pointer(path: &Path, bytes: &[u8]) -> Result<()> {
+    match bytes.starts_with(b"version https://git-lfs") {
+        true => Err(Error::format(
+            path,
+            "is a Git LFS pointer, expected the file that it stands for: run `git lfs pull` in its folder, or \
+             download it again",
+        )),
+        false => Ok(()),
+    }
 }
 
 /// Reads a JSON file of at most `limit` bytes; `Ok(None)` if it is not there.

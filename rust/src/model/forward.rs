@@ -24,6 +24,8 @@ pub struct Model<B: Backend> {
     pub(super) group_of: Vec<usize>,
     /// The groups.
     pub(super) groups: Vec<KvGroup>,
+    /// What was not as wished when it was loaded, and no error.
+    pub notes: Vec<String>,
 }
 
 /// Keys, values and states of all sequences, and room for the activations of one step.

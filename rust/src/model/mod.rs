@@ -174,6 +174,8 @@ pub struct LoadOptions {
     pub random: bool,
     /// Called with the bytes packed so far and in all.
     pub progress: Option<Box<dyn FnMut(u64, u64) + Send>>,
+    /// What was not as wished, and no error: the load fills it.
+    pub notes: Vec<String>,
 }
 
 impl Default for LoadOptions {
@@ -188,6 +190,7 @@ impl Default for LoadOptions {
             family: None,
             random: false,
             progress: None,
+            notes: Vec::new(),
         }
     }
 }
@@ -269,5 +272,6 @@ fn place<B: Backend>(
     let weights = weights::load(&path, &checkpoint, &spec, &backend, &mut options)?;
     backend.finish()?;
     let (groups, group_of) = forward::kv_groups(&spec, options.kv_dtype);
-    Ok(Model { spec, backend, weights, kv_dtype: options.kv_dtype, group_of, groups })
+    let LoadOptions { kv_dtype, notes, .. } = options;
+    Ok(Model { spec, backend, weights, kv_dtype, group_of, groups, notes })
 }

@@ -73,6 +73,14 @@ pub(super) fn count(field: &'static str, value: i64) -> Result<usize> {
     usize::try_from(value).map_err(|_| Error::parameter(field, value, "at least 0"))
 }
 
+/// The same, and not 0.
+pub(super) fn some(field: &'static str, value: i64) -> Result<usize> {
+    match usize::try_from(value) {
+        Ok(n @ 1..) => Ok(n),
+        _ => Err(Error::parameter(field, value, "at least 1")),
+    }
+}
+
 /// (id, ln p, rank) of a token, and of the likeliest ones.
 pub(super) type PyLogprobs = ((u32, f32, u32), Vec<(u32, f32, u32)>);
 
@@ -179,12 +187,13 @@ impl Processor {
         let changed = match result.is_none() {
             true => array.readonly(),
             false => result.extract::<PyReadonlyArray1<'_, f32>>().map_err(|_| {
-                let text = format!(
-                    "found {}, expected None or a float32 array of {} logits",
-                    result.get_type(),
-                    logits.len()
-                );
-                PyTypeError::new_err(text)
+                let of = |name| Ok(result.getattr(name)?.str()?.to_string());
+                let found = match (of("dtype"), of("shape")) {
+                    (PyResult::Ok(dtype), Ok(shape)) => format!("{dtype} of shape {shape}"),
+                    _ => result.get_type().to_string(),
+                };
+                let expected = format!("None or an array of {} logits, float32", logits.len());
+                PyTypeError::new_err(format!("found {found}, expected {expected}"))
             })?,
         };
         let changed = changed.as_array();

@@ -147,11 +147,21 @@ fn open<B: Backend>(
     let model = Arc::new(load_model(load)?);
     let device::Machine { device, isa, threads, free, gpu_layers, mut notes } =
         machine(&model.backend);
+    notes.extend(model.notes.iter().cloned());
     notes.extend(budget.iter().flat_map(|budget| budget.notes.clone()));
     if eos.is_empty() {
         eos.extend(tokenizer.ends());
     }
     let spec = &model.spec;
+    if let Some(id) = eos.iter().find(|&&id| id as usize >= spec.vocab) {
+        return Err(Error::format(
+            folder,
+            format!(
+                "eos_token_id (of generation_config.json, config.json or the tokenizer): found {id}, expected an id below {}",
+                spec.vocab
+            ),
+        ));
+    }
     engine.context_length = context_length.unwrap_or(spec.context_length);
     engine.kv_bytes = budget.as_ref().map_or(kv_bytes.unwrap_or(free), |budget| budget.kv_bytes);
     let driven = engine::Engine::new(model.clone(), tokenizer.clone(), eos, engine)?;

@@ -62,7 +62,8 @@ pub(super) fn evaluate<'py>(
         if let Some(reference) = reference {
             models.push((reference, options(reference_quantization)?));
         }
-        Ok((models, count("context", context)?, count("chunks", limit)?))
+        let limit = limit.map(|n| convert::some("chunks", n)).transpose()?;
+        Ok((models, count("context", context)?, limit))
     };
     let (models, context, limit) = prepare().map_err(raise(py))?;
     let work = move |watch: &Arc<Watch>| measure(models, &texts, documents, context, limit, watch);

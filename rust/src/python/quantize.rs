@@ -3,6 +3,7 @@
 use super::quality::encode;
 use super::watch::watched;
 use super::{QUANTIZATIONS, convert, named, raise};
+use crate::file::gguf_writer::Datum;
 use crate::model::export::Export;
 use crate::model::{self, LoadOptions, Quantize, Rule, Written};
 use crate::{Error, Result, chat, evaluate, tokenizer};
@@ -49,7 +50,7 @@ pub(super) fn quantize<'py>(
                 ..LoadOptions::default()
             },
         };
-        Ok((how, limit.map(|n| convert::count("chunks", n)).transpose()?))
+        Ok((how, limit.map(|n| convert::some("chunks", n)).transpose()?))
     };
     let (mut how, limit) = prepare().map_err(raise(py))?;
     let written = watched(py, progress, move |watch| {
@@ -75,13 +76,14 @@ pub(super) fn quantize<'py>(
 
 /// Writes the model in `folder`, or the GGUF file that it is or has, as the new GGUF file `out`.
 #[pyfunction]
-#[pyo3(signature = (folder, out, *, format, rules, threads=None, family=None, progress=None))]
+#[pyo3(signature = (folder, out, *, format, rules, sampling=Vec::new(), threads=None, family=None, progress=None))]
 pub(super) fn export<'py>(
     py: Python<'py>,
     folder: PathBuf,
     out: PathBuf,
     format: &str,
     rules: Vec<(String, String)>,
+    sampling: Vec<(String, f64)>,
     threads: Option<i64>,
     family: Option<String>,
     progress: Option<Py<PyAny>>,
@@ -111,6 +113,11 @@ pub(super) fn export<'py>(
         let tokens = |architecture: &str, vocab: usize| {
             let mut items = tokenizer::to_gguf(&folder, architecture, vocab)?;
             items.extend(chat::to_gguf(&folder)?);
+            // What a request leaves open. A count is an integer there.
+            items.extend(sampling.iter().map(|(key, value)| match key.ends_with("top_k") {
+                true => (key.clone(), Datum::U32(*value as u32)),
+                false => (key.clone(), Datum::F32(*value as f32)),
+            }));
             Ok(items)
         };
         let report = |what, done, total| watch.report(what, done, total);

@@ -1,4 +1,4 @@
-//! compressed-tensors (llm-compressor): integers, `pack-quantized` of 4 and 8 bits and int8 bytes; MXFP4.
+//! compressed-tensors (llm-compressor): integers, `pack-quantized` of 4 and 8 bits and int8 bytes; MXFP4; NVFP4, also ModelOpt's.
 //!
 //! | tensor | holds |
 //! |---|---|
@@ -7,9 +7,11 @@
 //! | `weight` i8 `[n, k]`, `weight_zero_point` i8 like the scales | `int-quantized`: as they are |
 //! | `weight_scale` `[n, groups]` | or of another spread: see [`Scaling`] |
 //! | `weight_packed` u8 `[n, k / 2]`, `weight_scale` u8 `[n, k / 32]` | MXFP4: codes, the first in the low nibble; exponents |
+//! | `weight_packed` u8 `[n, k / 2]`, `weight_scale` e4m3 `[n, k / 16]`, `weight_global_scale` f32 | NVFP4: the same; scales, divided by that of the matrix |
+//! | `weight` u8 `[n, k / 2]`, `weight_scale` e4m3 `[n, k / 16]`, `weight_scale_2` f32 | ModelOpt's: the same, times that of the matrix |
 
-use super::GROUP;
 use super::encoded::{Codes, Encoded, Floats, Groups, Scaling, Words, Zeros};
+use super::{GROUP, Grouped};
 
 /// `pack-quantized`. `count`: groups.
 pub fn packed<'a>(
@@ -62,6 +64,20 @@ pub fn fp4<'a>(k: usize, weight_packed: &'a [u8], scale: &'a [u8]) -> Encoded<'a
         codes: Codes::Fp4(weight_packed),
         groups: Groups::Even(GROUP),
         scales: Scaling { floats, rows: 1, down: k.div_ceil(GROUP), right: 1, times: 1.0 },
+        zeros: Zeros::All(0),
+    }
+}
+
+/// NVFP4. `times`: the scale of the matrix.
+pub fn nvfp4<'a>(k: usize, codes: &'a [u8], scale: &'a [u8], times: f32) -> Encoded<'a> {
+    let group = Grouped::NVFP4.group;
+    let floats = Floats::Float8(scale);
+    Encoded {
+        k,
+        first: 0,
+        codes: Codes::Fp4(codes),
+        groups: Groups::Even(group),
+        scales: Scaling { floats, rows: 1, down: k.div_ceil(group), right: 1, times },
         zeros: Zeros::All(0),
     }
 }

@@ -102,6 +102,8 @@ pub enum Floats<'a> {
     F32(&'a [u8]),
     F16(&'a [u8]),
     Bf16(&'a [u8]),
+    /// E4M3.
+    Float8(&'a [u8]),
     /// E8M0: the exponent of a power of two, `2^(x - 127)`.
     Power(&'a [u8]),
     /// Codes for f32 of a map, each times the f32 of its `every` neighbours, plus an offset: a second quantization.
@@ -121,6 +123,7 @@ impl Floats<'_> {
             Floats::F32(bytes) => f32_at(bytes, at),
             Floats::F16(bytes) => half::f16::from_le_bytes(bytes.as_chunks::<2>().0[at]).to_f32(),
             Floats::Bf16(bytes) => half::bf16::from_le_bytes(bytes.as_chunks::<2>().0[at]).to_f32(),
+            Floats::Float8(bytes) => super::float8::E4M3[usize::from(bytes[at])],
             Floats::Power(bytes) if bytes[at] == 255 => f32::NAN,
             Floats::Power(bytes) => 2.0 * half_power(bytes[at]),
             Floats::Nested { codes, map, scales, every, offset } => {
@@ -146,7 +149,7 @@ pub struct Scaling<'a> {
 }
 
 impl Scaling<'_> {
-    /// The bits of the float of row `i` and group `g`, if it is of one or two bytes.
+    /// The bits of the scale of row `i` and group `g` as a grouped form has them.
     fn bits(&self, i: usize, g: usize) -> u16 {
         let at = i / self.rows * self.down + g * self.right;
         match self.floats {
@@ -154,6 +157,8 @@ impl Scaling<'_> {
                 u16::from_le_bytes(bytes.as_chunks::<2>().0[at])
             }
             Floats::Power(bytes) => u16::from(bytes[at]),
+            // NVFP4's codes are twice their values, its scales f16.
+            Floats::Float8(_) => half::f16::from_f32(0.5 * self.get(i, g)).to_bits(),
             Floats::F32(_) | Floats::Nested { .. } => 0,
         }
     }
@@ -264,13 +269,22 @@ impl Encoded<'_> {
         }
     }
 
-    /// The grouped form that holds it exactly, if there is one: for 4-bit integers with scales of groups of 32, of
-    /// f16 or bfloat16; and for MXFP4.
+    /// Whether [`Encoded::kept`] holds a grouped form exactly: not scales that are products, rounded to f16.
+    pub fn is_exact(&self) -> bool {
+        !matches!(self.scales.floats, Floats::Float8(_))
+    }
+
+    /// The grouped form that holds it exactly ([`Encoded::is_exact`]), if there is one: for 4-bit integers with scales
+    /// of groups of 32, of f16 or bfloat16; for MXFP4; and for NVFP4.
     fn fits_grouped(&self) -> Option<Grouped> {
         let size = match self.groups {
             Groups::Even(size) => size.min(self.k),
             Groups::Of(_) => return None,
         };
+        if let (Codes::Fp4(_), Floats::Float8(_)) = (self.codes, self.scales.floats) {
+            let whole = size == Grouped::NVFP4.group && self.k.is_multiple_of(size);
+            return whole.then_some(Grouped::NVFP4);
+        }
         let divides = |group: &usize| size.is_multiple_of(*group) && self.k.is_multiple_of(*group);
         let group = [128, 64, GROUP].into_iter().find(divides)?;
         if let (Codes::Fp4(_), Floats::Power(_)) = (self.codes, self.scales.floats) {
@@ -302,9 +316,10 @@ impl Encoded<'_> {
             }
             _ => {}
         }
+        let unit = self.fits_grouped().map_or(GROUP, Grouped::unit);
         for (n, (s, o)) in block.s.iter_mut().zip(&mut block.o).enumerate() {
-            if n * GROUP < len {
-                let g = self.groups.run(j + n * GROUP, 1).0;
+            if n * unit < len {
+                let g = self.groups.run(j + n * unit, 1).0;
                 *s = self.scales.bits(i, g);
                 *o = -self.zero(i, g) as u16;
             }

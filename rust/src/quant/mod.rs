@@ -33,7 +33,7 @@ mod q8;
 pub use awq::awq;
 pub use bitsandbytes::{llm_int8, nibbles};
 pub use blocks::{Blocks, Kept};
-pub use compressed::{fp4, int8, packed};
+pub use compressed::{fp4, int8, nvfp4, packed};
 pub use encoded::{Encoded, Floats, Groups, Scaling};
 pub(crate) use feedback::FACTORS;
 pub use feedback::Feedback;

@@ -45,7 +45,7 @@ pub fn to_gguf(folder: &Path, architecture: &str, vocab: usize) -> Result<Vec<(S
     let Some(bytes) = read(&path, MAX_TOKENIZER)? else {
         let there = Tokenizer::open(folder);
         return match there {
-            Err(Error::Tokenizer(what)) if what.ends_with("no tokenizer.json") => {
+            Err(Error::Tokenizer(what)) if what.ends_with(super::NO_TOKENIZER) => {
                 Ok(vec![("tokenizer.ggml.model".to_owned(), text("no_vocab"))])
             }
             Err(error) => Err(error),
@@ -223,7 +223,11 @@ impl Made<'_> {
             let found = [&config, &map].into_iter().flatten().find_map(|file| file.get(name))?;
             self.own.id(found.as_str().or_else(|| found.get("content")?.as_str())?)
         };
-        let ends = generation.as_ref().and_then(|g| g.get("eos_token_id")).cloned();
+        let model = read_json(&folder.join("config.json"), MAX_CONFIG)?;
+        let text = model.as_ref().and_then(|m| m.get("text_config"));
+        let says = [generation.as_ref(), model.as_ref(), text];
+        let mut ends = says.into_iter().flatten().filter_map(|file| file.get("eos_token_id"));
+        let ends = ends.find(|ends| !ends.is_null()).cloned();
         let ends: Vec<u32> = match ends {
             Some(Value::Array(all)) => {
                 all.iter().filter_map(|id| Some(id.as_u64()? as u32)).collect()

@@ -44,7 +44,8 @@ impl<'a> Observer<'a> {
         let weights = reader.join(&backend, mats.clone())?;
         let (groups, group_of) = forward::kv_groups(spec, load.kv_dtype);
         let spec = spec.clone();
-        let model = Model { spec, backend, weights, kv_dtype: load.kv_dtype, group_of, groups };
+        let (kv_dtype, notes) = (load.kv_dtype, Vec::new());
+        let model = Model { spec, backend, weights, kv_dtype, group_of, groups, notes };
         let longest = contexts.iter().map(Vec::len).max().unwrap_or(0);
         if longest > model.context_length() {
             let most = format!("at most {} tokens", model.context_length());

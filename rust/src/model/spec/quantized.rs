@@ -9,7 +9,7 @@ use crate::{Error, Result};
 use fancy_regex::Regex;
 use fields::{
     AWQ, BITSANDBYTES, COMPRESSED, COMPRESSED_GROUP, COMPRESSED_WEIGHTS, DYNAMIC, FBGEMM, FP8,
-    GPTQ, check,
+    GPTQ, MODELOPT, check,
 };
 use serde_json::Value;
 
@@ -62,6 +62,11 @@ pub enum Scheme {
     },
     /// `quant::fp4`.
     Fp4,
+    /// `quant::nvfp4`.
+    Nvfp4 {
+        /// In ModelOpt's tensors, not compressed-tensors'.
+        modelopt: bool,
+    },
     /// `quant::nibbles`.
     Nibbles,
     /// `quant::llm_int8`.
@@ -86,7 +91,10 @@ impl Scheme {
     pub fn marks(&self) -> &'static [&'static str] {
         match self {
             Scheme::Gptq { .. } | Scheme::Awq { .. } => &[".qweight"],
-            Scheme::Packed { .. } | Scheme::Fp4 => &[".weight_packed"],
+            Scheme::Packed { .. } | Scheme::Fp4 | Scheme::Nvfp4 { modelopt: false } => {
+                &[".weight_packed"]
+            }
+            Scheme::Nvfp4 { modelopt: true } => &[".weight_scale_2"],
             Scheme::Int8 { .. } => &[".weight_scale"],
             Scheme::Float8 { .. } => &[".weight_scale", ".weight_scale_inv"],
             Scheme::Nibbles => &[".weight.quant_map"],
@@ -107,6 +115,7 @@ impl Scheme {
             Scheme::Int8 { spread, .. } => format!("int8, {}", spread.name()),
             Scheme::Float8 { spread } => format!("fp8 e4m3, {}", spread.name()),
             Scheme::Fp4 => "mxfp4".to_owned(),
+            Scheme::Nvfp4 { .. } => "nvfp4".to_owned(),
             Scheme::Nibbles => "4 bits, blocks counted through all rows".to_owned(),
             Scheme::LlmInt8 => format!("int8, {}", Spread::Channel.name()),
         }
@@ -211,11 +220,33 @@ impl Quantized {
                 ("bitsandbytes", listed(o, &["llm_int8_skip_modules"], scheme)?)
             }
             Some("compressed-tensors") => ("compressed-tensors", compressed(o)?),
+            Some("modelopt") => {
+                check(o, MODELOPT)?;
+                let scheme = match o.text("quant_algo")? {
+                    Some("NVFP4") => Scheme::Nvfp4 { modelopt: true },
+                    Some("FP8") => Scheme::Float8 { spread: Spread::Tensor },
+                    other => {
+                        return Err(Error::Unsupported(format!(
+                            "config.json: {}: found {:?}, only \"NVFP4\" and \"FP8\" are supported",
+                            o.label("quant_algo"),
+                            other.unwrap_or("nothing")
+                        )));
+                    }
+                };
+                ("modelopt", vec![(Modules::All, Some(scheme))])
+            }
+            None if o.get("bits").is_some() && o.get("group_size").is_some() => {
+                return Err(Error::Unsupported(format!(
+                    "config.json: {}: found nothing, but bits and group_size, as MLX writes them: its checkpoints are not \
+                     supported; take the model's unquantized checkpoint, or a GGUF file",
+                    o.label("quant_method")
+                )));
+            }
             other => {
                 return Err(Error::Unsupported(format!(
                     "config.json: {}: checkpoints quantized with {} are not supported, only gptq, awq, \
-                     compressed-tensors, fp8, fbgemm_fp8, bitsandbytes, and mxfp4 in GPT-OSS; take the model's \
-                     unquantized checkpoint, or one of these",
+                     compressed-tensors, modelopt, fp8, fbgemm_fp8, bitsandbytes, and mxfp4 in GPT-OSS; take the \
+                     model's unquantized checkpoint, or one of these",
                     o.label("quant_method"),
                     other.map_or("an unknown method".to_owned(), |method| format!("{method:?}")),
                 )));
@@ -255,6 +286,9 @@ impl Quantized {
                 ".weight_packed",
                 ".weight_scale",
                 ".weight_scale_inv",
+                ".weight_scale_2",
+                ".weight_global_scale",
+                ".input_global_scale",
                 ".weight_shape",
                 ".weight_zero_point",
                 ".weight_g_idx",
@@ -269,7 +303,7 @@ impl Quantized {
 
     /// Tensors that are scales of a cache of keys and values: that is kept as the caller says.
     pub fn of_cache(&self, tensor: &str) -> bool {
-        self.method == "compressed-tensors"
+        ["compressed-tensors", "modelopt"].contains(&self.method)
             && [".k_scale", ".v_scale"].iter().any(|end| tensor.ends_with(end))
     }
 
@@ -457,9 +491,12 @@ fn compressed_scheme(top: &Object<'_>, own: &Object<'_>) -> Result<Scheme> {
         Some(_) => group(&o)?,
         None => None,
     };
+    let format = own.text("format")?.or(top.text("format")?).unwrap_or("nothing");
     let spread = match (o.text("strategy")?, group) {
         (Some("tensor"), None) => Spread::Tensor,
         (Some("channel"), None) => Spread::Channel,
+        // Groups, and one more scale for the matrix.
+        (Some("tensor_group"), Some(16)) if format == "nvfp4-pack-quantized" => Spread::Group(16),
         (Some("group") | None, Some(size)) => Spread::Group(size),
         (Some("block"), None) => match o.get("block_structure") {
             Some(sides) => block(&o, "block_structure", sides)?,
@@ -479,12 +516,14 @@ fn compressed_scheme(top: &Object<'_>, own: &Object<'_>) -> Result<Scheme> {
     };
     let (bits, kind) = (bits(&o, "num_bits")?, o.text("type")?.unwrap_or("int"));
     let symmetric = o.flag("symmetric")?.unwrap_or(true);
-    let format = own.text("format")?.or(top.text("format")?).unwrap_or("nothing");
     match (format, kind, bits, spread) {
         ("pack-quantized", "int", _, Spread::Channel | Spread::Group(_)) => {
             Ok(Scheme::Packed { bits, spread, symmetric })
         }
         ("mxfp4-pack-quantized", "float", 4, Spread::Group(32)) if symmetric => Ok(Scheme::Fp4),
+        ("nvfp4-pack-quantized", "float", 4, Spread::Group(16)) if symmetric => {
+            Ok(Scheme::Nvfp4 { modelopt: false })
+        }
         ("int-quantized" | "naive-quantized", "int", 8, _) => {
             Ok(Scheme::Int8 { spread, symmetric })
         }
@@ -493,7 +532,7 @@ fn compressed_scheme(top: &Object<'_>, own: &Object<'_>) -> Result<Scheme> {
         }
         _ => Err(Error::Unsupported(format!(
             "config.json: {}: found {format:?} of {kind} weights of {bits} bits, {}{}; supported are pack-quantized \
-             int of 4 and 8 bits (channel, group), int-quantized int8, float-quantized fp8, and mxfp4-pack-quantized",
+             int of 4 and 8 bits (channel, group), int-quantized int8, float-quantized fp8, mxfp4-pack-quantized, and nvfp4-pack-quantized",
             top.label("format"),
             spread.name(),
             if symmetric { "" } else { ", asymmetric" },

@@ -218,6 +218,24 @@ impl<'a> Reader<'a> {
                 }
                 quant::fp4(k, bytes, scale)
             }
+            Scheme::Nvfp4 { modelopt } => {
+                let (codes, all) = match modelopt {
+                    true => (".weight", ".weight_scale_2"),
+                    false => (".weight_packed", ".weight_global_scale"),
+                };
+                let bytes = t.take(codes, &[Dtype::U8], &[&[n, k.div_ceil(2)]])?.bytes;
+                let shape = [n, k.div_ceil(16)];
+                let scale = t.take(".weight_scale", &[Dtype::F8E4M3], &[&shape])?.bytes;
+                if !k.is_multiple_of(16) {
+                    return Err(t.bad(codes, &format!("{k} inputs"), "a multiple of 16"));
+                }
+                let times = t.take(all, &[Dtype::F32], &[&[], &[1]])?.bytes;
+                let times = times.first_chunk().map_or(0.0, |b| f32::from_le_bytes(*b));
+                if !(times.is_normal() && times > 0.0) {
+                    return Err(t.bad(all, &times.to_string(), "a positive number"));
+                }
+                quant::nvfp4(k, bytes, scale, if modelopt { times } else { 1.0 / times })
+            }
             Scheme::Int8 { spread, symmetric } => {
                 let bytes = t.take(".weight", &[Dtype::I8], &[&[n, k]])?.bytes;
                 let (scales, size, shape) = t.scales(".weight_scale", (n, k), spread)?;

@@ -72,7 +72,11 @@ impl Reader<'_> {
                 Kept::Grouped(how) => Form::Grouped(how),
             });
             let wanted = match (quantization, kept) {
-                (Quantization::None, Form::Grouped(how)) => Form::GroupedFloat(how),
+                (Quantization::None, Form::Grouped(how))
+                    if encoded.is_none_or(|encoded| encoded.is_exact()) =>
+                {
+                    Form::GroupedFloat(how)
+                }
                 (Quantization::None, _) => stored,
                 _ if exact => stored,
                 (Quantization::Auto, _) | (_, Form::MXFP4) => kept,
@@ -250,12 +254,9 @@ impl Reader<'_> {
             mats.map(|(mat, plan)| backend.place(plan.at, mat)).collect()
         };
         let total: u64 = plans.iter().map(|p| p.bytes() as u64).sum();
-        let mut cache = match &options.cache_dir {
-            Some(dir) if total >= cache::WORTH && plans.iter().all(|p| p.stored.is_none()) => {
-                Some(cache::Cache::new(dir, self.checkpoint, plans))
-            }
-            _ => None,
-        };
+        let worth = total >= cache::WORTH && plans.iter().all(|p| p.stored.is_none());
+        let dir = options.cache_dir.as_ref().filter(|_| worth);
+        let mut cache = dir.map(|dir| cache::Cache::new(dir, self.checkpoint, plans));
         if let Some(mats) = cache.as_ref().and_then(|cache| cache.read(plans)) {
             options.report(total, total);
             return placed(mats);
@@ -286,6 +287,14 @@ impl Reader<'_> {
             {
                 return placed(mats);
             }
+        }
+        if let (true, Some(dir)) = (worth, &options.cache_dir) {
+            options.notes.push(format!(
+                "the packed weights ({} MB) could not be kept in {}: the next load packs them again; weight_cache \
+                 names another folder",
+                total / 1_000_000,
+                dir.display()
+            ));
         }
         let available = crate::backend::cpu::memory().available;
         let held = |p: &&Plan| p.stored.is_none() && backend.holds(p.at);

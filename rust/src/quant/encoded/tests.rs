@@ -188,6 +188,40 @@ fn mxfp4_of_compressed_tensors() {
 }
 
 #[test]
+fn nvfp4_has_a_scale_for_the_matrix() {
+    let (n, k) = (4, 272);
+    let codes = numbers(n * k, 16, 1);
+    let bytes: Vec<u8> = codes.chunks(2).map(|two| (two[1] << 4 | two[0]) as u8).collect();
+    let scales: Vec<u8> = numbers(n * k / 16, 127, 2).iter().map(|&e| e as u8).collect();
+    let m = Matrix { n, k, ..Matrix::new(8, 64, 4, 16) };
+    let weight = |i: usize, j: usize, times: f32| {
+        let q = codes[i * k + j] as usize;
+        let value = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0][q % 8];
+        let value = if q > 8 { -value } else { value };
+        float8::E4M3[usize::from(scales[(i * k + j) / 16])] * times * value
+    };
+    // Products with a power of two are f16; others are rounded in the packed form, and only there.
+    let e = nvfp4(k, &bytes, &scales, 0.25);
+    assert_eq!((e.kept(), e.is_exact()), (Kept::Grouped(Grouped::NVFP4), false));
+    m.is(&e, |i, j| weight(i, j, 0.25));
+    let e = nvfp4(k, &bytes, &scales, 0.003);
+    let mut row = vec![0.0; k];
+    for i in 0..n {
+        e.decode(i * k, &mut row);
+        for b in (0..k).step_by(BLOCK) {
+            let block = e.grouped(i * k + b, BLOCK.min(k - b)).dequantize(Grouped::NVFP4);
+            for (j, &near) in (b..k).zip(&block) {
+                let w = weight(i, j, 0.003);
+                assert_eq!(row[j], w);
+                assert!((near - w).abs() <= w.abs() / 2048.0 + 3e-7, "{near} for {w}");
+            }
+        }
+    }
+    let broken = nvfp4(k, &bytes, &[0x7f; 17], 1.0).grouped(0, BLOCK);
+    assert_eq!(broken.not_finite(Grouped::NVFP4), Some(0));
+}
+
+#[test]
 fn scales_of_blocks_rows_and_matrices() {
     let (n, k) = (20, 300);
     let bytes: Vec<u8> = (0..n * k).map(|at| (at * 37 % 251) as u8).collect();

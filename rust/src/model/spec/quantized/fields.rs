@@ -98,6 +98,17 @@ pub(super) const FP8: &Fields = &[
 ];
 pub(super) const FBGEMM: &Fields =
     &[("modules_to_not_convert", Read), ("quant_method", Read), ("activation_scale_ub", Aside)];
+pub(super) const MODELOPT: &Fields = &[
+    ("quant_algo", Read),
+    ("quant_method", Read),
+    ("config_groups", Aside), // the tensors say it
+    ("exclude_modules", Aside),
+    ("group_size", Aside),
+    ("ignore", Aside),
+    ("kv_cache_quant_algo", Aside), // as kv_cache_scheme below
+    ("kv_cache_scheme", Aside),
+    ("producer", Aside),
+];
 pub(super) const BITSANDBYTES: &Fields = &[
     ("load_in_4bit", Read),
     ("load_in_8bit", Read),

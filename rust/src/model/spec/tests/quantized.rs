@@ -42,7 +42,10 @@ fn fields_that_are_not_understood_are_named() {
         said["config_groups"]["group_0"]["weights"][key] = value;
         json!({"quantization_config": said})
     };
-    for good in [&gptq(), &compressed(), &awq, &fp8, &bnb] {
+    let modelopt = json!({"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"],
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 16}}},
+        "producer": {"name": "modelopt", "version": "0.33"}});
+    for good in [&gptq(), &compressed(), &awq, &fp8, &bnb, &modelopt] {
         read(good.clone());
         let e = error("LlamaForCausalLM", with(good, "twist", json!(7)));
         assert_eq!(e, "config.json: quantization_config.twist: 7 is not understood");
@@ -99,6 +102,11 @@ fn fields_that_are_not_understood_are_named() {
             json!({"quantization_config": {"quant_method": "aqlm"}}),
             "quantized with \"aqlm\" are not",
         ),
+        (
+            with(&modelopt, "quant_algo", json!("MIXED_PRECISION")),
+            "found \"MIXED_PRECISION\", only",
+        ),
+        (json!({"quantization_config": {"bits": 4, "group_size": 64}}), "as MLX writes them"),
         (json!({"quantization_config": {"bits": 4}}), "quantized with an unknown method are not"),
         (json!({"quantization_config": 4}), "quantization_config: found 4, expected an object"),
         (
@@ -166,7 +174,16 @@ fn the_first_rule_that_fits_counts() {
     let mut said = compressed();
     said["format"] = json!("mxfp4-pack-quantized");
     said["config_groups"]["group_0"]["weights"]["type"] = json!("float");
-    assert_eq!(read(said).scheme("x").unwrap(), Some(&Scheme::Fp4));
+    assert_eq!(read(said.clone()).scheme("x").unwrap(), Some(&Scheme::Fp4));
+
+    said["format"] = json!("nvfp4-pack-quantized");
+    let weights = &mut said["config_groups"]["group_0"]["weights"];
+    (weights["strategy"], weights["group_size"]) = (json!("tensor_group"), json!(16));
+    assert_eq!(read(said).scheme("x").unwrap(), Some(&Scheme::Nvfp4 { modelopt: false }));
+
+    let q = read(json!({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}));
+    let float8 = Scheme::Float8 { spread: Spread::Tensor };
+    assert_eq!(q.scheme("x").unwrap(), Some(&float8));
 
     let q = read(json!({"quant_method": "fp8", "modules_to_not_convert": ["lm_head", "mlp.gate"]}));
     assert_eq!(
