@@ -1,4 +1,4 @@
-"""Models that several tests share (loading one takes milliseconds), and that no property test is timed."""
+"""Models that several tests share (loading one takes milliseconds); no property test is timed."""
 
 from __future__ import annotations
 
