@@ -35,6 +35,7 @@ impl Options {
             cache_dir: load.cache_dir.clone(),
             family: load.family.clone(),
             progress: None,
+            notes: Vec::new(),
             ..*load
         };
         Options {
