@@ -83,26 +83,26 @@ fn attempt(
     let Options { load, context_length, kv_bytes, gpu_layers, .. } = &options;
     let (context_length, kv_bytes, gpu_layers) = (*context_length, *kv_bytes, *gpu_layers);
     let asked = device::Asked { folder, load, context_length, kv_bytes, gpu_layers, again };
-    let because = match options.device.target(&asked)? {
-        device::Target::Cpu(because) => because,
-        #[cfg(feature = "cuda")]
-        device::Target::Cuda(cuda, plan) => {
-            return match plan.border {
-                None => {
-                    let load = |load| model::load_onto(folder, *cuda, load);
-                    let machine = |cuda: &Cuda| device::cuda(cuda, &plan, again);
-                    serve(folder, options, load, machine, None, String::new(), sender, inbox)
-                }
-                Some(border) => {
-                    let load = |load| model::load_onto(folder, Split::new(*cuda, border), load);
-                    let machine = |split: &Split| device::cuda(split.cuda(), &plan, again);
-                    serve(folder, options, load, machine, None, String::new(), sender, inbox)
-                }
-            };
+    match options.device.target(&asked)? {
+        device::Target::Cpu(because) => {
+            let load = |load| model::load(folder, load);
+            let available = Some(cpu::memory().available);
+            serve(folder, options, load, device::cpu, available, because, sender, inbox)
         }
-    };
-    let (load, available) = (|load| model::load(folder, load), Some(cpu::memory().available));
-    serve(folder, options, load, device::cpu, available, because, sender, inbox)
+        #[cfg(feature = "cuda")]
+        device::Target::Cuda(cuda, plan) => match plan.border {
+            None => {
+                let load = |load| model::load_onto(folder, *cuda, load);
+                let machine = |cuda: &Cuda| device::cuda(cuda, &plan, again);
+                serve(folder, options, load, machine, None, String::new(), sender, inbox)
+            }
+            Some(border) => {
+                let load = |load| model::load_onto(folder, Split::new(*cuda, border), load);
+                let machine = |split: &Split| device::cuda(split.cuda(), &plan, again);
+                serve(folder, options, load, machine, None, String::new(), sender, inbox)
+            }
+        },
+    }
 }
 
 fn serve<B: Backend>(
