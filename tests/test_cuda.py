@@ -342,7 +342,8 @@ def test_the_gpu_bench(emulator: Path, tmp_path: Path) -> None:
         assert [row["test"] for row in rows] == tests
         assert all(row["tokens_per_s"] > 0 for row in rows)
         assert rows[3]["joules_per_token"] > 0
-    assert "gate on an H200: tg at 0, batch 1, 400 tokens/s: missed" in text
+    word = "reached" if parts["8b"]["rows"][0]["tokens_per_s"] >= 400 else "missed"
+    assert f"gate on an H200: tg at 0, batch 1, 400 tokens/s: {word}" in text
     status, found, text = report("faulty", "--only", "0.6b,products", FAKE_FAULT="400")
     assert status == 1
     assert "LAUNCH_FAILED" in text
