@@ -438,33 +438,36 @@ fn sync(threads: usize) {
 struct Tokens {
     m: usize,
     q: Memory,
+    tiled: bool,
     s: Vec<f32>,
     sums: Vec<[i16; GROUPS]>,
     totals: Vec<i32>,
 }
 
 impl Tokens {
-    fn new(set: &Kernels, m: usize) -> Tokens {
+    fn new(set: &Kernels, form: Form, m: usize) -> Tokens {
         let blocks = SIDE / BLOCK;
         let mut random = Random(m as u64);
-        let mut q = Memory::new(m * SIDE);
+        let (mut q, tiled) = (Memory::new(m * SIDE), set.tiled(form, m));
         let (mut s, mut sums) = (vec![0.0; m * blocks], vec![[0; GROUPS]; m * blocks]);
         let mut totals = vec![0; m * blocks];
-        for (i, q) in q.get_mut().chunks_exact_mut(BLOCK).enumerate() {
+        for i in 0..m * blocks {
             let mut int8 = [0; BLOCK];
             (s[i], totals[i]) = set.quantize(&random.values(BLOCK), &mut int8, &mut sums[i]);
-            for (q, x) in q.iter_mut().zip(int8) {
-                *q = x as u8;
+            let (b, t) = (i / m, i % m);
+            for (j, x) in int8.into_iter().enumerate() {
+                let at = if tiled { (j / 64 * m + t) * 64 + j % 64 } else { t * BLOCK + j };
+                q.get_mut()[b * BLOCK * m + at] = x as u8;
             }
         }
-        Tokens { m, q, s, sums, totals }
+        Tokens { m, q, tiled, s, sums, totals }
     }
     fn acts(&self) -> Acts<'_> {
         let q = self.q.get();
         // SAFETY: bytes as int8.
         let q = unsafe { std::slice::from_raw_parts(q.as_ptr().cast(), q.len()) };
-        let Tokens { m, s, sums, totals, .. } = self;
-        Acts { m: *m, k: SIDE, q, s, sums, totals }
+        let Tokens { m, tiled, s, sums, totals, .. } = self;
+        Acts { m: *m, k: SIDE, q, tiled: *tiled, s, sums, totals }
     }
 }
 
@@ -507,11 +510,11 @@ fn matrices(set: &Kernels, form: Form) -> Memory {
 }
 
 /// Compares the first rows of the first matrix with `scalar`.
-fn check(set: &Kernels, form: Form, memory: &Memory, a: &Acts<'_>) {
+fn check(set: &Kernels, form: Form, memory: &Memory, m: usize) {
     let w = &memory.get()[..2 * form.row_block_bytes(SIDE)];
     let run = |set: &Kernels| {
-        let mut y = vec![0.0f32; a.m * ROWS_A_CALL];
-        set.gemm(form, w, a, &mut y);
+        let mut y = vec![0.0f32; m * ROWS_A_CALL];
+        set.gemm(form, w, &Tokens::new(set, form, m).acts(), &mut y);
         y.into_iter().map(f32::to_bits).collect::<Vec<_>>()
     };
     let scalar = kernels::available().find(|k| k.name() == "scalar");
@@ -527,17 +530,19 @@ fn products(
     count: usize,
     threads: usize,
 ) -> Time {
-    let tokens = Tokens::new(set, m);
-    check(set, form, memory, &tokens.acts());
+    let tokens = Tokens::new(set, form, m);
+    check(set, form, memory, m);
     let matrices = memory.get().len() / form.bytes(SIDE, SIDE);
     let chunk = 2 * form.row_block_bytes(SIDE);
     time(threads, |thread, run| {
-        let mut y = vec![0.0; m * ROWS_A_CALL];
+        let mut y = vec![0.0; m * ROWS_A_CALL + ROWS];
+        let start = y.as_ptr().addr().wrapping_neg() % 64 / 4;
+        let y = &mut y[start..][..m * ROWS_A_CALL];
         for i in 0..count {
             let at = (run * count + i) % matrices * form.bytes(SIDE, SIDE);
             let matrix = &memory.get()[at..][..form.bytes(SIDE, SIDE)];
             for part in part(SIDE / ROWS_A_CALL, thread, threads) {
-                set.gemm(form, &matrix[part * chunk..][..chunk], &tokens.acts(), black_box(&mut y));
+                set.gemm(form, &matrix[part * chunk..][..chunk], &tokens.acts(), black_box(y));
             }
         }
     })

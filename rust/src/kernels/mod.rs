@@ -30,7 +30,7 @@ use crate::{Error, Result};
 use layout::ROWS;
 
 /// Quantized activations of `m` tokens, by block of K: block `b` is `[m][kb]` int8 values, with `kb` 256
-/// but for the last, shorter one.
+/// but for the last, shorter one; or, tiled, `[kb / 64][m][64]`.
 #[derive(Clone, Copy)]
 pub struct Acts<'a> {
     /// Tokens.
@@ -39,6 +39,8 @@ pub struct Acts<'a> {
     pub k: usize,
     /// Values, `m * k` of them. AMX reads lines of 64 bytes: faster from a multiple of 64 bytes.
     pub q: &'a [i8],
+    /// The order of `q` within a block, as [`Kernels::tiled`] asks for it.
+    pub tiled: bool,
     /// Scale of block `b` of token `t` at `b * m + t`.
     pub s: &'a [f32],
     /// Sums of `q` over each group, at the same index.
@@ -56,8 +58,9 @@ impl Acts<'_> {
     pub fn len(&self, b: usize) -> usize {
         BLOCK.min(self.k - b * BLOCK)
     }
-    /// Values of block `b` of token `t`.
+    /// Values of block `b` of token `t`, where they are not tiled.
     pub fn q(&self, b: usize, t: usize) -> &[i8] {
+        assert!(!self.tiled);
         let len = self.len(b);
         &self.q[b * BLOCK * self.m + t * len..][..len]
     }
@@ -78,6 +81,8 @@ pub struct Kernels {
     gemm_q4: Gemm,
     gemm_q8: Gemm,
     gemm_grouped: unsafe fn(Grouped, &[u8], &Acts<'_>, &mut [f32]),
+    /// Tokens from which on the activations that int4 and int8 meet are tiled.
+    tiled: usize,
     float: float::Floats,
 }
 
@@ -171,8 +176,13 @@ impl Kernels {
         self.name
     }
 
+    /// Whether [`Kernels::gemm`] takes the activations of `m` tokens tiled. Then it takes two row blocks or more.
+    pub fn tiled(&self, form: Form, m: usize) -> bool {
+        matches!(form, Form::Q4 | Form::Q8) && m >= self.tiled
+    }
+
     /// `y[t][n] = sum over k of w[n][k] * x[t][k]` for whole row blocks `w` of a quantized matrix.
-    /// `y`: `[m, 16 * row blocks]`.
+    /// `y`: `[m, 16 * row blocks]`; fastest from a multiple of 64 bytes.
     pub fn gemm(&self, form: Form, w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
         let size = form.row_block_bytes(a.k);
         assert!(form.is_quantized() && a.k > 0 && a.k.is_multiple_of(layout::K_PADDED));
@@ -180,7 +190,8 @@ impl Kernels {
         assert!(w.as_ptr().addr().is_multiple_of(64), "packed weights are 64-byte aligned");
         let scales = a.blocks() * a.m;
         assert!(a.q.len() == a.m * a.k && a.s.len() == scales && a.sums.len() == scales);
-        assert!(a.totals.len() == scales);
+        assert!(a.totals.len() == scales && a.tiled == self.tiled(form, a.m));
+        assert!(!a.tiled || w.len() >= 2 * size);
         // SAFETY: see above.
         unsafe {
             match form {

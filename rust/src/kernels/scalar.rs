@@ -8,8 +8,15 @@ use crate::quant::{BLOCK, Grouped};
 
 float::instantiate!(Lanes, Sums);
 
-pub(super) const KERNELS: Kernels =
-    Kernels { name: "scalar", needs: &[], gemm_q4, gemm_q8, gemm_grouped, float: FLOATS };
+pub(super) const KERNELS: Kernels = Kernels {
+    name: "scalar",
+    needs: &[],
+    gemm_q4,
+    gemm_q8,
+    gemm_grouped,
+    tiled: usize::MAX,
+    float: FLOATS,
+};
 
 /// `y[t][n] = sum over blocks b of dot(w8, a8) * (d * s)`: an exact integer over a block, then one
 /// fused multiply-add, blocks ascending.

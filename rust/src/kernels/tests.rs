@@ -109,7 +109,7 @@ impl Quantized {
     }
     fn acts(&self) -> Acts<'_> {
         let Quantized { m, k, q, s, sums, totals } = self;
-        Acts { m: *m, k: *k, q, s, sums, totals }
+        Acts { m: *m, k: *k, q, tiled: false, s, sums, totals }
     }
 }
 
@@ -168,7 +168,16 @@ fn bits(x: &[f32]) -> Vec<u32> {
 
 fn gemm(kernels: &Kernels, form: Form, w: &[u8], a: &Acts<'_>) -> Vec<f32> {
     let mut y = vec![f32::NAN; a.m * w.len() / form.row_block_bytes(a.k) * ROWS];
-    kernels.gemm(form, w, a, &mut y);
+    let (mut q, mut a) = (Vec::new(), *a);
+    if kernels.tiled(form, a.m) {
+        for b in 0..a.blocks() {
+            for i in 0..a.len(b) / 64 {
+                q.extend((0..a.m).flat_map(|t| &a.q(b, t)[64 * i..][..64]));
+            }
+        }
+        (a.q, a.tiled) = (&q, true);
+    }
+    kernels.gemm(form, w, &a, &mut y);
     y
 }
 
@@ -226,7 +235,7 @@ proptest! {
     }
 
     #[test]
-    fn integer_gemm(m in 1usize..70, blocks in 1usize..4, k in 1usize..10, q4: bool, seed: u64) {
+    fn integer_gemm(m in 1usize..140, blocks in 2usize..6, k in 1usize..10, q4: bool, seed: u64) {
         let (form, k) = (if q4 { Form::Q4 } else { Form::Q8 }, k * 64);
         let mut random = Random(seed);
         let w = random.values(blocks * ROWS * k);

@@ -35,13 +35,14 @@ pub(super) struct ActBuf {
 
 impl ActBuf {
     /// The activations of `m` rows with `rows` before them, of `width` inputs.
-    fn of(&self, rows: usize, m: usize, width: usize) -> Acts<'_> {
+    fn of(&self, rows: usize, m: usize, width: usize, tiled: bool) -> Acts<'_> {
         let k = layout::padded_k(width);
         let (from, n) = (rows * k.div_ceil(BLOCK), m * k.div_ceil(BLOCK));
         Acts {
             m,
             k,
             q: &self.q[self.start + rows * k..][..m * k],
+            tiled,
             s: &self.s[from..][..n],
             sums: &self.sums[from..][..n],
             totals: &self.totals[from..][..n],
@@ -86,6 +87,7 @@ impl Cpu {
         buf.s.resize(rows * blocks, 0.0);
         buf.sums.resize(rows * blocks, [0; GROUPS]);
         buf.totals.resize(rows * blocks, 0);
+        let form = jobs[0].w.form;
         let (q, s) = (Disjoint::new(values), Disjoint::new(&mut buf.s));
         let (sums, totals) = (Disjoint::new(&mut buf.sums), Disjoint::new(&mut buf.totals));
         self.each(rows, 4, |r| {
@@ -95,20 +97,33 @@ impl Cpu {
                 let len = BLOCK.min(k - b * BLOCK);
                 let start = (b * BLOCK).min(x.width);
                 let x = &x.row(first + r)[start..(start + len).min(x.width)];
-                let at = before * k + b * BLOCK * m + t * len;
+                let at = before * k + b * BLOCK * m;
                 let i = before * blocks + b * m + t;
-                // SAFETY: `(b, r)` names these ranges, and each `r` is claimed by one thread.
-                let (q, s, sums, totals) = unsafe {
-                    (
-                        q.part(at..at + len),
-                        s.part(i..i + 1),
-                        sums.part(i..i + 1),
-                        totals.part(i..i + 1),
-                    )
-                };
-                (s[0], totals[0]) = self.kernels.quantize(x, q, &mut sums[0]);
+                let mut values = [0; BLOCK];
+                let values = &mut values[..len];
+                // SAFETY: `(b, r)` names these places, and each `r` is claimed by one thread.
+                unsafe {
+                    let (s, total) = (&mut s.part(i..i + 1)[0], &mut totals.part(i..i + 1)[0]);
+                    (*s, *total) = self.kernels.quantize(x, values, &mut sums.part(i..i + 1)[0]);
+                    if self.kernels.tiled(form, m) {
+                        for (i, values) in values.chunks(64).enumerate() {
+                            let at = at + (i * m + t) * 64;
+                            q.part(at..at + 64).copy_from_slice(values);
+                        }
+                    } else {
+                        q.part(at + t * len..at + (t + 1) * len).copy_from_slice(values);
+                    }
+                }
             }
         });
+    }
+
+    /// Tokens that `w` is multiplied by at a time.
+    fn tokens(&self, w: &Mat) -> usize {
+        // Tiles are read from L2 for every pair of row blocks.
+        const NEAR: usize = 1 << 20;
+        let tokens = self.tiles.tokens;
+        if self.kernels.tiled(w.form, tokens) { tokens.min((NEAR / w.k / 32 * 32).max(64)) } else { tokens }
     }
 
     /// One matrix product: `out` takes `x w^T + bias` as `into` says.
@@ -125,7 +140,7 @@ impl Cpu {
             Into::Add => assert!(out.rows == x.rows && out.width == w.n),
             Into::Gate(_, width) => out.shape(x.rows, width),
         }
-        let tokens = self.tiles.tokens;
+        let tokens = self.tokens(w);
         for t in (0..x.rows).step_by(tokens) {
             let rows = t..x.rows.min(t + tokens);
             self.products(&[Job { w, block: 0, n: w.n, bias, rows }], x, into, out);
@@ -164,16 +179,21 @@ impl Cpu {
                     piece += end - start;
                     let blocks = start * 2..(end * 2).min(n.div_ceil(ROWS));
                     let (m, columns) = (job.rows.len(), blocks.len() * ROWS);
-                    tile.resize(m * columns, 0.0);
+                    tile.resize(m * columns + ROWS, 0.0);
+                    // From a line of the cache on.
+                    let start = tile.as_ptr().addr().wrapping_neg() % 64 / 4;
+                    let tile = &mut tile[start..][..m * columns];
                     let size = job.w.form.row_block_bytes(job.w.k);
                     let weights = &job.w.bytes()[job.block * size..];
                     let weights = &weights[blocks.start * size..blocks.end * size];
                     if job.w.form.is_quantized() {
-                        let acts = acts.of(job.rows.start - first, m, x.width);
-                        self.kernels.gemm(job.w.form, weights, &acts, &mut tile);
+                        let form = job.w.form;
+                        let tiled = self.kernels.tiled(form, m);
+                        let acts = acts.of(job.rows.start - first, m, x.width, tiled);
+                        self.kernels.gemm(form, weights, &acts, tile);
                     } else {
                         let x = &x.values()[job.rows.start * x.width..job.rows.end * x.width];
-                        self.kernels.gemm_float(job.w.form, weights, job.w.k, x, &mut tile);
+                        self.kernels.gemm_float(job.w.form, weights, job.w.k, x, tile);
                     }
                     for (i, tile) in tile.chunks_mut(columns).enumerate() {
                         let row = (job.rows.start + i) * width;

@@ -7,7 +7,7 @@
 use super::super::attention::int8::Dot;
 use super::super::layout::Q4_HEADER;
 use super::super::simd::F32x16;
-use super::super::{Acts, Form, Kernels, float};
+use super::super::{Acts, Form, Kernels, float, scalar};
 use super::{QUADS, Step, finish, four, grouped, offsets, prefetch, scales, unpack, walk};
 use std::arch::aarch64::*;
 
@@ -20,6 +20,7 @@ pub(in super::super) const KERNELS: Kernels = Kernels {
     gemm_q8,
     gemm_grouped: grouped::gemm_neon,
     float: FLOATS,
+    ..scalar::KERNELS
 };
 
 /// Sixteen sums in four registers: `smlal` by element, after `ld4` has put number `j` of each four side by side.

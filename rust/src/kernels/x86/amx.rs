@@ -1,13 +1,14 @@
 //! AMX: tiles of 16 rows of 64 bytes, and one instruction that multiplies two of them as int8.
 //!
 //! Many tokens only; few are left to `avx512vnni`. A B tile is 16 lines of the packed order, as they lie
-//! (64 k by 16 rows of weights); an A tile is 16 tokens' activations of 64 k, as they lie. For every
+//! (64 k by 16 rows of weights); an A tile is 16 tokens' activations of 64 k, side by side. For every
 //! block of K and pair of row blocks: int4 weights are unpacked to a panel of int8 (8 KiB), then all
 //! tokens run against it, 32 at a time, in 2 x 2 tiles of exact integers.
 //!
 //! The tile unit works while the other units have time. So each 64-k step of the tiles is followed by a
-//! share of two other jobs: the float step of the 32 tokens before, whose integers wait in one of two
-//! buffers, and the unpacking of the panel that comes next.
+//! share of two other jobs: the float step of the 32 tokens before, and the unpacking of the panel that
+//! comes next. What limits is L1: tiles alone take half of its loads. Activations are read past it
+//! (`tileloaddt1`), which leaves it to the panels and the sums.
 //!
 //! AMX has no stable intrinsics: the instructions are in `asm!`. Tile contents live from one `asm!` to the
 //! next. That is sound because nothing else touches tiles: the compiler never uses them on its own, the
@@ -28,11 +29,9 @@ pub(in super::super) const KERNELS: Kernels = Kernels {
     needs: &["amx-int8", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx2", "fma", "f16c"],
     gemm_q4,
     gemm_q8,
+    tiled: 16,
     ..avx512vnni::KERNELS
 };
-
-/// Tokens from which on tiles are used. Speed only, never results.
-const MANY: usize = 16;
 
 /// Whether the CPU has AMX with int8, and the operating system lets this process use it: "amx-int8".
 pub(in super::super) fn allowed() -> bool {
@@ -63,11 +62,7 @@ fn permission() -> bool {
 unsafe fn gemm_q4(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
     // SAFETY: the shapes were checked by `Kernels::gemm`.
     unsafe {
-        if a.m < MANY || w.len() < 2 * Form::Q4.row_block_bytes(a.k) {
-            avx512vnni::gemm_q4(w, a, y)
-        } else {
-            gemm::<true>(w, a, y)
-        }
+        if a.tiled { gemm::<true>(w, a, y) } else { avx512vnni::gemm_q4(w, a, y) }
     }
 }
 
@@ -75,11 +70,7 @@ unsafe fn gemm_q4(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
 unsafe fn gemm_q8(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
     // SAFETY: the shapes were checked by `Kernels::gemm`.
     unsafe {
-        if a.m < MANY || w.len() < 2 * Form::Q8.row_block_bytes(a.k) {
-            avx512vnni::gemm_q8(w, a, y)
-        } else {
-            gemm::<false>(w, a, y)
-        }
+        if a.tiled { gemm::<false>(w, a, y) } else { avx512vnni::gemm_q8(w, a, y) }
     }
 }
 
@@ -106,12 +97,13 @@ static CONFIG: Config = Config {
 struct Scratch {
     /// Two panels of unpacked weights, of two row blocks each: one in use, one in the making.
     panels: [[[u8; ROWS * BLOCK]; 2]; 2],
-    /// Two buffers of the integers of 32 tokens by two row blocks.
-    sums: [[[i32; 2 * ROWS]; 32]; 2],
+    /// Integers of 32 tokens by two row blocks.
+    sums: [[i32; 2 * ROWS]; 32],
 }
 
 /// Integers of up to 32 tokens by two row blocks that wait for their float step. The pointers are those
 /// of the next token.
+#[derive(Clone, Copy)]
 struct Waiting {
     left: usize,
     sums: *const i32,
@@ -150,19 +142,20 @@ impl Waiting {
         let keep = if self.first { 0 } else { 0xffff };
         // SAFETY: the caller's promise.
         unsafe {
-            let d = [_mm512_loadu_ps(self.d[0]), _mm512_loadu_ps(self.d[1])];
-            for _ in 0..n {
-                let s = _mm512_set1_ps(*self.s);
+            let d = [_mm512_load_ps(self.d[0]), _mm512_load_ps(self.d[1])];
+            for i in 0..n {
+                let s = _mm512_set1_ps(*self.s.add(i));
                 for h in 0..2 {
-                    let y = self.y.add(h * ROWS);
-                    let dot = _mm512_cvtepi32_ps(_mm512_load_si512(self.sums.add(h * ROWS).cast()));
+                    let y = self.y.add(i * ld + h * ROWS);
+                    let sums = self.sums.add((2 * i + h) * ROWS);
+                    let dot = _mm512_cvtepi32_ps(_mm512_load_si512(sums.cast()));
                     let acc = _mm512_maskz_loadu_ps(keep, y);
                     _mm512_storeu_ps(y, _mm512_fmadd_ps(dot, _mm512_mul_ps(d[h], s), acc));
                 }
-                self.s = self.s.add(1);
-                self.sums = self.sums.add(2 * ROWS);
-                self.y = self.y.wrapping_add(ld);
             }
+            self.s = self.s.add(n);
+            self.sums = self.sums.add(2 * ROWS * n);
+            self.y = self.y.wrapping_add(n * ld);
         }
     }
 }
@@ -178,15 +171,14 @@ struct Pair {
 }
 
 impl Pair {
-    /// Prepares the next `n` pieces: unpacks int4 weights, asks for int8 weights, which are used where
+    /// Prepares the pieces before `to`: unpacks int4 weights, asks for int8 weights, which are used where
     /// they lie.
     ///
     /// # Safety
     /// The blocks have `32 * pieces` k, and `panel` is that of two row blocks.
     #[inline]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    unsafe fn prepare<const Q4: bool>(&mut self, n: usize) {
-        let to = self.pieces.min(self.next + n);
+    unsafe fn prepare<const Q4: bool>(&mut self, to: usize) {
         // SAFETY: the caller's promise; prefetches never fault.
         unsafe {
             for piece in self.next..to {
@@ -224,8 +216,7 @@ impl Pair {
 /// Many tokens against two row blocks or more.
 ///
 /// # Safety
-/// Shapes as `Kernels::gemm` checks them, `a.m >= 16`, at least two row blocks, and the CPU and the system
-/// allow AMX.
+/// Shapes as `Kernels::gemm` checks them, activations tiled, and the CPU and the system allow AMX.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn gemm<const Q4: bool>(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
     let form = if Q4 { Form::Q4 } else { Form::Q8 };
@@ -238,9 +229,9 @@ unsafe fn gemm<const Q4: bool>(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
     let y = y.as_mut_ptr();
     let mut scratch = MaybeUninit::<Scratch>::uninit();
     // SAFETY: places only; nothing is read before it is written.
-    let (panels, buffers) = unsafe {
+    let (panels, sums) = unsafe {
         let scratch = scratch.as_mut_ptr();
-        (&raw mut (*scratch).panels, &raw mut (*scratch).sums)
+        (&raw mut (*scratch).panels, (&raw mut (*scratch).sums).cast::<i32>())
     };
     // Job `i`: block `i % blocks` of pair `i / blocks`. The job behind the last has no pieces.
     let job = |i: usize| {
@@ -255,7 +246,8 @@ unsafe fn gemm<const Q4: bool>(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
     };
     // Steps of 32 tokens or fewer that the tokens make.
     let turns = if a.m < 32 { a.m.div_ceil(16) } else { a.m.div_ceil(32) };
-    let mut waiting = Waiting::NOTHING;
+    // What the tiles hold, and what waits for its float step.
+    let (mut held, mut waiting) = (Waiting::NOTHING, Waiting::NOTHING);
     // SAFETY: every address below lies in `w`, `a`, `y` or `scratch`: tokens `start..start + tokens` are
     // tokens of `a`, and `len` k of each of two row blocks are those of block `b`. Tile registers are
     // configured here, on this thread, and given back at the end.
@@ -263,37 +255,40 @@ unsafe fn gemm<const Q4: bool>(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
         asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, preserves_flags, readonly));
         let mut now = job(0);
         now.prepare::<Q4>(now.pieces);
-        let mut buffer = 0;
         for i in 0..count {
             let (rb, b) = (row_block(i), i % a.blocks());
             let len = a.len(b);
             let steps = len / 64;
             let tiles = now.tiles::<Q4>();
             let mut next = job(i + 1);
-            let share = next.pieces.div_ceil(turns * steps);
-            let mut t = 0;
+            let (mut t, mut done) = (0, 0);
             while t < a.m {
                 // The last tokens may overlap those before: their tiles are computed again, but only the
                 // new ones take the float step.
                 let tokens = if a.m - t > 16 && a.m >= 32 { 32 } else { 16 };
                 let start = t.min(a.m - tokens);
-                let q = a.q.as_ptr().add(b * BLOCK * a.m + start * len);
-                let finish = waiting.left.div_ceil(steps);
-                zero();
+                let q = a.q.as_ptr().add(b * BLOCK * a.m + start * 64);
+                // The step that begins stores the tiles held; the others have time for what they held.
+                let share = held.left.div_ceil((steps - 1).max(1));
                 for step in 0..steps {
-                    let tiles = tiles.map(|tile| tile.add(1024 * step));
-                    if tokens == 32 {
-                        multiply_32(q.add(64 * step), len, tiles);
-                    } else {
-                        multiply_16(q.add(64 * step), len, tiles);
+                    let (q, tiles) = (q.add(64 * a.m * step), tiles.map(|tile| tile.add(1024 * step)));
+                    match (tokens, step) {
+                        (32, 0) => begin_32(q, tiles, sums),
+                        (32, _) => multiply_32(q, tiles),
+                        (_, 0) => begin_16(q, tiles, sums),
+                        _ => multiply_16(q, tiles),
                     }
-                    waiting.run(finish, ld);
-                    next.prepare::<Q4>(share);
+                    if step == 0 {
+                        waiting = held;
+                    }
+                    if step > 0 || steps == 1 {
+                        waiting.run(share, ld);
+                    }
+                    done += 1;
+                    next.prepare::<Q4>((done * next.pieces).div_ceil(turns * steps));
                 }
-                let sums: *mut i32 = buffers.cast::<[[i32; 2 * ROWS]; 32]>().add(buffer).cast();
-                store(sums);
                 let skip = t - start;
-                waiting = Waiting {
+                held = Waiting {
                     left: tokens - skip,
                     sums: sums.add(skip * 2 * ROWS),
                     s: a.s.as_ptr().add(b * a.m + t),
@@ -301,50 +296,34 @@ unsafe fn gemm<const Q4: bool>(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
                     y: y.add(t * ld + rb * ROWS),
                     first: b == 0,
                 };
-                buffer ^= 1;
                 t = start + tokens;
             }
             now = next;
         }
+        store(sums);
         asm!("tilerelease", options(nostack, preserves_flags, nomem));
-        waiting.run(32, ld);
-    }
-}
-
-/// Empties the four tiles of sums, 0 to 3.
-///
-/// # Safety
-/// Tiles are configured.
-#[inline(always)]
-unsafe fn zero() {
-    // SAFETY: the caller's promise.
-    unsafe {
-        asm!(
-            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            options(nostack, preserves_flags, nomem),
-        );
+        held.run(32, ld);
     }
 }
 
 /// Adds the products of 32 tokens and 32 rows over 64 k to tiles 0 to 3.
 ///
 /// # Safety
-/// Tiles are configured; `q` is 32 times 64 bytes, `stride` apart; each of `w` is 1024 bytes.
+/// Tiles are configured; `q` is 32 times 64 bytes; each of `w` is 1024 bytes.
 #[inline(always)]
-unsafe fn multiply_32(q: *const i8, stride: usize, w: [*const u8; 2]) {
+unsafe fn multiply_32(q: *const i8, w: [*const u8; 2]) {
     // SAFETY: the caller's promise.
     unsafe {
         asm!(
             "tileloadd tmm6, [{w0} + {line}]",
-            "tileloadd tmm4, [{q0} + {stride}]",
+            "tileloaddt1 tmm4, [{q0} + {line}]",
             "tdpbssd tmm0, tmm4, tmm6",
             "tileloadd tmm7, [{w1} + {line}]",
             "tdpbssd tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{q1} + {stride}]",
+            "tileloaddt1 tmm5, [{q1} + {line}]",
             "tdpbssd tmm2, tmm5, tmm6",
             "tdpbssd tmm3, tmm5, tmm7",
-            q0 = in(reg) q, q1 = in(reg) q.add(16 * stride), stride = in(reg) stride,
+            q0 = in(reg) q, q1 = in(reg) q.add(16 * 64),
             w0 = in(reg) w[0], w1 = in(reg) w[1], line = in(reg) 64usize,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
@@ -358,20 +337,75 @@ unsafe fn multiply_32(q: *const i8, stride: usize, w: [*const u8; 2]) {
 /// # Safety
 /// As [`multiply_32`], for 16 times 64 bytes.
 #[inline(always)]
-unsafe fn multiply_16(q: *const i8, stride: usize, w: [*const u8; 2]) {
+unsafe fn multiply_16(q: *const i8, w: [*const u8; 2]) {
     // SAFETY: the caller's promise.
     unsafe {
         asm!(
             "tileloadd tmm6, [{w0} + {line}]",
-            "tileloadd tmm4, [{q} + {stride}]",
+            "tileloaddt1 tmm4, [{q} + {line}]",
             "tdpbssd tmm0, tmm4, tmm6",
             "tileloadd tmm7, [{w1} + {line}]",
             "tdpbssd tmm1, tmm4, tmm7",
-            q = in(reg) q, stride = in(reg) stride,
+            q = in(reg) q,
             w0 = in(reg) w[0], w1 = in(reg) w[1], line = in(reg) 64usize,
             out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
             options(nostack, preserves_flags, readonly),
         );
+    }
+}
+
+/// [`store`] of what the tiles hold, which is over then, and the first step of other 32 tokens. Each tile is written
+/// right before it starts again: alone, the four stores would hold up the multiplications.
+///
+/// # Safety
+/// As [`multiply_32`] and [`store`].
+#[inline(always)]
+unsafe fn begin_32(q: *const i8, w: [*const u8; 2], sums: *mut i32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "tileloadd tmm6, [{w0} + {line}]",
+            "tileloaddt1 tmm4, [{q0} + {line}]",
+            "tilestored [{sums} + {token}], tmm0",
+            "tilezero tmm0",
+            "tdpbssd tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{w1} + {line}]",
+            "tilestored [{sums} + {token} + 64], tmm1",
+            "tilezero tmm1",
+            "tdpbssd tmm1, tmm4, tmm7",
+            "tileloaddt1 tmm5, [{q1} + {line}]",
+            "tilestored [{more} + {token}], tmm2",
+            "tilezero tmm2",
+            "tdpbssd tmm2, tmm5, tmm6",
+            "tilestored [{more} + {token} + 64], tmm3",
+            "tilezero tmm3",
+            "tdpbssd tmm3, tmm5, tmm7",
+            q0 = in(reg) q, q1 = in(reg) q.add(16 * 64),
+            w0 = in(reg) w[0], w1 = in(reg) w[1], line = in(reg) 64usize,
+            sums = in(reg) sums, more = in(reg) sums.add(16 * 2 * ROWS),
+            token = in(reg) 4 * 2 * ROWS,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack, preserves_flags),
+        );
+    }
+}
+
+/// As [`begin_32`], of 16 tokens.
+///
+/// # Safety
+/// As [`multiply_16`] and [`store`].
+#[inline(always)]
+unsafe fn begin_16(q: *const i8, w: [*const u8; 2], sums: *mut i32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        store(sums);
+        asm!(
+            "tilezero tmm0", "tilezero tmm1",
+            out("tmm0") _, out("tmm1") _,
+            options(nostack, preserves_flags, nomem),
+        );
+        multiply_16(q, w);
     }
 }
 

@@ -8,7 +8,7 @@
 use super::super::attention::int8::Dot;
 use super::super::layout::{Q4_HEADER, Q8_HEADER, ROWS};
 use super::super::simd::F32x16;
-use super::super::{Acts, Form, Kernels, float};
+use super::super::{Acts, Form, Kernels, float, scalar};
 use super::grouped;
 use crate::quant::BLOCK;
 use std::arch::x86_64::*;
@@ -22,6 +22,7 @@ pub(in super::super) const KERNELS: Kernels = Kernels {
     gemm_q8,
     gemm_grouped: grouped::gemm_avx2,
     float: FLOATS,
+    ..scalar::KERNELS
 };
 
 /// Sixteen sums in four registers: what `vpmaddwd` gives of 4 x 4 products, two lanes a sum.

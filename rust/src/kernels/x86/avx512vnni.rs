@@ -5,7 +5,7 @@
 //! the exact integer of each block.
 
 use super::super::layout::{Q4_HEADER, Q8_HEADER, ROWS, block_offset};
-use super::super::{Acts, Form, Kernels};
+use super::super::{Acts, Form, Kernels, scalar};
 use super::grouped512;
 use super::zmm::FLOATS;
 use crate::quant::BLOCK;
@@ -20,6 +20,7 @@ pub(in super::super) const KERNELS: Kernels = Kernels {
     gemm_q8,
     gemm_grouped: grouped512::gemm,
     float: FLOATS,
+    ..scalar::KERNELS
 };
 
 /// Bytes read ahead of the multiplication, into L1 and into L2: a stream from DRAM runs at 65 % of its

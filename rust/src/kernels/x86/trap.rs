@@ -138,8 +138,8 @@ unsafe fn run(context: &mut libc::ucontext_t) -> Option<()> {
             }
             // tilezero t
             (0x49, 3, false, true) if rm == 0 && loaded(reg) => tiles.data[reg] = [[0; 64]; 16],
-            // tileloadd t, [base + row * index]
-            (0x4b, 3, false, false) if sib && loaded(reg) => {
+            // tileloadd, tileloaddt1 t, [base + row * index]
+            (0x4b, 1 | 3, false, false) if sib && loaded(reg) => {
                 let (rows, bytes) = (tiles.rows[reg], tiles.bytes[reg]);
                 tiles.data[reg] = [[0; 64]; 16];
                 for (i, row) in tiles.data[reg][..rows].iter_mut().enumerate() {
