@@ -131,6 +131,8 @@ def test_parameters(llm: LLM, fields: dict[str, Any], names: str) -> None:
         {"max_tokens": 1 << 63},
         {"stop_token_ids": [-1]},
         {"logit_bias": {1 << 32: 1.0}},
+        {"logit_bias": {5: 10**400}},
+        {"seed": -1, "presence_penalty": -1, "logit_bias": {5: -1}},
     ],
 )
 def test_numbers_too_large(llm: LLM, fields: dict[str, Any]) -> None:
