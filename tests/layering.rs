@@ -3,35 +3,26 @@
 use std::fs;
 use std::path::Path;
 
-/// Module -> modules it may use besides `error`.
-const MAY_USE: &[(&str, &[&str])] = &[
-    ("error", &[]),
-    ("file", &["quant"]),
-    ("quant", &[]),
-    ("kernels", &["quant"]),
-    ("backend", &["kernels", "quant", "sample"]),
-    ("model", &["backend", "file", "quant"]),
-    ("sample", &[]),
-    ("tokenizer", &["file"]),
-    ("chat", &["file"]),
-    ("engine", &["model", "sample", "tokenizer"]),
-    ("evaluate", &["model"]),
-    (
-        "python",
-        &[
-            "backend",
-            "chat",
-            "engine",
-            "evaluate",
-            "file",
-            "kernels",
-            "model",
-            "quant",
-            "sample",
-            "tokenizer",
-        ],
-    ),
-];
+/// Module -> modules it may use besides `error`: the table there, `| module | uses | never |`.
+fn may_use() -> Vec<(String, Vec<String>)> {
+    let page = include_str!("../ARCHITECTURE.md");
+    let table = page.split("| module | uses | never |\n|---|---|---|\n").nth(1).unwrap();
+    let rows = table.lines().take_while(|line| line.starts_with('|'));
+    let rows = rows.map(|line| line.split('|').map(str::trim).collect::<Vec<_>>());
+    let rows: Vec<_> = rows.map(|cells| (names(cells[1]), names(cells[2]))).collect();
+    let every: Vec<String> = rows.iter().flat_map(|(modules, _)| modules.clone()).collect();
+    let mut all = vec![("error".to_owned(), Vec::new())];
+    for (modules, uses) in rows {
+        let uses = if uses == ["all"] { every.clone() } else { uses };
+        all.extend(modules.into_iter().map(|module| (module, uses.clone())));
+    }
+    all
+}
+
+/// The first word of each item of a list.
+fn names(list: &str) -> Vec<String> {
+    list.split(", ").filter_map(|item| Some(item.split_whitespace().next()?.to_owned())).collect()
+}
 
 fn sources(path: &Path, out: &mut Vec<(String, String)>) {
     if path.is_dir() {
@@ -82,13 +73,14 @@ fn used(text: &str) -> Vec<String> {
 #[test]
 fn modules_use_only_what_is_below_them() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("rust/src");
-    let listed: Vec<&str> = MAY_USE.iter().map(|(module, _)| *module).collect();
+    let may_use = may_use();
     for entry in fs::read_dir(&root).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();
         let module = name.trim_end_matches(".rs");
-        assert!(module == "lib" || listed.contains(&module), "{module} is not in MAY_USE");
+        let listed = may_use.iter().any(|(listed, _)| listed == module);
+        assert!(module == "lib" || listed, "{module} is not in the table of ARCHITECTURE.md");
     }
-    for (module, allowed) in MAY_USE {
+    for (module, allowed) in &may_use {
         let mut files = Vec::new();
         for path in [root.join(module), root.join(format!("{module}.rs"))] {
             if path.exists() {
@@ -100,10 +92,8 @@ fn modules_use_only_what_is_below_them() {
             for used in used(&code(&text)) {
                 // Types of the crate's root: `Error`, `Result`.
                 let is_module = used.chars().next().is_some_and(char::is_lowercase);
-                let fine = !is_module
-                    || used == "error"
-                    || used == *module
-                    || allowed.contains(&&used[..]);
+                let fine =
+                    !is_module || used == "error" || used == *module || allowed.contains(&used);
                 assert!(fine, "{path}: {module} must not use {used}");
             }
         }

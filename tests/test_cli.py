@@ -152,7 +152,9 @@ def test_piped_bytes_that_are_no_text(args: list[str]) -> None:
     assert b"UTF-8" in done.stderr
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="there is no /dev/full, a disk that is always full"
+)
 @pytest.mark.parametrize("args", [["info"], ["run", "Hi"], ["bench", "-p", "8", "-n", "0"]])
 def test_a_full_disk_is_one_line(args: list[str]) -> None:
     with open("/dev/full", "w") as full:
@@ -166,7 +168,7 @@ def test_a_full_disk_is_one_line(args: list[str]) -> None:
     assert done.stderr == b"ferrule: could not write: No space left on device\n"
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+@pytest.mark.skipif(os.name != "posix", reason="the command is one of a POSIX shell")
 @pytest.mark.parametrize(
     ("command", "status", "text"),
     [("info >&-", 1, "standard output is closed"), ("run <&-", 2, "no prompt for the model")],
@@ -251,7 +253,7 @@ def test_interrupt() -> None:
     assert b"Traceback" not in stderr
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
+@pytest.mark.skipif(os.name != "posix", reason="the command is one of a POSIX shell")
 def test_broken_pipe() -> None:
     code = f'"{sys.executable}" -m ferrule run --raw Once --ignore-eos --max-tokens 900 | head -c 5'
     done = subprocess.run(

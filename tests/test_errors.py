@@ -131,6 +131,8 @@ def test_parameters(llm: LLM, fields: dict[str, Any], names: str) -> None:
         {"max_tokens": 1 << 63},
         {"stop_token_ids": [-1]},
         {"logit_bias": {1 << 32: 1.0}},
+        {"logit_bias": {5: 10**400}},
+        {"seed": -1, "presence_penalty": -1, "logit_bias": {5: -1}},
     ],
 )
 def test_numbers_too_large(llm: LLM, fields: dict[str, Any]) -> None:
@@ -141,14 +143,15 @@ def test_numbers_too_large(llm: LLM, fields: dict[str, Any]) -> None:
 
 
 def test_none_is_none(llm: LLM) -> None:
-    given = {"stop": None, "stop_token_ids": None, "logits_processors": None, "logit_bias": None}
-    open_ = ferrule.SamplingParams(**given)  # type: ignore[arg-type]
+    open_ = ferrule.SamplingParams(
+        stop=None, stop_token_ids=None, logits_processors=None, logit_bias=None
+    )
     plain = llm.generate(STORY, max_tokens=5, temperature=0)
     assert llm.generate(STORY, open_, max_tokens=5, temperature=0).text == plain.text
     with pytest.raises(TypeError, match="logit_bias: found key '5'"):
-        llm.generate(STORY, logit_bias={"5": 1.0})  # type: ignore[dict-item]
+        llm.generate(STORY, logit_bias={"5": 1.0})
     with pytest.raises(TypeError, match="params: found dict"):
-        llm.generate(STORY, {"max_tokens": 3})  # type: ignore[call-overload]
+        llm.generate(STORY, {"max_tokens": 3})
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_fields_win_over_params(llm: LLM) -> None:
     params = SamplingParams(max_tokens=9, temperature=0)
     assert llm.generate(STORY, params, max_tokens=2).usage.completion_tokens == 2
     with pytest.raises(TypeError, match="max_token"):
-        llm.generate(STORY, max_token=2)  # type: ignore[call-overload]
+        llm.generate(STORY, max_token=2)
 
 
 def test_defaults_come_from_the_model(llm: LLM) -> None:
@@ -193,7 +193,7 @@ def test_logit_bias_and_penalties(llm: LLM) -> None:
 def test_settings_that_leave_one_token(llm: LLM, fields: dict[str, float]) -> None:
     want = llm.generate(STORY, max_tokens=12, temperature=0).token_ids
     given = {"temperature": 1.0, **fields}
-    assert llm.generate(STORY, max_tokens=12, seed=1, **given).token_ids == want  # type: ignore[call-overload]
+    assert llm.generate(STORY, max_tokens=12, seed=1, **given).token_ids == want
 
 
 def test_logprobs(llm: LLM) -> None:
@@ -441,6 +441,6 @@ def test_a_template_is_told_tools_and_variables() -> None:
         streamed = llm.stream_chat(ASK, max_tokens=4, temperature=0, **told)
         assert "".join(chunk.text for chunk in streamed) == plain.text
         with pytest.raises(TypeError, match="wrong"):
-            llm.chat(ASK, wrong=1)  # type: ignore[call-arg]
+            llm.chat(ASK, wrong=1)
         with pytest.raises(InvalidParameterError, match="tools"):
             llm.chat(ASK, tools=[{"x": object()}])

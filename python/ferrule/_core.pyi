@@ -212,7 +212,7 @@ def export(
     *,
     format: str,
     rules: list[tuple[str, str]],
-    sampling: list[tuple[str, float]] = ...,
+    sampling: list[tuple[str, float]],
     threads: int | None = None,
     family: str | None = None,
     progress: Callable[[str, int, int], object] | None = None,

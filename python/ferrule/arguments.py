@@ -104,14 +104,18 @@ def texts(name: str, given: str | Sequence[str]) -> list[str]:
 
 def too_large(fields: Mapping[str, Any]) -> InvalidParameterError:
     """The error for a number that the core's types can't hold."""
+    signed = (-(1 << 63), (1 << 63) - 1)
+    whole = {"seed": (0, (1 << 64) - 1)}
+    whole["stop_token_ids"] = whole["logit_bias"] = (0, (1 << 32) - 1)
     for name, value in fields.items():
-        most = (1 << {"seed": 64, "stop_token_ids": 32, "logit_bias": 32}.get(name, 63)) - 1
         for item in value if isinstance(value, list) else [value]:
-            number = item[0] if isinstance(item, tuple) else item
-            if isinstance(number, int) and not 0 <= number <= most:
-                return InvalidParameterError(
-                    f"{name}: found {number}, expected 0 to {most}", field=name, value=str(number)
-                )
+            number, bias = item if isinstance(item, tuple) else (item, 0)
+            for found, (least, most) in ((number, whole.get(name, signed)), (bias, signed)):
+                if isinstance(found, int) and not least <= found <= most:
+                    expected = f"at least {least}" if found < least else f"at most {most}"
+                    return InvalidParameterError(
+                        f"{name}: found {found}, expected {expected}", field=name, value=str(found)
+                    )
     return InvalidParameterError("found a number that is too large")
 
 

@@ -29,7 +29,8 @@ _FILES = ["*.json", "*.safetensors", "*.jinja"]
 _NOT_FILES = ["*/*", "consolidated*"]
 # Large, and no header tells of them.
 _TOKENS = ("tokenizer.json", "vocab.json")
-# The longest header of a safetensors file; what of a GGUF file is looked at first is an eighth.
+# The longest header of a safetensors file, and more than a JSON file has; what of a GGUF file is
+# looked at first is an eighth.
 _HEADER = 100_000_000
 
 
@@ -74,12 +75,12 @@ def _folder(path: Path, name: str) -> Path:
             "; give the folder that it lies in" if path.suffix in (".safetensors", ".json") else ""
         )
         raise ModelNotFoundError(
-            f"{path}: is a file that is not GGUF, expected a model folder or a GGUF file{also}"
+            f"{name}: is a file that is not GGUF, expected a model folder or a GGUF file{also}"
         )
     _no_adapter(path, name)
     if not (path / "config.json").is_file():
         raise ModelNotFoundError(
-            f"{path}: no config.json in it, expected a model folder or a GGUF file"
+            f"{name}: no config.json in it, expected a model folder or a GGUF file"
         )
     return path
 
@@ -112,18 +113,16 @@ def _embedded(name: str) -> Path:
     )
 
 
-def headers(
-    model: str | os.PathLike[str], into: Path, *, revision: str | None = None, offline: bool = False
-) -> Path:
+def headers(model: str, into: Path, *, revision: str | None = None, offline: bool = False) -> Path:
     """As `resolve`, to look and not to load: of a repository only the headers come here.
 
     `into` gets files as long as the repository's that hold nothing else. What quantized safetensors
     are depends on more: those are downloaded.
     """
-    name = os.fspath(model)
-    repository = _REPOSITORY.fullmatch(name)
-    here = name in EMBEDDED or Path(name).expanduser().exists()
-    if repository is None or here or offline or os.name == "nt":  # no files of holes there
+    repository = _REPOSITORY.fullmatch(model)
+    here = model in EMBEDDED or Path(model).expanduser().exists()
+    # On Windows a file that is made longer takes all of its length on the disk.
+    if repository is None or here or offline or os.name == "nt":
         return resolve(model, revision=revision, offline=offline)
     name, kind = repository.groups()
     from huggingface_hub import HfApi, HfFileSystem
@@ -132,31 +131,34 @@ def headers(
         files = HfApi().list_repo_files(name, revision=revision)
         hub = HfFileSystem()
 
-        def copy(file: str, count: int | None = None) -> Path:
-            """The first `count` bytes of a file; all, or (0) the header of a safetensors file."""
+        def copy(file: str, count: int = _HEADER) -> Path:
+            """The first `count` bytes of a file; of a safetensors file no more than its header."""
             path = into / file.rpartition("/")[2]
             with hub.open(f"{name}/{file}", "rb", revision=revision) as there:
-                if count == 0:
+                start = b""
+                if file.endswith(".safetensors"):
                     start = there.read(8)
-                    start += there.read(min(int.from_bytes(start, "little"), _HEADER))
-                else:
-                    start = there.read(-1 if count is None else count)
-                path.write_bytes(start)
+                    count = min(count, int.from_bytes(start, "little"))
+                path.write_bytes(start + there.read(count))
                 os.truncate(path, there.size)
             return path
 
-        weights = [file for file in files if fnmatch(file, "*.safetensors") and "/" not in file]
-        weights = [file for file in weights if not file.startswith("consolidated")]
+        def fits(file: str, *patterns: str) -> bool:
+            return any(fnmatch(file, pattern) for pattern in patterns)
+
+        ignored = [*_NOT_FILES, *_TOKENS]
+        wanted = [file for file in files if fits(file, *_FILES) and not fits(file, *ignored)]
+        weights = [file for file in wanted if file.endswith(".safetensors")]
         if kind is None and weights:
-            for file in files:
-                if "/" not in file and file.endswith((".json", ".jinja")) and file not in _TOKENS:
+            for file in wanted:
+                if not file.endswith(".safetensors"):
                     copy(file)
             _no_adapter(into, name)
-            config = (_folder(into, name) / "config.json").read_text(encoding="utf-8")
-            if re.search(r"\b(quantization|compression)_config\b", config):
+            config = (_folder(into, name) / "config.json").read_bytes()
+            if re.search(rb"\b(quantization|compression)_config\b", config):
                 return resolve(model, revision=revision)
             for file in weights:
-                copy(file, 0)
+                copy(file)
             return into
         weights = _chosen(name, files, kind)
         for count in (_HEADER >> 3, _HEADER) if weights else ():

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, TypeAlias, overload
 
 from . import _core, arguments, hub, tuning
+from .cache import cache_dir, default_cache_dir
 from .errors import EngineClosedError, InvalidParameterError
 from .params import ChatFields, Defaults, Fields, SamplingParams
 from .progress import Bar
@@ -593,16 +594,3 @@ def _cut(threads: int | None) -> dict[str, Any]:
     """Threads and tiles: what was asked for, or what `ferrule tune` found."""
     found = tuning.load(default_cache_dir()) if threads is None else None
     return {"threads": threads} if found is None else asdict(found)
-
-
-def cache_dir(choice: bool | str | os.PathLike[str]) -> str | None:
-    """The folder that `weight_cache` means."""
-    if choice is False:
-        return None
-    return default_cache_dir() if choice is True else os.fspath(choice)
-
-
-def default_cache_dir() -> str:
-    """The folder for what can be made again."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(base, "ferrule")

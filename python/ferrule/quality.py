@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from . import _core, arguments, hub
+from .cache import cache_dir
 from .errors import InvalidParameterError
-from .llm import Quantization, cache_dir
+from .llm import Quantization
 from .params import Defaults
 from .progress import Steps
 

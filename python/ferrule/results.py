@@ -170,7 +170,8 @@ class ModelInfo:
     """The kernel set in use, or the architecture of the CUDA device."""
     threads: int
     notes: Sequence[str]
-    """What was lowered to fit into memory, what will be slow, what its files ask for in vain."""
+    """What was lowered to fit into memory, what will be slow, weights that could not be kept on
+    disk, what its files ask for in vain."""
     load_s: float
     defaults: Mapping[str, tuple[object, str]]
     """Sampling fields that a request leaves open: the value, and where it comes from."""

@@ -194,7 +194,7 @@ pub struct Draw<'a> {
 impl Draw<'_> {
     /// The token; `None` if the logits are no numbers, or if none is allowed.
     pub fn token(&self, logits: &[f32], scratch: &mut Scratch) -> Option<u32> {
-        if !finite(logits) {
+        if !are_numbers(logits) {
             return None;
         }
         if self.edits.is_empty() {
@@ -213,8 +213,8 @@ impl Draw<'_> {
     }
 }
 
-/// Whether none is NaN or infinite; -inf may stand for "never".
-pub fn finite(logits: &[f32]) -> bool {
+/// Whether all are numbers; -inf may stand for "never".
+pub fn are_numbers(logits: &[f32]) -> bool {
     // Without an early exit, so that it vectorizes.
     logits.iter().fold(true, |good, x| good & (*x < f32::INFINITY))
 }

@@ -22,8 +22,11 @@ const MAX_TOKENIZER: u64 = 512 << 20;
 /// The longest of the small JSON files beside it.
 const MAX_CONFIG: u64 = 64 << 20;
 
-/// How the error of a folder without a tokenizer ends.
-const NO_TOKENIZER: &str = "no tokenizer.json; take it from the model that this one was made from";
+/// A file that has a tokenizer as other programs store it.
+fn other_tokenizer(folder: &Path) -> Option<&'static str> {
+    let names = ["tokenizer.model", "tekken.json", "vocab.json", "vocab.txt"];
+    names.into_iter().find(|name| folder.join(name).exists())
+}
 
 /// A tokenizer with the special ids its model folder names.
 pub struct Tokenizer {
@@ -53,15 +56,16 @@ impl Tokenizer {
                 let at_path = |e: Error| Error::Tokenizer(format!("{}: {e}", path.display()));
                 return Tokenizer::from_gguf(metadata).map_err(at_path);
             }
-            let others = ["tokenizer.model", "tekken.json", "vocab.json", "vocab.txt"];
-            let found = others.into_iter().find(|name| folder.join(name).exists());
-            return Err(Error::Tokenizer(match found {
+            return Err(Error::Tokenizer(match other_tokenizer(folder) {
                 Some(name) => format!(
                     "{}: found {name} but no tokenizer.json; convert it (transformers: \
                      AutoTokenizer.from_pretrained(folder).save_pretrained(folder))",
                     folder.display()
                 ),
-                None => format!("{}: {NO_TOKENIZER}", folder.display()),
+                None => format!(
+                    "{}: no tokenizer.json; take it from the model that this one was made from",
+                    folder.display()
+                ),
             }));
         };
         let at_path = |e: Error| Error::Tokenizer(format!("{}: {e}", path.display()));

@@ -1,45 +1,10 @@
 //! Files that were made to do harm: the published attacks on GGUF readers one by one, and random changes.
 
+use super::peak::peak;
 use super::write::{Writer, item, list, tensor, text};
 use super::{Folder, message, valid};
 use ferrule::file::{Checkpoint, gguf};
 use proptest::prelude::*;
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
-
-thread_local! {
-    static LIVE: Cell<isize> = const { Cell::new(0) };
-    static PEAK: Cell<isize> = const { Cell::new(0) };
-}
-
-struct Counting;
-
-// SAFETY: every call goes to the system's allocator unchanged; the counters are thread-local cells
-// without destructors, so touching them here cannot allocate.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        LIVE.set(LIVE.get() + layout.size() as isize);
-        PEAK.set(PEAK.get().max(LIVE.get()));
-        // SAFETY: the caller's promises about `layout` are passed on.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
-        LIVE.set(LIVE.get() - layout.size() as isize);
-        // SAFETY: `at` came from `alloc` above, hence from `System`.
-        unsafe { System.dealloc(at, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
-
-/// Bytes that `run` had allocated at its worst moment, and its result.
-fn peak<T>(run: impl FnOnce() -> T) -> (isize, T) {
-    let before = LIVE.get();
-    PEAK.set(before);
-    let result = run();
-    (PEAK.get() - before, result)
-}
 
 fn items(items: Vec<Vec<u8>>) -> Vec<u8> {
     Writer { items, ..Writer::default() }.bytes()

@@ -1,11 +1,14 @@
 //! GGUF files: what opens, what must not, and that hostile files cost only an error; blocks against their reference
 //! values.
-#![allow(unsafe_code)] // the counting allocator
 
 mod export;
+#[path = "../folder/mod.rs"]
+mod folder;
 mod hostile;
 mod made;
 mod models;
+#[path = "../peak/mod.rs"]
+mod peak;
 mod tokenizers;
 mod write;
 
@@ -14,34 +17,10 @@ use ferrule::backend::{Backend, Form, Part, Parts};
 use ferrule::file::{Checkpoint, Dtype, gguf};
 use ferrule::kernels::layout::ROWS;
 use ferrule::quant::{BLOCK, Blocks, Grouped, Kept};
+use folder::Folder;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use write::{Writer, list};
-
-/// A folder that is removed at the end of the test.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new() -> Folder {
-        static NEXT: AtomicUsize = AtomicUsize::new(0);
-        let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("ferrule-gguf-{}-{n}", std::process::id()));
-        fs::create_dir_all(&path).unwrap();
-        Folder(path)
-    }
-    fn write(&self, name: &str, bytes: impl AsRef<[u8]>) -> PathBuf {
-        let path = self.0.join(name);
-        fs::write(&path, bytes).unwrap();
-        path
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        _ = fs::remove_dir_all(&self.0);
-    }
-}
 
 fn message<T>(result: ferrule::Result<T>) -> String {
     match result {

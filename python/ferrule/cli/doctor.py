@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from .. import __version__, _core, machine
+from ..cache import default_cache_dir
 from ..errors import FerruleError
-from ..llm import cache_dir
 
 GB = 1e9
 
@@ -342,7 +342,7 @@ def _energy(root: Path) -> Check:
 
 
 def _cache(_: Path) -> Check:
-    folder = Path(cache_dir(True) or "")
+    folder = Path(default_cache_dir())
     packed = list(folder.glob("*.ferrule")) if folder.is_dir() else []
     size = sum(path.stat().st_size for path in packed)
     # The first folder on the way up that is there.

@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 
 from .. import tuning
-from ..llm import default_cache_dir
+from ..cache import default_cache_dir
 
 
 def main(args: argparse.Namespace) -> int:

@@ -152,7 +152,7 @@ impl ChatTemplate {
                 Some(template) => template,
                 None => environment.get_template("default").map_err(|e| explain(&e))?,
             };
-            // As transformers, it would leave them out, and the model would not know of them.
+            // It would leave them out, as in transformers, and the model would not know of them.
             if has_tools && template.name() == "default" && !template.source().contains("tools") {
                 return Err(Error::ChatTemplate(
                     "chat template: found no place for tools in it; leave `tools` out and describe them in a message, \

@@ -246,9 +246,9 @@ impl Answer {
     }
 }
 
-/// A model's logits are numbers; -inf may stand for "never".
+/// A model's logits are numbers.
 fn check_finite(logits: &[f32], position: usize) -> Result<()> {
-    if sample::finite(logits) {
+    if sample::are_numbers(logits) {
         return Ok(());
     }
     match logits.iter().position(|x| x.is_nan() || *x == f32::INFINITY) {

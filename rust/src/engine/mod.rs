@@ -2,7 +2,7 @@
 //! `step()` is deterministic given its inputs: no clock, no thread inside.
 //!
 //! What a request gets depends on the request alone: never on who else runs, how its prompt was cut
-//! into chunks, whether it was preempted, or what was in the prefix cache. `tests/engine.rs` holds
+//! into chunks, whether it was preempted, or what was in the prefix cache. `tests/engine/` holds
 //! the engine to that.
 
 mod answer;

@@ -25,7 +25,7 @@ pub struct Model<B: Backend> {
     /// The groups.
     pub(super) groups: Vec<KvGroup>,
     /// What was not as wished when it was loaded, and no error.
-    pub notes: Vec<String>,
+    pub note: Option<String>,
 }
 
 /// Keys, values and states of all sequences, and room for the activations of one step.

@@ -27,6 +27,7 @@ use crate::file::{self, Checkpoint};
 use crate::{Error, Result};
 use spec::Spec;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 /// Stands in a page table where a page was freed because no later position sees it.
@@ -155,6 +156,7 @@ pub enum Quantization {
 }
 
 /// How to load a model.
+#[derive(Clone)]
 pub struct LoadOptions {
     /// How weights are kept.
     pub quantization: Quantization,
@@ -173,9 +175,7 @@ pub struct LoadOptions {
     /// Matrices are random and made on the device, whatever the file has: to measure with.
     pub random: bool,
     /// Called with the bytes packed so far and in all.
-    pub progress: Option<Box<dyn FnMut(u64, u64) + Send>>,
-    /// What was not as wished, and no error: the load fills it.
-    pub notes: Vec<String>,
+    pub progress: Option<Arc<dyn Fn(u64, u64) + Send + Sync>>,
 }
 
 impl Default for LoadOptions {
@@ -190,14 +190,13 @@ impl Default for LoadOptions {
             family: None,
             random: false,
             progress: None,
-            notes: Vec::new(),
         }
     }
 }
 
 impl LoadOptions {
-    fn report(&mut self, done: u64, total: u64) {
-        if let Some(progress) = &mut self.progress {
+    fn report(&self, done: u64, total: u64) {
+        if let Some(progress) = &self.progress {
             progress(done, total);
         }
     }
@@ -267,11 +266,11 @@ fn cpu(options: &LoadOptions) -> Result<Cpu> {
 fn place<B: Backend>(
     (spec, checkpoint, path): (Spec, Checkpoint, PathBuf),
     backend: B,
-    mut options: LoadOptions,
+    options: LoadOptions,
 ) -> Result<Model<B>> {
-    let weights = weights::load(&path, &checkpoint, &spec, &backend, &mut options)?;
+    let (weights, note) = weights::load(&path, &checkpoint, &spec, &backend, &options)?;
     backend.finish()?;
-    let (groups, group_of) = forward::kv_groups(&spec, options.kv_dtype);
-    let LoadOptions { kv_dtype, notes, .. } = options;
-    Ok(Model { spec, backend, weights, kv_dtype, group_of, groups, notes })
+    let kv_dtype = options.kv_dtype;
+    let (groups, group_of) = forward::kv_groups(&spec, kv_dtype);
+    Ok(Model { spec, backend, weights, kv_dtype, group_of, groups, note })
 }

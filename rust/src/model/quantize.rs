@@ -149,7 +149,7 @@ pub fn quantize(
     }
     let mut observer = match calibration.is_empty() {
         true => None,
-        false => Some(Observer::new(&reader, &spec, load, &calibration, stop, progress)?),
+        false => Some(Observer::new(&reader, &spec, &load, &calibration, stop, progress)?),
     };
     let packer = Packer { reader: &reader, cpu: &cpu, stop, progress };
     let mut ready = Vec::new();

@@ -15,6 +15,7 @@ use std::path::Path;
 use std::sync::{Arc, mpsc};
 
 /// Keywords of `Engine`.
+#[derive(Clone)]
 pub(super) struct Options {
     pub(super) device: device::Wanted,
     pub(super) load: LoadOptions,
@@ -26,31 +27,6 @@ pub(super) struct Options {
     pub(super) eos: Vec<u32>,
 }
 
-impl Options {
-    /// The same, for a second attempt, whose progress nobody is told.
-    fn again(&self) -> Options {
-        let Options { device, load, engine, kv_bytes, context_length, gpu_layers, .. } = self;
-        let load = LoadOptions {
-            isa: load.isa.clone(),
-            cache_dir: load.cache_dir.clone(),
-            family: load.family.clone(),
-            progress: None,
-            notes: Vec::new(),
-            ..*load
-        };
-        Options {
-            device: *device,
-            load,
-            engine: engine.clone(),
-            kv_bytes: *kv_bytes,
-            context_length: *context_length,
-            gpu_layers: *gpu_layers,
-            chat_template: self.chat_template.clone(),
-            eos: self.eos.clone(),
-        }
-    }
-}
-
 /// Opens what `folder` has, reports to `sender`, and serves until the inbox is closed.
 pub(super) fn load_and_drive(
     folder: &Path,
@@ -58,7 +34,7 @@ pub(super) fn load_and_drive(
     sender: &mpsc::Sender<Result<Loaded>>,
     inbox: &Inbox,
 ) {
-    let again = options.again();
+    let again = options.clone();
     let served = match attempt(folder, options, false, sender, inbox) {
         // The device had less than it said, or the model took more than its headers say.
         Err(Error::OutOfMemory { .. })
@@ -148,7 +124,7 @@ fn open<B: Backend>(
     let model = Arc::new(load_model(load)?);
     let device::Machine { device, isa, threads, free, gpu_layers, mut notes } =
         machine(&model.backend);
-    notes.extend(model.notes.iter().cloned());
+    notes.extend(model.note.clone());
     notes.extend(budget.iter().flat_map(|budget| budget.notes.clone()));
     if eos.is_empty() {
         eos.extend(tokenizer.ends());

@@ -126,8 +126,7 @@ impl Engine {
                     cache_dir: cache_dir.map(PathBuf::from),
                     family,
                     random,
-                    notes: Vec::new(),
-                    progress: Some(Box::new(move |done, total| {
+                    progress: Some(Arc::new(move |done, total| {
                         bytes[0].store(done, Ordering::Relaxed);
                         bytes[1].store(total, Ordering::Relaxed);
                     })),

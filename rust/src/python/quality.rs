@@ -88,7 +88,7 @@ fn measure(
     let Some((ids, bos)) = ids.into_iter().next() else { return Err(Error::Closed) };
     let load = |(path, mut options): (PathBuf, LoadOptions)| {
         let watch = watch.clone();
-        options.progress = Some(Box::new(move |done, total| watch.report("loading", done, total)));
+        options.progress = Some(Arc::new(move |done, total| watch.report("loading", done, total)));
         model::load(&path, options)
     };
     let models = models.into_iter().map(load).collect::<Result<Vec<Model<Cpu>>>>()?;

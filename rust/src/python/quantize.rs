@@ -76,7 +76,7 @@ pub(super) fn quantize<'py>(
 
 /// Writes the model in `folder`, or the GGUF file that it is or has, as the new GGUF file `out`.
 #[pyfunction]
-#[pyo3(signature = (folder, out, *, format, rules, sampling=Vec::new(), threads=None, family=None, progress=None))]
+#[pyo3(signature = (folder, out, *, format, rules, sampling, threads=None, family=None, progress=None))]
 pub(super) fn export<'py>(
     py: Python<'py>,
     folder: PathBuf,

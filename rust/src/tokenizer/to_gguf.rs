@@ -1,10 +1,10 @@
 //! A tokenizer.json as the metadata of a GGUF file: the reverse of [`super::gguf`]. What is made is read again and gives
 //! the same ids for every token's text and for texts that tell tokenizers apart, or it is an error.
 
-use super::{MAX_CONFIG, MAX_TOKENIZER, Tokenizer, pre};
+use super::{MAX_CONFIG, MAX_TOKENIZER, Tokenizer, other_tokenizer, pre};
 use crate::file::gguf::{Metadata, parse};
 use crate::file::gguf_writer::{Datum, header};
-use crate::file::{read, read_json};
+use crate::file::{gguf_at, read, read_json};
 use crate::{Error, Result};
 use serde_json::Value;
 use std::collections::HashMap;
@@ -43,16 +43,13 @@ pub fn to_gguf(folder: &Path, architecture: &str, vocab: usize) -> Result<Vec<(S
     let path = folder.join("tokenizer.json");
     let wrong = |what: String| Error::Tokenizer(format!("{}: {what}", path.display()));
     let Some(bytes) = read(&path, MAX_TOKENIZER)? else {
-        let there = Tokenizer::open(folder);
-        return match there {
-            Err(Error::Tokenizer(what)) if what.ends_with(super::NO_TOKENIZER) => {
-                Ok(vec![("tokenizer.ggml.model".to_owned(), text("no_vocab"))])
-            }
-            Err(error) => Err(error),
-            Ok(_) => {
-                Err(wrong("found a GGUF file beside the model, expected tokenizer.json".into()))
-            }
-        };
+        if gguf_at(folder)?.is_none() && other_tokenizer(folder).is_none() {
+            return Ok(vec![("tokenizer.ggml.model".to_owned(), text("no_vocab"))]);
+        }
+        return Err(match Tokenizer::open(folder) {
+            Err(error) => error,
+            Ok(_) => wrong("found a GGUF file beside the model, expected tokenizer.json".into()),
+        });
     };
     let own = Tokenizer::open(folder)?;
     let json: Value = serde_json::from_slice(&bytes).map_err(|e| wrong(e.to_string()))?;

@@ -51,6 +51,7 @@ struct State {
     fault: Option<Fault>,
 }
 
+#[derive(Default)]
 struct Input {
     words: Vec<u32>,
     at: u64,
@@ -278,21 +279,22 @@ impl Device {
         let slot = state.used;
         state.used += 1;
         if slot == state.inputs.len() {
-            state.inputs.push(Input { words: Vec::new(), at: 0, bytes: 0 });
+            state.inputs.push(Input::default());
         }
         let bytes = size_of_val(words).max(16);
         if state.inputs[slot].bytes < bytes {
             // No launch of this step knows the slot.
-            self.free(state.inputs[slot].at);
+            let old = std::mem::take(&mut state.inputs[slot]);
+            self.free(old.at);
+            state.lent.push(old.words);
             let bytes = bytes.next_power_of_two();
-            state.inputs[slot] = match self.allocate_raw(bytes) {
-                Ok(at) => Input { words: Vec::new(), at, bytes },
+            match self.allocate_raw(bytes) {
+                Ok(at) => state.inputs[slot] = Input { words: Vec::new(), at, bytes },
                 Err(fault) => {
-                    state.inputs[slot] = Input { words: Vec::new(), at: 0, bytes: 0 };
                     state.fail(fault);
                     return 0;
                 }
-            };
+            }
         }
         let input = &mut state.inputs[slot];
         if input.words != words {

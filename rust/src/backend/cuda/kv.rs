@@ -1,5 +1,5 @@
 //! The pages of keys and values on a device, and what a step says of them. The order within a page is at the head of
-//! `kernels/attention.cu`.
+//! `kernels/attend.cuh`.
 
 use super::device::{Device, Memory};
 use super::launch;

@@ -69,7 +69,7 @@ impl Module {
 }
 
 /// The context of a device and the kernels in it, shared by everything of this process that runs there. A module is loaded
-/// when it is first asked for: where the driver cannot keep what it makes of PTX, it takes about a second for each.
+/// when it is first asked for: where the driver cannot keep what it makes of PTX, each takes it some tenths of a second.
 pub(super) struct Modules {
     info: DeviceInfo,
     version: i32,

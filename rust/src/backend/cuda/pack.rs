@@ -79,7 +79,7 @@ pub(super) fn head(how: Grouped) -> Head {
     }
 }
 
-/// The form as the kernels of `rows.cu` and `gemv.cu` number it.
+/// The form as the kernels of `rows.cu` and `gemv_float.cu` number it.
 pub(super) fn code(form: Form) -> u32 {
     match form {
         Form::Q4 => 0,

@@ -32,7 +32,7 @@ impl<'a> Observer<'a> {
     pub(super) fn new(
         reader: &'a Reader<'a>,
         spec: &Spec,
-        mut load: LoadOptions,
+        load: &LoadOptions,
         contexts: &'a [Vec<u32>],
         stop: &'a AtomicBool,
         progress: &'a (dyn Fn(&'static str, u64, u64) + Sync),
@@ -40,12 +40,12 @@ impl<'a> Observer<'a> {
         let threads = load.threads.unwrap_or_else(|| topology::auto().count);
         let backend = Cpu::new(threads, load.isa.as_deref())?;
         let plans = reader.plans(Quantization::None)?;
-        let mats = reader.matrices(&plans, &backend, &mut load)?;
+        let (mats, note) = reader.matrices(&plans, &backend, load)?;
         let weights = reader.join(&backend, mats.clone())?;
         let (groups, group_of) = forward::kv_groups(spec, load.kv_dtype);
         let spec = spec.clone();
-        let (kv_dtype, notes) = (load.kv_dtype, Vec::new());
-        let model = Model { spec, backend, weights, kv_dtype, group_of, groups, notes };
+        let kv_dtype = load.kv_dtype;
+        let model = Model { spec, backend, weights, kv_dtype, group_of, groups, note };
         let longest = contexts.iter().map(Vec::len).max().unwrap_or(0);
         if longest > model.context_length() {
             let most = format!("at most {} tokens", model.context_length());

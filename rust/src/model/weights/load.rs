@@ -209,19 +209,19 @@ pub(in crate::model) fn sizes(
 }
 
 /// Reads, quantizes and packs all weights, or maps them, if `options.cache_dir` holds them packed; and puts them where
-/// the back end wants them.
+/// the back end wants them. Also what was not as wished, and no error.
 pub(in crate::model) fn load<B: Backend>(
     folder: &Path,
     checkpoint: &Checkpoint,
     spec: &Spec,
     backend: &B,
-    options: &mut LoadOptions,
-) -> Result<Weights<B::Mat, B::Row>> {
+    options: &LoadOptions,
+) -> Result<(Weights<B::Mat, B::Row>, Option<String>)> {
     let reader = Reader::new(folder, checkpoint, spec);
     let plans = reader.plans(options.quantization)?;
     reader.refuse_unused(&plans)?;
-    let mats = reader.matrices(&plans, backend, options)?;
-    reader.join(backend, mats)
+    let (mats, note) = reader.matrices(&plans, backend, options)?;
+    Ok((reader.join(backend, mats)?, note))
 }
 
 impl Reader<'_> {
@@ -238,20 +238,22 @@ impl Reader<'_> {
         )
     }
 
-    /// The matrices of `plans`.
+    /// The matrices of `plans`, and what was not as wished.
     pub(in crate::model) fn matrices<B: Backend>(
         &self,
         plans: &[Plan],
         backend: &B,
-        options: &mut LoadOptions,
-    ) -> Result<Vec<B::Mat>> {
+        options: &LoadOptions,
+    ) -> Result<(Vec<B::Mat>, Option<String>)> {
         if options.random {
-            return plans.iter().map(|p| backend.random(p.form, p.n, p.k)).collect();
+            let mats = plans.iter().map(|p| backend.random(p.form, p.n, p.k));
+            return Ok((mats.collect::<Result<_>>()?, None));
         }
         let cpu = backend.packer();
         let placed = |mats: Vec<Mat>| {
             let mats = mats.into_iter().zip(plans);
-            mats.map(|(mat, plan)| backend.place(plan.at, mat)).collect()
+            let mats = mats.map(|(mat, plan)| backend.place(plan.at, mat));
+            Ok((mats.collect::<Result<_>>()?, None))
         };
         let total: u64 = plans.iter().map(|p| p.bytes() as u64).sum();
         let worth = total >= cache::WORTH && plans.iter().all(|p| p.stored.is_none());
@@ -288,14 +290,14 @@ impl Reader<'_> {
                 return placed(mats);
             }
         }
-        if let (true, Some(dir)) = (worth, &options.cache_dir) {
-            options.notes.push(format!(
+        let note = dir.map(|dir| {
+            format!(
                 "the packed weights ({} MB) could not be kept in {}: the next load packs them again; weight_cache \
                  names another folder",
                 total / 1_000_000,
                 dir.display()
-            ));
-        }
+            )
+        });
         let available = crate::backend::cpu::memory().available;
         let held = |p: &&Plan| p.stored.is_none() && backend.holds(p.at);
         let owned = plans.iter().filter(held).map(|p| p.bytes() as u64).sum();
@@ -326,7 +328,7 @@ impl Reader<'_> {
             done += plan.bytes() as u64;
             options.report(done, total);
         }
-        Ok(mats)
+        Ok((mats, note))
     }
 }
 

@@ -170,20 +170,30 @@ fn compressed_tensors_packs_along_the_inputs() {
     }
 }
 
+/// The number of an E2M1 code; a zero has no sign here.
+fn e2m1(q: u32) -> f32 {
+    let value = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0][q as usize % 8];
+    if q > 8 { -value } else { value }
+}
+
+/// Codes of 4 bits in bytes, the first in the low nibble; and scales below `most`, one for each `group` codes.
+fn fours(codes: &[u32], group: usize, most: u32) -> (Vec<u8>, Vec<u8>) {
+    let bytes = codes.chunks(2).map(|two| (two[1] << 4 | two[0]) as u8).collect();
+    let scales = numbers(codes.len() / group, most, 2).iter().map(|&e| e as u8).collect();
+    (bytes, scales)
+}
+
 #[test]
 fn mxfp4_of_compressed_tensors() {
     let (n, k) = (4, 288);
     let codes = numbers(n * k, 16, 1);
-    let bytes: Vec<u8> = codes.chunks(2).map(|two| (two[1] << 4 | two[0]) as u8).collect();
-    let scales: Vec<u8> = numbers(n * k / 32, 250, 2).iter().map(|&e| e as u8).collect();
+    let (bytes, scales) = fours(&codes, 32, 250);
     let m = Matrix { n, k, ..Matrix::new(8, 64, 4, 32) };
     let e = fp4(k, &bytes, &scales);
     assert_eq!(e.kept(), Kept::Grouped(Grouped::MXFP4));
     m.is(&e, |i, j| {
-        let q = codes[i * k + j] as usize;
-        let value = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0][q % 8];
-        let value = if q > 8 { -value } else { value }; // a zero has no sign here
-        value * 2f32.powi(i32::from(scales[(i * k + j) / 32]) - 127)
+        let scale = 2f32.powi(i32::from(scales[(i * k + j) / 32]) - 127);
+        e2m1(codes[i * k + j]) * scale
     });
 }
 
@@ -191,14 +201,10 @@ fn mxfp4_of_compressed_tensors() {
 fn nvfp4_has_a_scale_for_the_matrix() {
     let (n, k) = (4, 272);
     let codes = numbers(n * k, 16, 1);
-    let bytes: Vec<u8> = codes.chunks(2).map(|two| (two[1] << 4 | two[0]) as u8).collect();
-    let scales: Vec<u8> = numbers(n * k / 16, 127, 2).iter().map(|&e| e as u8).collect();
+    let (bytes, scales) = fours(&codes, 16, 127);
     let m = Matrix { n, k, ..Matrix::new(8, 64, 4, 16) };
     let weight = |i: usize, j: usize, times: f32| {
-        let q = codes[i * k + j] as usize;
-        let value = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0][q % 8];
-        let value = if q > 8 { -value } else { value };
-        float8::E4M3[usize::from(scales[(i * k + j) / 16])] * times * value
+        float8::E4M3[usize::from(scales[(i * k + j) / 16])] * times * e2m1(codes[i * k + j])
     };
     // Products with a power of two are f16; others are rounded in the packed form, and only there.
     let e = nvfp4(k, &bytes, &scales, 0.25);

@@ -11,8 +11,8 @@ struct GemvGrouped {
     Jobs jobs;
 };
 
-/// As `gemv`, of a grouped matrix: of 256 inputs a chain of its own over the units, ascending. HIGH: bits beyond 4; TABLE:
-/// codes stand for something else (then HIGH is 0).
+/// As `gemv`, of a grouped matrix: of 256 inputs a chain of its own over the units, ascending. HIGH_BITS: beyond 4; LOOK_UP:
+/// codes stand for something else (then HIGH_BITS is 0).
 template <int HIGH_BITS, bool LOOK_UP, int T>
 DEVICE void gemv_grouped(const GemvGrouped& p, float2 (&part)[2][16 * T][32]) {
     u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;

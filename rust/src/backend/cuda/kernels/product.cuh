@@ -84,7 +84,7 @@ DEVICE u32 expand(u32 codes, int sc, int mn) {
     return (even & 0x00ff00ffu) | ((odd & 0x00ff00ffu) << 8);
 }
 DEVICE void store16(u8* at, uint4 v) { *(uint4*)at = v; }
-/// A product with more tokens than a row of threads takes one by one.
+/// A product of more tokens than gemv.cu takes: of few.cu and gemm.cu.
 struct Gemm {
     Matrix w;
     Acts acts;
