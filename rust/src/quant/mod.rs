@@ -60,25 +60,20 @@ pub const TINY: f32 = 1.0 / (1u128 << 80) as f32;
 /// Largest magnitude of finite values.
 #[inline(always)]
 pub(crate) fn amax(x: &[f32]) -> f32 {
-    // Sixteen running maxima, so that a compiler may use vectors; a maximum has no order.
+    // Sixteen running maxima, so that a compiler may use vectors; a maximum has no order. One instruction each, as
+    // `f32::max` is not: what is not a number is not larger.
+    let larger = |x: f32, m: f32| if x > m { x } else { m };
     let mut m = [0.0f32; 16];
     let (chunks, rest) = x.as_chunks::<16>();
     for x in chunks {
         for i in 0..16 {
-            m[i] = m[i].max(x[i].abs());
+            m[i] = larger(x[i].abs(), m[i]);
         }
     }
     for (m, x) in m.iter_mut().zip(rest) {
-        *m = m.max(x.abs());
+        *m = larger(x.abs(), *m);
     }
-    let mut n = 8;
-    while n > 0 {
-        for i in 0..n {
-            m[i] = m[i].max(m[i + n]);
-        }
-        n /= 2;
-    }
-    m[0]
+    m.into_iter().fold(0.0, larger)
 }
 
 #[cfg(test)]

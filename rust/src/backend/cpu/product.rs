@@ -123,7 +123,11 @@ impl Cpu {
         // Tiles are read from L2 for every pair of row blocks.
         const NEAR: usize = 1 << 20;
         let tokens = self.tiles.tokens;
-        if self.kernels.tiled(w.form, tokens) { tokens.min((NEAR / w.k / 32 * 32).max(64)) } else { tokens }
+        if self.kernels.tiled(w.form, tokens) {
+            tokens.min((NEAR / w.k / 32 * 32).max(64))
+        } else {
+            tokens
+        }
     }
 
     /// One matrix product: `out` takes `x w^T + bias` as `into` says.
@@ -181,8 +185,8 @@ impl Cpu {
                     let (m, columns) = (job.rows.len(), blocks.len() * ROWS);
                     tile.resize(m * columns + ROWS, 0.0);
                     // From a line of the cache on.
-                    let start = tile.as_ptr().addr().wrapping_neg() % 64 / 4;
-                    let tile = &mut tile[start..][..m * columns];
+                    let line = tile.as_ptr().addr().wrapping_neg() % 64 / 4;
+                    let tile = &mut tile[line..][..m * columns];
                     let size = job.w.form.row_block_bytes(job.w.k);
                     let weights = &job.w.bytes()[job.block * size..];
                     let weights = &weights[blocks.start * size..blocks.end * size];
@@ -195,55 +199,59 @@ impl Cpu {
                         let x = &x.values()[job.rows.start * x.width..job.rows.end * x.width];
                         self.kernels.gemm_float(job.w.form, weights, job.w.k, x, tile);
                     }
-                    for (i, tile) in tile.chunks_mut(columns).enumerate() {
-                        let row = (job.rows.start + i) * width;
-                        self.finish(into, n, job.bias, start * 2 * ROWS, tile, &values, row);
-                    }
+                    self.finish(into, job, start * 2 * ROWS, columns, tile, &values, width);
                 }
             });
         });
     }
 
-    /// Takes one row of a tile, columns `first..` of the matrix, into the row of `out` that begins at `row`.
+    /// Takes a tile, all rows of the job by `columns` of the matrix from `first` on, into `out`, whose rows have `width`.
     fn finish(
         &self,
         into: Into,
-        n: usize,
-        bias: Option<&Vec<f32>>,
+        job: &Job<'_>,
         first: usize,
+        columns: usize,
         tile: &mut [f32],
         out: &Disjoint<'_, f32>,
-        row: usize,
+        width: usize,
     ) {
-        let last = n.min(first + tile.len());
-        let tile = &mut tile[..last - first];
-        if let Some(bias) = bias {
-            self.kernels.add(tile, &bias[first..last]);
-        }
-        match into {
-            Into::Store | Into::Add | Into::Act(_) => {
-                if let Into::Act(act) = into {
-                    // A gate of what is multiplied by one.
-                    for part in tile.chunks_mut(ROWS) {
-                        self.kernels.gate(act, part, &[1.0; ROWS][..part.len()]);
-                    }
-                }
-                // SAFETY: columns `first..last` of this row belong to the claimed run of row blocks.
-                let out = unsafe { out.part(row + first..row + last) };
-                match into {
-                    Into::Add => self.kernels.add(out, tile),
-                    _ => out.copy_from_slice(tile),
-                }
+        let last = job.n.min(first + columns);
+        if let Some(bias) = job.bias {
+            for row in tile.chunks_mut(columns) {
+                self.kernels.add(&mut row[..last - first], &bias[first..last]);
             }
-            Into::Gate(act, width) => {
-                for (i, pair) in tile.chunks_mut(2 * ROWS).enumerate() {
-                    let (gate, up) = pair.split_at_mut(ROWS);
-                    self.kernels.gate(act, gate, up);
-                    let column = first / 2 + i * ROWS;
-                    let n = ROWS.min(width - column);
-                    // SAFETY: as above; a pair of row blocks gives half as many columns.
-                    unsafe { out.part(row + column..row + column + n) }.copy_from_slice(&gate[..n]);
-                }
+        }
+        if let Into::Gate(act, width) = into {
+            let first = first / 2;
+            let last = width.min(first + columns / 2);
+            let (mut gate, mut up) = (Vec::new(), Vec::new());
+            for pair in tile.as_chunks::<{ 2 * ROWS }>().0 {
+                gate.extend_from_slice(&pair[..ROWS]);
+                up.extend_from_slice(&pair[ROWS..]);
+            }
+            self.kernels.gate(act, &mut gate, &up);
+            for (row, gate) in job.rows.clone().zip(gate.chunks(columns / 2)) {
+                // SAFETY: columns `first..last` of this row belong to the claimed run of row blocks.
+                let out = unsafe { out.part(row * width + first..row * width + last) };
+                out.copy_from_slice(&gate[..out.len()]);
+            }
+            return;
+        }
+        if let Into::Act(act) = into {
+            // A gate of what is multiplied by one.
+            const ONES: [f32; BLOCK] = [1.0; BLOCK];
+            for part in tile.chunks_mut(BLOCK) {
+                self.kernels.gate(act, part, &ONES[..part.len()]);
+            }
+        }
+        for (row, tile) in job.rows.clone().zip(tile.chunks(columns)) {
+            // SAFETY: as above.
+            let out = unsafe { out.part(row * width + first..row * width + last) };
+            let tile = &tile[..out.len()];
+            match into {
+                Into::Add => self.kernels.add(out, tile),
+                _ => out.copy_from_slice(tile),
             }
         }
     }

@@ -61,17 +61,13 @@ fn permission() -> bool {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn gemm_q4(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
     // SAFETY: the shapes were checked by `Kernels::gemm`.
-    unsafe {
-        if a.tiled { gemm::<true>(w, a, y) } else { avx512vnni::gemm_q4(w, a, y) }
-    }
+    unsafe { if a.tiled { gemm::<true>(w, a, y) } else { avx512vnni::gemm_q4(w, a, y) } }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn gemm_q8(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
     // SAFETY: the shapes were checked by `Kernels::gemm`.
-    unsafe {
-        if a.tiled { gemm::<false>(w, a, y) } else { avx512vnni::gemm_q8(w, a, y) }
-    }
+    unsafe { if a.tiled { gemm::<false>(w, a, y) } else { avx512vnni::gemm_q8(w, a, y) } }
 }
 
 /// What the tiles are: eight of 16 rows of 64 bytes. The layout is the CPU's.
@@ -114,6 +110,8 @@ struct Waiting {
     y: *mut f32,
     /// The first block of K, which starts from zero.
     first: bool,
+    /// There is a second row block.
+    two: bool,
 }
 
 impl Waiting {
@@ -124,6 +122,7 @@ impl Waiting {
         d: [std::ptr::null(); 2],
         y: std::ptr::null_mut(),
         first: true,
+        two: true,
     };
 
     /// The float step of the next `n` tokens, or of those that are left.
@@ -138,19 +137,21 @@ impl Waiting {
             return;
         }
         self.left -= n;
-        // A mask instead of a branch: the old value, or zero for the first block.
-        let keep = if self.first { 0 } else { 0xffff };
+        // Masks instead of branches: the old value, or zero for the first block of K; both row blocks or one.
+        let there = [0xffff, if self.two { 0xffff } else { 0 }];
+        let keep = there.map(|there| if self.first { 0 } else { there });
         // SAFETY: the caller's promise.
         unsafe {
             let d = [_mm512_load_ps(self.d[0]), _mm512_load_ps(self.d[1])];
             for i in 0..n {
                 let s = _mm512_set1_ps(*self.s.add(i));
                 for h in 0..2 {
-                    let y = self.y.add(i * ld + h * ROWS);
+                    let y = self.y.wrapping_add(i * ld + h * ROWS);
                     let sums = self.sums.add((2 * i + h) * ROWS);
                     let dot = _mm512_cvtepi32_ps(_mm512_load_si512(sums.cast()));
-                    let acc = _mm512_maskz_loadu_ps(keep, y);
-                    _mm512_storeu_ps(y, _mm512_fmadd_ps(dot, _mm512_mul_ps(d[h], s), acc));
+                    let acc = _mm512_maskz_loadu_ps(keep[h], y);
+                    let acc = _mm512_fmadd_ps(dot, _mm512_mul_ps(d[h], s), acc);
+                    _mm512_mask_storeu_ps(y, there[h], acc);
                 }
             }
             self.s = self.s.add(n);
@@ -213,7 +214,7 @@ impl Pair {
     }
 }
 
-/// Many tokens against two row blocks or more.
+/// Many tokens against row blocks.
 ///
 /// # Safety
 /// Shapes as `Kernels::gemm` checks them, activations tiled, and the CPU and the system allow AMX.
@@ -223,8 +224,9 @@ unsafe fn gemm<const Q4: bool>(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
     let size = form.row_block_bytes(a.k);
     let row_blocks = w.len() / size;
     let ld = row_blocks * ROWS;
-    // The last pair may overlap the one before: it computes the same again.
-    let row_block = |i: usize| (i / a.blocks() * 2).min(row_blocks - 2);
+    // The last pair may overlap the one before: it computes the same again. One row block alone is taken twice.
+    let two = row_blocks > 1;
+    let row_block = |i: usize| (i / a.blocks() * 2).min(row_blocks.saturating_sub(2));
     let count = row_blocks.div_ceil(2) * a.blocks();
     let y = y.as_mut_ptr();
     let mut scratch = MaybeUninit::<Scratch>::uninit();
@@ -238,7 +240,7 @@ unsafe fn gemm<const Q4: bool>(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
         let offset = block_offset(form, i % a.blocks());
         let block = |rb: usize| w.as_ptr().wrapping_add(rb * size + offset);
         Pair {
-            blocks: [block(row_block(i)), block(row_block(i) + 1)],
+            blocks: [block(row_block(i)), block(row_block(i) + usize::from(two))],
             panel: panels.cast::<[u8; ROWS * BLOCK]>().wrapping_add(i % 2 * 2),
             next: 0,
             pieces: if i < count { a.len(i % a.blocks()) / 32 } else { 0 },
@@ -271,7 +273,8 @@ unsafe fn gemm<const Q4: bool>(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
                 // The step that begins stores the tiles held; the others have time for what they held.
                 let share = held.left.div_ceil((steps - 1).max(1));
                 for step in 0..steps {
-                    let (q, tiles) = (q.add(64 * a.m * step), tiles.map(|tile| tile.add(1024 * step)));
+                    let (q, tiles) =
+                        (q.add(64 * a.m * step), tiles.map(|tile| tile.add(1024 * step)));
                     match (tokens, step) {
                         (32, 0) => begin_32(q, tiles, sums),
                         (32, _) => multiply_32(q, tiles),
@@ -295,6 +298,7 @@ unsafe fn gemm<const Q4: bool>(w: &[u8], a: &Acts<'_>, y: &mut [f32]) {
                     d: now.blocks.map(|block| block.cast()),
                     y: y.add(t * ld + rb * ROWS),
                     first: b == 0,
+                    two,
                 };
                 t = start + tokens;
             }
