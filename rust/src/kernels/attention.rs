@@ -232,6 +232,7 @@ pub(super) unsafe fn attend<V: F32x16, S: Stored, D: Dot>(
         }
         while r < rows {
             r += match rows - r {
+                8.. if V::WIDE => score::<V, S, 8, 2>(a, r, scores, chunk, &blocks),
                 4.. if V::WIDE => score::<V, S, 4, 4>(a, r, scores, chunk, &blocks),
                 2.. if V::WIDE => score::<V, S, 2, 4>(a, r, scores, chunk, &blocks),
                 2.. => score::<V, S, 2, 2>(a, r, scores, chunk, &blocks),
@@ -262,6 +263,7 @@ pub(super) unsafe fn attend<V: F32x16, S: Stored, D: Dot>(
         }
         while r < rows {
             r += match rows - r {
+                8.. if V::WIDE => sum::<V, S, 8>(a, r, scores, sums, start..end, chunk),
                 4.. if V::WIDE => sum::<V, S, 4>(a, r, scores, sums, start..end, chunk),
                 2.. => sum::<V, S, 2>(a, r, scores, sums, start..end, chunk),
                 _ => sum::<V, S, 1>(a, r, scores, sums, start..end, chunk),
@@ -381,7 +383,7 @@ fn sum<V: F32x16, S: Stored, const R: usize>(
     let mut d = 0;
     while d < dp {
         d += match (dp - d) / 16 {
-            4.. if V::WIDE => strips::<V, S, R, 4>(a, r, scores, sums, &keys, chunk, d),
+            4.. if V::WIDE && R <= 4 => strips::<V, S, R, 4>(a, r, scores, sums, &keys, chunk, d),
             2.. => strips::<V, S, R, 2>(a, r, scores, sums, &keys, chunk, d),
             _ => strips::<V, S, R, 1>(a, r, scores, sums, &keys, chunk, d),
         };
