@@ -173,7 +173,7 @@ impl Cpu {
         let claims = Claims::new(jobs.len() * pairs, self.pool.threads(), grain);
         let values = Disjoint::new(out.values_mut());
         self.pool.run(&|thread| {
-            let mut tile = Vec::new();
+            let (mut tile, mut spare) = (Vec::new(), Vec::new());
             claims.each(thread, |run| {
                 let mut piece = run.start;
                 while piece < run.end {
@@ -199,13 +199,15 @@ impl Cpu {
                         let x = &x.values()[job.rows.start * x.width..job.rows.end * x.width];
                         self.kernels.gemm_float(job.w.form, weights, job.w.k, x, tile);
                     }
-                    self.finish(into, job, start * 2 * ROWS, columns, tile, &values, width);
+                    let first = start * 2 * ROWS;
+                    self.finish(into, job, first, columns, tile, &mut spare, &values, width);
                 }
             });
         });
     }
 
     /// Takes a tile, all rows of the job by `columns` of the matrix from `first` on, into `out`, whose rows have `width`.
+    /// `spare` is room to work in.
     fn finish(
         &self,
         into: Into,
@@ -213,6 +215,7 @@ impl Cpu {
         first: usize,
         columns: usize,
         tile: &mut [f32],
+        spare: &mut Vec<f32>,
         out: &Disjoint<'_, f32>,
         width: usize,
     ) {
@@ -225,12 +228,14 @@ impl Cpu {
         if let Into::Gate(act, width) = into {
             let first = first / 2;
             let last = width.min(first + columns / 2);
-            let (mut gate, mut up) = (Vec::new(), Vec::new());
-            for pair in tile.as_chunks::<{ 2 * ROWS }>().0 {
-                gate.extend_from_slice(&pair[..ROWS]);
-                up.extend_from_slice(&pair[ROWS..]);
+            spare.resize(tile.len(), 0.0);
+            let (gate, up) = spare.split_at_mut(tile.len() / 2);
+            let parts = gate.as_chunks_mut::<ROWS>().0.iter_mut().zip(up.as_chunks_mut::<ROWS>().0);
+            for ((gate, up), pair) in parts.zip(tile.as_chunks::<{ 2 * ROWS }>().0) {
+                gate.copy_from_slice(&pair[..ROWS]);
+                up.copy_from_slice(&pair[ROWS..]);
             }
-            self.kernels.gate(act, &mut gate, &up);
+            self.kernels.gate(act, gate, up);
             for (row, gate) in job.rows.clone().zip(gate.chunks(columns / 2)) {
                 // SAFETY: columns `first..last` of this row belong to the claimed run of row blocks.
                 let out = unsafe { out.part(row * width + first..row * width + last) };
