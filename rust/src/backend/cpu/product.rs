@@ -121,10 +121,10 @@ impl Cpu {
     /// Tokens that `w` is multiplied by at a time.
     fn tokens(&self, w: &Mat) -> usize {
         // Tiles are read from L2 for every pair of row blocks.
-        const NEAR: usize = 1 << 20;
+        const NEAR: usize = 1 << 19;
         let tokens = self.tiles.tokens;
         if self.kernels.tiled(w.form, tokens) {
-            tokens.min((NEAR / w.k / 32 * 32).max(64))
+            tokens.min((NEAR / w.k / 32 * 32).max(128))
         } else {
             tokens
         }
