@@ -87,12 +87,13 @@ impl Cpu {
         buf.s.resize(rows * blocks, 0.0);
         buf.sums.resize(rows * blocks, [0; GROUPS]);
         buf.totals.resize(rows * blocks, 0);
-        let form = jobs[0].w.form;
         let (q, s) = (Disjoint::new(values), Disjoint::new(&mut buf.s));
         let (sums, totals) = (Disjoint::new(&mut buf.sums), Disjoint::new(&mut buf.totals));
         self.each(rows, 4, |r| {
-            let job = &jobs[jobs.partition_point(|job| job.rows.end <= first + r)].rows;
-            let (m, before, t) = (job.len(), job.start - first, first + r - job.start);
+            let job = &jobs[jobs.partition_point(|job| job.rows.end <= first + r)];
+            let (m, before) = (job.rows.len(), job.rows.start - first);
+            let t = first + r - job.rows.start;
+            let tiled = self.kernels.tiled(job.w.form, m);
             for b in 0..blocks {
                 let len = BLOCK.min(k - b * BLOCK);
                 let start = (b * BLOCK).min(x.width);
@@ -105,7 +106,7 @@ impl Cpu {
                 unsafe {
                     let (s, total) = (&mut s.part(i..i + 1)[0], &mut totals.part(i..i + 1)[0]);
                     (*s, *total) = self.kernels.quantize(x, values, &mut sums.part(i..i + 1)[0]);
-                    if self.kernels.tiled(form, m) {
+                    if tiled {
                         for (i, values) in values.chunks(64).enumerate() {
                             let at = at + (i * m + t) * 64;
                             q.part(at..at + 64).copy_from_slice(values);
