@@ -368,7 +368,7 @@ def measure_limits(report: dict[str, Any], args: argparse.Namespace) -> None:
     memory, peak = report["bandwidth"], report["peak"]
     for count in args.threads:
         if not args.bound:
-            memory["method"] = "kernels.rs bw"
+            memory["method"] = "kernels bw"
             found = kernel_bench("bw", "scalar", count, r"([\d.]+) GB/s")
             if not found:
                 memory["method"] = "fallback: memchr over 1.5 GB; a tuned loop may read more"
@@ -381,11 +381,11 @@ def measure_limits(report: dict[str, Any], args: argparse.Namespace) -> None:
             found = kernel_bench("peak", report["isa"], count, r"([\d.]+) GOP/s")
             if found:
                 peak["tops"][count] = max(peak["tops"].get(count, 0.0), found[0] / 1e3)
-                peak["method"] = f"kernels.rs peak {report['isa']}"
+                peak["method"] = f"kernels peak {report['isa']}"
 
 
 def kernel_bench(what: str, kernels: str, threads: int, pattern: str) -> list[float]:
-    """The rates that `benches/kernels.rs` prints; none if it does not run."""
+    """The rates that `benches/kernels` prints; none if it does not run."""
     command = f"cargo bench --bench kernels -- {what} {kernels} {threads}"
     return list(map(float, re.findall(pattern, _output(*command.split(), cwd=ROOT))))
 

@@ -10,6 +10,8 @@
 
 mod draw;
 mod engine;
+#[path = "../goldens/mod.rs"]
+mod goldens;
 mod grouped;
 mod layers;
 mod models;

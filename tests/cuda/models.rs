@@ -12,44 +12,10 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-/// Golden folders of the families that CUDA runs: those in the repository, and all if `FERRULE_SHARED` is set.
+/// The goldens with weights as they were trained, not quantized.
 fn goldens() -> Vec<PathBuf> {
-    let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-    let names = [
-        "llama31-a",
-        "mistral-a",
-        "qwen25-a",
-        "qwen3-a",
-        "gemma3-a",
-        "phi4-mini-a",
-        "granite-swa-a",
-        "phi2-a",
-        "gemma3n-a",
-        "lfm3-a",
-        "qwen35-a",
-        "deepseek-v3-a",
-    ];
-    let mut all: Vec<_> = names.iter().map(|name| own.join(name)).collect();
-    match std::env::var_os("FERRULE_SHARED") {
-        Some(shared) => {
-            let mut more: Vec<_> = std::fs::read_dir(Path::new(&shared).join("goldens"))
-                .unwrap()
-                .map(|entry| entry.unwrap().path())
-                .filter(|path| {
-                    let name = path.file_name().unwrap().to_string_lossy();
-                    path.join("config.json").exists()
-                        && !["gguf-", "quant-"].iter().any(|other| name.starts_with(other))
-                })
-                .filter(|path| !names.iter().any(|name| path.ends_with(name)))
-                .collect();
-            more.sort();
-            all.extend(more);
-        }
-        None => {
-            println!("FERRULE_SHARED is not set: only the goldens in the repository are tested")
-        }
-    }
-    all
+    let name = |path: &PathBuf| path.file_name().unwrap().to_string_lossy().into_owned();
+    super::goldens::goldens().into_iter().filter(|path| !name(path).starts_with("quant-")).collect()
 }
 
 fn options(quantization: Quantization, kv_dtype: KvDtype) -> LoadOptions {

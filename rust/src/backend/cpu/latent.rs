@@ -26,10 +26,11 @@ impl Cpu {
             let row = unsafe { values.part(r * k..(r + 1) * k) };
             row.copy_from_slice(&x.row(t)[h * part..][..k]);
         });
+        let tokens = self.tokens(w);
         let mut jobs = Vec::with_capacity(heads);
         for h in 0..heads {
-            for t in (0..m).step_by(self.tiles.tokens) {
-                let rows = h * m + t..h * m + m.min(t + self.tiles.tokens);
+            for t in (0..m).step_by(tokens) {
+                let rows = h * m + t..h * m + m.min(t + tokens);
                 jobs.push(Job { w, block: h * n / ROWS, n, bias: None, rows });
             }
         }

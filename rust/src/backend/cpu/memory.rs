@@ -73,6 +73,12 @@ pub(super) struct Line(pub(super) [f32; 16]);
 impl Line {
     pub(super) const ZERO: Line = Line([0.0; 16]);
 
+    /// The numbers of lines.
+    pub(super) fn floats_mut(lines: &mut [Line]) -> &mut [f32] {
+        // SAFETY: 16 numbers fill a line without padding.
+        unsafe { lines.align_to_mut().1 }
+    }
+
     /// Lines as the kernels take them.
     pub(super) fn bytes(lines: &[Line]) -> &[u8] {
         // SAFETY: 16 numbers fill a line without padding, and any number is four bytes.

@@ -85,13 +85,14 @@ impl Cpu {
             let mut start = 0;
             for (expert, &end) in experts.iter().zip(&*ends) {
                 let (w, bias) = w(expert);
-                for from in (start..end).step_by(self.tiles.tokens) {
+                let tokens = self.tokens(w);
+                for from in (start..end).step_by(tokens) {
                     jobs.push(Job {
                         w,
                         block: 0,
                         n: w.n,
                         bias,
-                        rows: from..end.min(from + self.tiles.tokens),
+                        rows: from..end.min(from + tokens),
                     });
                 }
                 start = end;

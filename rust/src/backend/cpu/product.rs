@@ -1,6 +1,6 @@
 //! Matrix products: activations quantized once, row blocks claimed by the threads, finished tiles taken over.
 
-use super::memory::Disjoint;
+use super::memory::{Disjoint, Line};
 use super::pool::Claims;
 use super::{Activation, Acts, Buf, Cpu, Mat};
 use crate::kernels::layout::{self, ROWS};
@@ -59,7 +59,7 @@ pub(super) struct Job<'a> {
     /// Rows from there on.
     pub(super) n: usize,
     pub(super) bias: Option<&'a Vec<f32>>,
-    /// At most [`Tiles::tokens`].
+    /// At most [`Cpu::tokens`].
     pub(super) rows: Range<usize>,
 }
 
@@ -100,19 +100,16 @@ impl Cpu {
                 let x = &x.row(first + r)[start..(start + len).min(x.width)];
                 let at = before * k + b * BLOCK * m;
                 let i = before * blocks + b * m + t;
+                let piece = if tiled { 64 } else { len };
                 let mut values = [0; BLOCK];
                 let values = &mut values[..len];
                 // SAFETY: `(b, r)` names these places, and each `r` is claimed by one thread.
                 unsafe {
                     let (s, total) = (&mut s.part(i..i + 1)[0], &mut totals.part(i..i + 1)[0]);
                     (*s, *total) = self.kernels.quantize(x, values, &mut sums.part(i..i + 1)[0]);
-                    if tiled {
-                        for (i, values) in values.chunks(64).enumerate() {
-                            let at = at + (i * m + t) * 64;
-                            q.part(at..at + 64).copy_from_slice(values);
-                        }
-                    } else {
-                        q.part(at + t * len..at + (t + 1) * len).copy_from_slice(values);
+                    for (i, values) in values.chunks(piece).enumerate() {
+                        let at = at + (i * m + t) * piece;
+                        q.part(at..at + piece).copy_from_slice(values);
                     }
                 }
             }
@@ -120,7 +117,7 @@ impl Cpu {
     }
 
     /// Tokens that `w` is multiplied by at a time.
-    fn tokens(&self, w: &Mat) -> usize {
+    pub(super) fn tokens(&self, w: &Mat) -> usize {
         // Tiles are read from L2 for every pair of row blocks.
         const NEAR: usize = 1 << 19;
         let tokens = self.tiles.tokens;
@@ -184,10 +181,8 @@ impl Cpu {
                     piece += end - start;
                     let blocks = start * 2..(end * 2).min(n.div_ceil(ROWS));
                     let (m, columns) = (job.rows.len(), blocks.len() * ROWS);
-                    tile.resize(m * columns + ROWS, 0.0);
-                    // From a line of the cache on.
-                    let line = tile.as_ptr().addr().wrapping_neg() % 64 / 4;
-                    let tile = &mut tile[line..][..m * columns];
+                    tile.resize(m * blocks.len(), Line::ZERO);
+                    let tile = Line::floats_mut(&mut tile);
                     let size = job.w.form.row_block_bytes(job.w.k);
                     let weights = &job.w.bytes()[job.block * size..];
                     let weights = &weights[blocks.start * size..blocks.end * size];
@@ -226,9 +221,9 @@ impl Cpu {
                 self.kernels.add(&mut row[..last - first], &bias[first..last]);
             }
         }
-        if let Into::Gate(act, width) = into {
+        if let Into::Gate(act, n) = into {
             let first = first / 2;
-            let last = width.min(first + columns / 2);
+            let last = n.min(first + columns / 2);
             spare.resize(tile.len(), 0.0);
             let (gate, up) = spare.split_at_mut(tile.len() / 2);
             let parts = gate.as_chunks_mut::<ROWS>().0.iter_mut().zip(up.as_chunks_mut::<ROWS>().0);
